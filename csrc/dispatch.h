@@ -1,0 +1,23 @@
+// One table of kernels per instruction-set target, in order of preference; the machine is asked at run time.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "views.h"
+
+namespace pagemill {
+
+struct Kernels {
+    const char* name;
+    void (*run_step)(const StepContext& ctx, int worker);
+    // Entry points of the contract tests: the same code that the step runs.
+    void (*quantize_rows)(const float* x, int rows, int width, Activations& act);
+    void (*multiply)(const Activations& act, int rows, const Matrix& w, float* y);
+    void (*integer_sums)(const Activations& act, int rows, const Matrix& w, int32_t* out);
+};
+
+std::vector<std::string> built_targets();      // best first
+std::vector<std::string> available_targets();  // those that this machine can run
+const Kernels* find_target(const std::string& name);  // null where not available here
+
+}  // namespace pagemill

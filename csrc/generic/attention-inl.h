@@ -1,0 +1,245 @@
+// Attention over pages. A row is one query head of one position; a tile is up to kTileRows rows of one KV head, whose keys
+// and values are read once for all of them. Each row's arithmetic depends on the row and on absolute positions alone:
+// splits of 256 positions with their own maximum, merged in order.
+#pragma once
+
+namespace pagemill {
+namespace PAGEMILL_TARGET {
+
+struct TileState {
+    alignas(64) float q[256][kTileRows];
+    alignas(64) float scores[kTileRows][kSplit];
+    alignas(64) float split_out[kTileRows][256];
+    alignas(64) float out[kTileRows][256];
+    float split_max[kTileRows], split_sum[kTileRows], max[kTileRows], sum[kTileRows];
+    int from[kTileRows], to[kTileRows];  // positions that the row sees
+};
+
+struct HeadPages {  // pages of one sequence, layer and KV head
+    const uint8_t* base;
+    size_t block_bytes, page_bytes;
+    const int32_t* table;
+    int pages_per_block;
+    const uint8_t* at(int page) const {
+        return base + size_t(table[page / pages_per_block]) * block_bytes + size_t(page % pages_per_block) * page_bytes;
+    }
+};
+
+template <Codec C> PM_INLINE F load_kv(const uint8_t* p, int index) {
+    if constexpr (C == Codec::f32) return fload(reinterpret_cast<const float*>(p) + index);
+    else if constexpr (C == Codec::f16) return fload_f16(reinterpret_cast<const uint16_t*>(p) + index);
+    else return fload_bf16(reinterpret_cast<const uint16_t*>(p) + index);
+}
+template <Codec C> constexpr int value_bytes() { return C == Codec::f32 ? 4 : 2; }
+
+PM_INLINE F scaled_score(F dot, float scale, float softcap) {
+    if (softcap > 0.0f) return fmul(fset(softcap * kLog2e), ftanh(fmul(dot, fset(scale / softcap))));
+    return fmul(dot, fset(scale * kLog2e));
+}
+
+// Scores of R rows against the pages [page0, page1), in log2 units; the row maxima of this split.
+template <Codec C, int R, int P>
+static void score_pages(TileState& t, const HeadPages& pages, int page, int base, int head_dim, float scale, float softcap, F (&peak)[R]) {
+    const uint8_t* k[P];
+    for (int p = 0; p < P; p++) k[p] = pages.at(page + p);
+    F acc[R][P];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) acc[r][p] = fzero();
+    for (int d = 0; d < head_dim; d++) {
+        F key[P];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) key[p] = load_kv<C>(k[p], d * kPage);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const F x = fset(t.q[d][r]);
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) acc[r][p] = fmla(x, key[p], acc[r][p]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) {
+        const int first_position = (page + p) * kPage;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            F s = scaled_score(acc[r][p], scale, softcap);
+            s = fselect(t.from[r] - first_position, t.to[r] - first_position, s, fset(kMasked));
+            peak[r] = fmax2(peak[r], s);
+            fstore(&t.scores[r][first_position - base], s);
+        }
+    }
+}
+
+template <Codec C, int R, int V>
+static void weigh_values(TileState& t, const HeadPages& pages, int base, int from, int to, int dim_pad, int column) {
+    F acc[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) acc[r][v] = fzero();
+    for (int position = from; position < to;) {
+        const uint8_t* values = pages.at(position / kPage) + size_t(dim_pad) * kPage * value_bytes<C>();
+        const int end = to < (position / kPage + 1) * kPage ? to : (position / kPage + 1) * kPage;
+        for (; position < end; position++) {
+            F value[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) value[v] = load_kv<C>(values, (position % kPage) * dim_pad + column + v * kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const F p = fset(t.scores[r][position - base]);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) acc[r][v] = fmla(p, value[v], acc[r][v]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) fstore(&t.split_out[r][column + v * kLanes], acc[r][v]);
+}
+
+// One split: fills split_max, split_sum, split_out of R rows.
+template <Codec C, int R>
+static __attribute__((noinline)) void attend_split(TileState& t, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+    const int base = split * kSplit;
+    int from = base + kSplit, to = base;
+    for (int r = 0; r < R; r++) {
+        from = t.from[r] < from ? t.from[r] : from;
+        to = t.to[r] > to ? t.to[r] : to;
+    }
+    from = from < base ? base : from;
+    to = to > base + kSplit ? base + kSplit : to;
+    const int page0 = from / kPage, page1 = (to + kPage - 1) / kPage;
+    F peak[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
+    constexpr int pair = R <= 3 ? 2 : 1;
+    int page = page0;
+    for (; page + pair <= page1; page += pair) score_pages<C, R, pair>(t, pages, page, base, kv.head_dim, scale, softcap, peak);
+    if constexpr (pair > 1) {
+        if (page < page1) score_pages<C, R, 1>(t, pages, page, base, kv.head_dim, scale, softcap, peak);
+    }
+    for (int r = 0; r < R; r++) {
+        const float top = fpeak(peak[r]);
+        F sum = fzero();
+        for (int position = page0 * kPage; position < page1 * kPage; position += kPage) {
+            float* s = &t.scores[r][position - base];
+            const F p = fselect(t.from[r] - position, t.to[r] - position, fexp2(fsub(fload(s), fset(top))), fzero());
+            sum = fadd(sum, p);
+            fstore(s, p);
+        }
+        t.split_max[r] = top;
+        t.split_sum[r] = fsum(sum);
+    }
+    int column = 0;
+    for (; column + kValueVectors * kLanes <= kv.dim_pad; column += kValueVectors * kLanes)
+        weigh_values<C, R, kValueVectors>(t, pages, base, from, to, kv.dim_pad, column);
+    if constexpr (kValueVectors > 1) {
+        for (; column < kv.dim_pad; column += kLanes) weigh_values<C, R, 1>(t, pages, base, from, to, kv.dim_pad, column);
+    }
+}
+
+// state (max, sum, out) takes in one split's result.
+PM_INLINE void merge_split(float* max, float* sum, float* out, float split_max, float split_sum, const float* split_out, int dim_pad) {
+    if (split_max <= kMasked) return;  // the row sees nothing of this split
+    const float top = *max > split_max ? *max : split_max;
+    const float keep = exp2_scalar(*max - top), add = exp2_scalar(split_max - top);
+    *sum = *sum * keep + split_sum * add;
+    *max = top;
+    const F k = fset(keep), a = fset(add);
+    for (int c = 0; c < dim_pad; c += kLanes) fstore(out + c, fmla(fload(split_out + c), a, fmul(fload(out + c), k)));
+}
+
+template <Codec C>
+static void attend_rows(int rows, TileState& t, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+    switch (rows) {
+        case 1: return attend_split<C, 1>(t, pages, split, kv, scale, softcap);
+        case 2: return attend_split<C, 2>(t, pages, split, kv, scale, softcap);
+        case 3: return attend_split<C, 3>(t, pages, split, kv, scale, softcap);
+        case 4: return attend_split<C, 4>(t, pages, split, kv, scale, softcap);
+        case 5: return attend_split<C, 5>(t, pages, split, kv, scale, softcap);
+        default: return attend_split<C, 6>(t, pages, split, kv, scale, softcap);
+    }
+}
+
+static void attend_any(Codec codec, int rows, TileState& t, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+    switch (codec) {
+        case Codec::f32: return attend_rows<Codec::f32>(rows, t, pages, split, kv, scale, softcap);
+        case Codec::f16: return attend_rows<Codec::f16>(rows, t, pages, split, kv, scale, softcap);
+        case Codec::bf16: return attend_rows<Codec::bf16>(rows, t, pages, split, kv, scale, softcap);
+    }
+}
+
+PM_INLINE size_t partial_floats(int dim_pad) { return size_t(kTileRows) * (16 + size_t(dim_pad)); }
+
+struct AttentionCall {
+    const KvArena* arena;
+    const Step* step;
+    const Phase* phase;
+    const float* q;  // [rows][q_ld], heads side by side
+    int q_ld;
+    float* out;      // [rows][out_ld]
+    int out_ld;
+    float* partials;
+};
+
+PM_INLINE void finish_row(const AttentionCall& call, const AttentionTask& task, int r, const float* out, float sum, int head_dim, int group) {
+    const int index = task.first_row + r, row = call.step->starts[task.seq] + index / group;
+    float* y = call.out + size_t(row) * call.out_ld + size_t(task.kv_head * group + index % group) * head_dim;
+    const F inverse = fset(1.0f / sum);
+    for (int c = 0; c < head_dim; c += kLanes) fstore_first(y + c, fmul(fload(out + c), inverse), head_dim - c);
+}
+
+static void run_attention_task(const AttentionCall& call, const AttentionTask& task, TileState& t) {
+    const Phase& p = *call.phase;
+    const KvArena& arena = *call.arena;
+    const LayerKv& kv = arena.layers[size_t(p.layer)];
+    const int group = p.q_heads / p.kv_heads;
+    for (int r = 0; r < task.num_rows; r++) {
+        const int index = task.first_row + r, row = call.step->starts[task.seq] + index / group;
+        const float* q = call.q + size_t(row) * call.q_ld + size_t(task.kv_head * group + index % group) * p.head_dim;
+        for (int d = 0; d < p.head_dim; d++) t.q[d][r] = q[d];
+        t.to[r] = call.step->positions[row] + 1;
+        t.from[r] = p.window > 0 && t.to[r] > p.window ? t.to[r] - p.window : 0;
+        t.max[r] = kMasked;
+        t.sum[r] = 0.0f;
+        std::memset(t.out[r], 0, sizeof(float) * size_t(kv.dim_pad));
+    }
+    const HeadPages pages{arena.base + kv.offset + size_t(task.kv_head) * size_t(arena.pages_per_block) * kv.page_bytes, arena.block_bytes,
+                          kv.page_bytes, call.step->tables + size_t(task.seq) * size_t(call.step->table_stride), arena.pages_per_block};
+    for (int split = task.split_from; split < task.split_to; split++) {
+        attend_any(arena.codec, task.num_rows, t, pages, split, kv, p.scale, p.softcap);
+        for (int r = 0; r < task.num_rows; r++) {
+            if (task.partial < 0) {
+                merge_split(&t.max[r], &t.sum[r], t.out[r], t.split_max[r], t.split_sum[r], t.split_out[r], kv.dim_pad);
+            } else {
+                float* part = call.partials + size_t(task.partial + split - task.split_from) * partial_floats(kv.dim_pad) + size_t(r) * (16 + size_t(kv.dim_pad));
+                part[0] = t.split_max[r];
+                part[1] = t.split_sum[r];
+                std::memcpy(part + 16, t.split_out[r], sizeof(float) * size_t(kv.dim_pad));
+            }
+        }
+    }
+    if (task.partial < 0)
+        for (int r = 0; r < task.num_rows; r++) finish_row(call, task, r, t.out[r], t.sum[r], p.head_dim, group);
+}
+
+// A tile whose splits were separate tasks: the same merges in the same order.
+static void run_merge(const AttentionCall& call, const AttentionTask& task, TileState& t) {
+    const LayerKv& kv = call.arena->layers[size_t(call.phase->layer)];
+    const int group = call.phase->q_heads / call.phase->kv_heads;
+    for (int r = 0; r < task.num_rows; r++) {
+        t.max[r] = kMasked;
+        t.sum[r] = 0.0f;
+        std::memset(t.out[r], 0, sizeof(float) * size_t(kv.dim_pad));
+        for (int split = task.split_from; split < task.split_to; split++) {
+            const float* part = call.partials + size_t(task.partial + split - task.split_from) * partial_floats(kv.dim_pad) + size_t(r) * (16 + size_t(kv.dim_pad));
+            merge_split(&t.max[r], &t.sum[r], t.out[r], part[0], part[1], part + 16, kv.dim_pad);
+        }
+        finish_row(call, task, r, t.out[r], t.sum[r], call.phase->head_dim, group);
+    }
+}
+
+}  // namespace PAGEMILL_TARGET
+}  // namespace pagemill

@@ -1,0 +1,71 @@
+// Elementary functions on 16 lanes, the same operations in the same order on every target.
+#pragma once
+#include <cmath>
+
+namespace pagemill {
+namespace PAGEMILL_TARGET {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kMasked = -1e30f;  // score of a position that a row must not see
+
+// Sum and maximum of the lanes in a fixed tree.
+PM_INLINE float fsum(F x) {
+    float v[16];
+    fstore(v, x);
+    for (int w = 8; w > 0; w /= 2)
+        for (int i = 0; i < w; i++) v[i] += v[i + w];
+    return v[0];
+}
+PM_INLINE float fpeak(F x) {
+    float v[16];
+    fstore(v, x);
+    for (int w = 8; w > 0; w /= 2)
+        for (int i = 0; i < w; i++) v[i] = v[i] > v[i + w] ? v[i] : v[i + w];
+    return v[0];
+}
+
+// 2^x, relative error below 3e-7. Clamped at 2^-100, so that products with it stay clear of denormals, and at 2^126.
+PM_INLINE F fexp2(F x) {
+    x = fmax2(x, fset(-100.0f));
+    x = fsub(fzero(), fmax2(fsub(fzero(), x), fset(-126.0f)));
+    const F n = fround(x), r = fsub(x, n);
+    F p = fmla(r, fset(1.54035304e-4f), fset(1.33335581e-3f));
+    p = fmla(r, p, fset(9.61812911e-3f));
+    p = fmla(r, p, fset(5.55041087e-2f));
+    p = fmla(r, p, fset(2.40226507e-1f));
+    p = fmla(r, p, fset(6.93147181e-1f));
+    p = fmla(r, p, fset(1.0f));
+    return fscale2(p, n);
+}
+PM_INLINE float exp2_scalar(float x) {
+    float v[16];
+    fstore(v, fexp2(fset(x)));
+    return v[0];
+}
+PM_INLINE F fsigmoid(F x) { return fdiv(fset(1.0f), fadd(fset(1.0f), fexp2(fmul(x, fset(-kLog2e))))); }
+PM_INLINE F ftanh(F x) {  // 1 - 2 / (1 + e^2x)
+    return fsub(fset(1.0f), fdiv(fset(2.0f), fadd(fset(1.0f), fexp2(fmul(x, fset(2.0f * kLog2e))))));
+}
+
+PM_INLINE F factivate(ActivationKind kind, F x) {
+    switch (kind) {
+        case ActivationKind::silu: return fmul(x, fsigmoid(x));
+        case ActivationKind::relu: return fmax2(x, fzero());
+        case ActivationKind::gelu_tanh: {
+            const F cubic = fmul(fmul(x, x), x);
+            const F inner = fmul(fset(0.7978845608028654f), fmla(fset(0.044715f), cubic, x));
+            return fmul(fmul(fset(0.5f), x), fadd(fset(1.0f), ftanh(inner)));
+        }
+        case ActivationKind::gelu: {
+            float v[16];
+            fstore(v, x);
+            for (float& e : v) e = 0.5f * e * (1.0f + std::erf(e * 0.70710678118654752f));
+            return fload(v);
+        }
+        case ActivationKind::none: break;
+    }
+    return x;
+}
+
+}  // namespace PAGEMILL_TARGET
+}  // namespace pagemill

@@ -1,0 +1,91 @@
+// Rows on their way into a product: normalise or activate, then put them into the forms that the weights read.
+#pragma once
+
+namespace pagemill {
+namespace PAGEMILL_TARGET {
+
+enum Form : int { kFormF32 = 1, kFormBf16 = 2, kFormI8 = 4 };
+
+static int form_of(Format format) {
+    switch (format) {
+        case Format::f32:
+        case Format::f16: return kFormF32;
+        case Format::bf16: return kFormBf16;
+        default: return kFormI8;
+    }
+}
+
+// One group of 32 values to signed bytes: scale = max|x| / 127, q = round(x * (127 / max|x|)), to nearest even.
+PM_INLINE void quantize_group(const float* x, int8_t* q, float* scale, int32_t* sum, float* scaled_sum) {
+    const F a = fload(x), b = fload(x + 16);
+    const float peak = fpeak(fmax2(fabs1(a), fabs1(b)));
+    const F inverse = fset(peak > 0.0f ? 127.0f / peak : 0.0f);
+    istore_i8(q, fmul(a, inverse));
+    istore_i8(q + 16, fmul(b, inverse));
+    int total = 0;
+    for (int i = 0; i < kGroup; i++) total += q[i];
+    *scale = peak / 127.0f;
+    *sum = total;
+    *scaled_sum = *scale * float(total);
+}
+
+// Columns [from, to) of a row of act.f32 (zero beyond `width`) into the other forms. from: a multiple of 32.
+static void fill_forms(const Activations& act, int row, int from, int to, int width, int forms) {
+    float* x = act.f32 + size_t(row) * act.ld;
+    if (forms & kFormBf16) {
+        uint16_t* out = act.bf16 + size_t(row) * act.ld;
+        for (int c = from; c < to; c += kLanes) fstore_bf16(out + c, fload_first(x + c, width - c));
+    }
+    if (forms & kFormI8) {
+        const size_t base = size_t(row) * act.groups();
+        for (int c = from; c < to; c += kGroup) {
+            const size_t g = base + size_t(c / kGroup);
+            quantize_group(x + c, act.i8 + size_t(row) * act.ld + c, act.scale + g, act.sum + g, act.scaled_sum + g);
+        }
+    }
+}
+
+static void normalize_row(const Phase& p, const float* src, int width, float* out) {
+    F sum = fzero(), squares = fzero();
+    const float inverse_width = 1.0f / float(width);
+    float mean = 0.0f;
+    if (p.norm == NormKind::layer) {
+        for (int c = 0; c < width; c += kLanes) sum = fadd(sum, fload_first(src + c, width - c));
+        mean = fsum(sum) * inverse_width;
+    }
+    for (int c = 0; c < width; c += kLanes) {
+        const F d = fsub(fload_first(src + c, width - c), fselect(0, width - c, fset(mean), fzero()));
+        squares = fmla(d, d, squares);
+    }
+    const F factor = fset(1.0f / std::sqrt(fsum(squares) * inverse_width + p.norm_eps));
+    for (int c = 0; c < width; c += kLanes) {
+        const int n = width - c;
+        F y = fmul(fsub(fload_first(src + c, n), fset(mean)), factor);
+        y = fmul(y, fload_first(p.norm_weight + c, n));
+        if (p.norm_bias) y = fadd(y, fload_first(p.norm_bias + c, n));
+        fstore_first(out + c, y, n);
+    }
+}
+
+// Row `src` through the phase's norm into row `row` of the activations.
+static void prepare_row(const Phase& p, const float* src, int width, const Activations& act, int row, int forms) {
+    float* x = act.f32 + size_t(row) * act.ld;
+    if (p.norm == NormKind::none) std::memcpy(x, src, size_t(width) * sizeof(float));
+    else normalize_row(p, src, width, x);
+    fill_forms(act, row, 0, width, width, forms);
+}
+
+// Columns [from, to) of a row without a norm: copied (attention output) or activated (MLP).
+static void prepare_columns(const Phase& p, const float* src, int width, int from, int to, const Activations& act, int row, int forms) {
+    float* x = act.f32 + size_t(row) * act.ld;
+    for (int c = from; c < to; c += kLanes) {
+        const int n = to - c;
+        F y = factivate(p.activation, fload_first(src + c, n));
+        if (p.gated) y = fmul(y, fload_first(src + width + c, n));
+        fstore_first(x + c, y, n);
+    }
+    fill_forms(act, row, from, to, width, forms);
+}
+
+}  // namespace PAGEMILL_TARGET
+}  // namespace pagemill

@@ -1,0 +1,185 @@
+// Products y = W x of packed weights. Every output element is one chain of additions along k in a fixed order, whatever
+// the tile, the number of rows or the thread (quantised formats: exact integer sums per group, groups in order).
+#pragma once
+
+namespace pagemill {
+namespace PAGEMILL_TARGET {
+
+struct Output {
+    float* y;         // [rows][ld]
+    int ld;
+    bool accumulate;  // y += scale * (W x + bias) instead of y = scale * (W x + bias)
+    float scale;
+};
+
+PM_INLINE void store_columns(const Output& out, const Matrix& w, int row, int column, F value) {
+    const int n = w.n - column;
+    if (n <= 0) return;
+    if (w.bias) value = fadd(value, fload_first(w.bias + column, n));
+    float* y = out.y + size_t(row) * out.ld + column;
+    if (out.accumulate) value = fmla(fset(out.scale), value, fload_first(y, n));
+    else if (out.scale != 1.0f) value = fmul(value, fset(out.scale));
+    if (n >= kLanes) fstore(y, value);
+    else fstore_first(y, value, n);
+}
+
+PM_INLINE int quad_at(const int8_t* p) { int q; std::memcpy(&q, p, 4); return q; }
+
+template <Format FMT> constexpr int chunk_size() { return FMT == Format::q4_0 ? 576 : FMT == Format::q4_1 ? 640 : 1088; }
+
+// Integer sums of one group for MR rows x 32 columns. first: where the accumulators begin.
+template <Format FMT, int MR>
+PM_INLINE void group_sums(const int8_t* a, int ld, const uint8_t* chunk, I (&s)[MR][2]) {
+    constexpr int steps = FMT == Format::q8_0 ? 8 : 4;
+#pragma GCC unroll 8
+    for (int j = 0; j < steps; j++) {
+        if constexpr (FMT == Format::q8_0) {
+            const U w0 = uload(chunk + 128 * j), w1 = uload(chunk + 128 * j + 64);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; m++) {
+                const int x = quad_at(a + size_t(m) * ld + 4 * j);
+                s[m][0] = idot(s[m][0], w0, x);
+                s[m][1] = idot(s[m][1], w1, x);
+            }
+        } else {
+            const U v0 = uload(chunk + 128 * j), v1 = uload(chunk + 128 * j + 64);
+            const U l0 = ulow(v0), l1 = ulow(v1), h0 = uhigh(v0), h1 = uhigh(v1);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; m++) {
+                const int x = quad_at(a + size_t(m) * ld + 4 * j), y = quad_at(a + size_t(m) * ld + 16 + 4 * j);
+                s[m][0] = idot_small(s[m][0], l0, x);
+                s[m][1] = idot_small(s[m][1], l1, x);
+                s[m][0] = idot_small(s[m][0], h0, y);
+                s[m][1] = idot_small(s[m][1], h1, y);
+            }
+        }
+    }
+}
+
+// W4A8 and W8A8 on groups of 32: y = sum over groups of (isum * a_scale) * w_scale (+ minimum * a_scaled_sum).
+template <Format FMT, int MR>
+static __attribute__((noinline)) void quant_tile(const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
+    const int8_t* a = act.i8 + size_t(row) * act.ld;
+    const int groups = w.k / kGroup, stride = act.groups();
+    const float* a_scale = act.scale + size_t(row) * stride;
+    const float* a_min = act.scaled_sum + size_t(row) * stride;
+    const int32_t* a_sum = act.sum + size_t(row) * stride;
+    const uint8_t* chunk = w.data + size_t(panel) * w.panel_bytes;
+    F f[MR][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) f[m][0] = f[m][1] = fzero();
+    for (int g = 0; g < groups; g++, chunk += chunk_size<FMT>(), a += kGroup) {
+        I s[MR][2];
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) {
+            const int start = FMT == Format::q4_0 ? -8 * a_sum[m * stride + g] : FMT == Format::q8_0 ? -128 * a_sum[m * stride + g] : 0;
+            s[m][0] = s[m][1] = iset(start);
+        }
+        if constexpr (MR <= 2) {
+            for (int line = 0; line < chunk_size<FMT>(); line += 64) __builtin_prefetch(chunk + 4096 + line);
+        }
+        group_sums<FMT, MR>(a, act.ld, chunk, s);
+        constexpr int tail = FMT == Format::q8_0 ? 1024 : 512;
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(chunk + tail);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            const F d = fload_f16(scales + 16 * h);
+            F low = fzero();
+            if constexpr (FMT == Format::q4_1) low = fload_f16(scales + 32 + 16 * h);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; m++) {
+                f[m][h] = fmla(fmul(itof(s[m][h]), fset(a_scale[m * stride + g])), d, f[m][h]);
+                if constexpr (FMT == Format::q4_1) f[m][h] = fmla(low, fset(a_min[m * stride + g]), f[m][h]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+        store_columns(out, w, row + m, panel * kPanel, f[m][0]);
+        store_columns(out, w, row + m, panel * kPanel + 16, f[m][1]);
+    }
+}
+
+// f32 and f16 weights with f32 activations; bf16 weights with bf16 activations; f32 sums.
+template <Format FMT, int MR>
+static __attribute__((noinline)) void float_tile(const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
+    const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
+    F f[MR][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) f[m][0] = f[m][1] = fzero();
+    if constexpr (FMT == Format::bf16) {
+        const uint16_t* a = act.bf16 + size_t(row) * act.ld;
+        for (int k = 0; k < w.k; k += 2, p += 128) {
+            const U w0 = uload(p), w1 = uload(p + 64);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; m++) {
+                int pair;
+                std::memcpy(&pair, a + size_t(m) * act.ld + k, 4);
+                f[m][0] = fdot_bf16(f[m][0], w0, pair);
+                f[m][1] = fdot_bf16(f[m][1], w1, pair);
+            }
+        }
+    } else {
+        const float* a = act.f32 + size_t(row) * act.ld;
+        constexpr int step = FMT == Format::f32 ? 128 : 64;
+        for (int k = 0; k < w.k; k++, p += step) {
+            F w0, w1;
+            if constexpr (FMT == Format::f32) {
+                w0 = fload(reinterpret_cast<const float*>(p));
+                w1 = fload(reinterpret_cast<const float*>(p) + 16);
+            } else {
+                w0 = fload_f16(reinterpret_cast<const uint16_t*>(p));
+                w1 = fload_f16(reinterpret_cast<const uint16_t*>(p) + 16);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; m++) {
+                const F x = fset(a[size_t(m) * act.ld + k]);
+                f[m][0] = fmla(w0, x, f[m][0]);
+                f[m][1] = fmla(w1, x, f[m][1]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+        store_columns(out, w, row + m, panel * kPanel, f[m][0]);
+        store_columns(out, w, row + m, panel * kPanel + 16, f[m][1]);
+    }
+}
+
+template <Format FMT, int MR>
+static void tile(int rows, const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
+    if constexpr (MR > 1) {
+        if (rows < MR) return tile<FMT, MR - 1>(rows, act, row, w, panel, out);
+    }
+    if constexpr (FMT == Format::f32 || FMT == Format::f16 || FMT == Format::bf16) float_tile<FMT, MR>(act, row, w, panel, out);
+    else quant_tile<FMT, MR>(act, row, w, panel, out);
+}
+
+// Rows [r0, r1) x panels [p0, p1): a panel stays in cache while the row tiles pass over it; rows are dealt evenly to tiles.
+template <Format FMT>
+static void product(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
+    constexpr bool is_float = FMT == Format::f32 || FMT == Format::f16 || FMT == Format::bf16;
+    constexpr int most = is_float ? kFloatRows : kRows;
+    const int rows = r1 - r0;
+    if (rows <= 0) return;
+    const int tiles = (rows + most - 1) / most;
+    for (int panel = p0; panel < p1; panel++)
+        for (int t = 0; t < tiles; t++) {
+            const int begin = int(int64_t(rows) * t / tiles), end = int(int64_t(rows) * (t + 1) / tiles);
+            tile<FMT, most>(end - begin, act, r0 + begin, w, panel, out);
+        }
+}
+
+static void run_product(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
+    switch (w.format) {
+        case Format::f32: return product<Format::f32>(act, r0, r1, w, p0, p1, out);
+        case Format::f16: return product<Format::f16>(act, r0, r1, w, p0, p1, out);
+        case Format::bf16: return product<Format::bf16>(act, r0, r1, w, p0, p1, out);
+        case Format::q4_0: return product<Format::q4_0>(act, r0, r1, w, p0, p1, out);
+        case Format::q4_1: return product<Format::q4_1>(act, r0, r1, w, p0, p1, out);
+        case Format::q8_0: return product<Format::q8_0>(act, r0, r1, w, p0, p1, out);
+    }
+}
+
+}  // namespace PAGEMILL_TARGET
+}  // namespace pagemill

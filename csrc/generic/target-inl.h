@@ -1,0 +1,58 @@
+// Stamps every algorithm for one target. Included once by each file of targets/, after its vector type.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../dispatch.h"
+#include "../pack.h"
+#include "../threads.h"
+#include "math-inl.h"
+#include "prepare-inl.h"
+#include "product-inl.h"
+#include "attention-inl.h"
+#include "step-inl.h"
+
+namespace pagemill {
+namespace PAGEMILL_TARGET {
+
+static void quantize_rows(const float* x, int rows, int width, Activations& act) {
+    for (int row = 0; row < rows; row++) {
+        std::memcpy(act.f32 + size_t(row) * act.ld, x + size_t(row) * width, size_t(width) * sizeof(float));
+        fill_forms(act, row, 0, width, width, kFormI8 | kFormBf16);
+    }
+}
+
+static void multiply(const Activations& act, int rows, const Matrix& w, float* y) {
+    run_product(act, 0, rows, w, 0, w.panels(), Output{y, w.n, false, 1.0f});
+}
+
+template <Format FMT>
+static void sums_of_group(const Activations& act, int row, const Matrix& w, int group, int32_t* out) {
+    for (int panel = 0; panel < w.panels(); panel++) {
+        I s[1][2];
+        const int32_t total = act.sum[size_t(row) * size_t(act.groups()) + size_t(group)];
+        s[0][0] = s[0][1] = iset(FMT == Format::q4_0 ? -8 * total : FMT == Format::q8_0 ? -128 * total : 0);
+        group_sums<FMT, 1>(act.i8 + size_t(row) * act.ld + group * kGroup, act.ld,
+                           w.data + size_t(panel) * w.panel_bytes + size_t(group) * chunk_size<FMT>(), s);
+        int32_t lanes[32];
+        std::memcpy(lanes, &s[0][0], 64);
+        std::memcpy(lanes + 16, &s[0][1], 64);
+        for (int c = 0; c < kPanel && panel * kPanel + c < w.n; c++) out[panel * kPanel + c] = lanes[c];
+    }
+}
+
+// Integer sums per group: out [rows][groups][n].
+static void integer_sums(const Activations& act, int rows, const Matrix& w, int32_t* out) {
+    for (int row = 0; row < rows; row++)
+        for (int g = 0; g < w.k / kGroup; g++, out += w.n) {
+            if (w.format == Format::q4_0) sums_of_group<Format::q4_0>(act, row, w, g, out);
+            else if (w.format == Format::q4_1) sums_of_group<Format::q4_1>(act, row, w, g, out);
+            else sums_of_group<Format::q8_0>(act, row, w, g, out);
+        }
+}
+
+extern const Kernels kernels;
+const Kernels kernels{PAGEMILL_TARGET_NAME, run_step, quantize_rows, multiply, integer_sums};
+
+}  // namespace PAGEMILL_TARGET
+}  // namespace pagemill

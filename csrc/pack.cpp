@@ -1,0 +1,128 @@
+#include "pack.h"
+
+#include <cstring>
+
+#include "half.h"
+
+namespace pagemill {
+
+static size_t chunk_bytes(Format format) {
+    switch (format) {
+        case Format::q4_0: return 512 + 64;
+        case Format::q4_1: return 512 + 128;
+        case Format::q8_0: return 1024 + 64;
+        default: return 0;
+    }
+}
+
+size_t panel_bytes(Format format, int k) {
+    switch (format) {
+        case Format::f32: return size_t(k) * kPanel * 4;
+        case Format::f16: return size_t(k) * kPanel * 2;
+        case Format::bf16: return size_t((k + 1) / 2) * 2 * kPanel * 2;
+        default: return size_t(k / kGroup) * chunk_bytes(format);
+    }
+}
+
+size_t source_row_bytes(Format format, int k) {
+    switch (format) {
+        case Format::f32: return size_t(k) * 4;
+        case Format::f16:
+        case Format::bf16: return size_t(k) * 2;
+        case Format::q4_0: return size_t(k / kGroup) * 18;
+        case Format::q4_1: return size_t(k / kGroup) * 20;
+        case Format::q8_0: return size_t(k / kGroup) * 34;
+    }
+    return 0;
+}
+
+static void pack_nibbles(const uint8_t* quants, int column, uint8_t* chunk) {
+    // The checkpoint's byte i holds k = i (low) and k = 16 + i (high), which is the packed order as well.
+    for (int j = 0; j < 4; j++)
+        std::memcpy(chunk + 64 * (2 * j + column / 16) + 4 * (column % 16), quants + 4 * j, 4);
+}
+
+static void pack_group_row(Format format, const uint8_t* row, int k, int column, uint8_t* panel) {
+    const size_t chunk = chunk_bytes(format), block = source_row_bytes(format, kGroup);
+    for (int g = 0; g < k / kGroup; g++, row += block, panel += chunk) {
+        if (format == Format::q8_0) {
+            for (int j = 0; j < kGroup; j++)
+                panel[(j / 4) * 128 + column * 4 + j % 4] = uint8_t(int8_t(row[2 + j]) + 128);
+            std::memcpy(panel + 1024 + 2 * column, row, 2);
+        } else {
+            pack_nibbles(row + (format == Format::q4_1 ? 4 : 2), column, panel);
+            std::memcpy(panel + 512 + 2 * column, row, 2);
+            if (format == Format::q4_1) std::memcpy(panel + 576 + 2 * column, row + 2, 2);
+        }
+    }
+}
+
+void pack_rows(Format format, const uint8_t* rows, int n, int k, int column0, uint8_t* packed) {
+    const size_t stride = panel_bytes(format, k), row_bytes = source_row_bytes(format, k);
+    for (int i = 0; i < n; i++, rows += row_bytes) {
+        const int column = (column0 + i) % kPanel;
+        uint8_t* panel = packed + size_t((column0 + i) / kPanel) * stride;
+        if (format == Format::f32) {
+            for (int j = 0; j < k; j++) std::memcpy(panel + (size_t(j) * kPanel + column) * 4, rows + size_t(j) * 4, 4);
+        } else if (format == Format::f16) {
+            for (int j = 0; j < k; j++) std::memcpy(panel + (size_t(j) * kPanel + column) * 2, rows + size_t(j) * 2, 2);
+        } else if (format == Format::bf16) {
+            for (int j = 0; j < k; j++)
+                std::memcpy(panel + (size_t(j / 2) * 2 * kPanel + column * 2 + j % 2) * 2, rows + size_t(j) * 2, 2);
+        } else {
+            pack_group_row(format, rows, k, column, panel);
+        }
+    }
+}
+
+static float half_at(const uint8_t* p) {
+    uint16_t h;
+    std::memcpy(&h, p, 2);
+    return f16_to_f32(h);
+}
+
+static void unpack_group(Format format, const uint8_t* chunk, int column, float* out) {
+    if (format == Format::q8_0) {
+        const float scale = half_at(chunk + 1024 + 2 * column);
+        for (int j = 0; j < kGroup; j++) out[j] = float(int(chunk[(j / 4) * 128 + column * 4 + j % 4]) - 128) * scale;
+        return;
+    }
+    const float scale = half_at(chunk + 512 + 2 * column);
+    const float minimum = format == Format::q4_1 ? half_at(chunk + 576 + 2 * column) : 0.0f;
+    for (int j = 0; j < 16; j++) {
+        const int byte = chunk[64 * (2 * (j / 4) + column / 16) + 4 * (column % 16) + j % 4];
+        const int low = byte & 15, high = byte >> 4;
+        if (format == Format::q4_0) {
+            out[j] = float(low - 8) * scale;
+            out[16 + j] = float(high - 8) * scale;
+        } else {
+            const float a = float(low) * scale, b = float(high) * scale;
+            out[j] = a + minimum;
+            out[16 + j] = b + minimum;
+        }
+    }
+}
+
+void unpack_row(const Matrix& m, int row, float* out) {
+    const int column = row % kPanel;
+    const uint8_t* panel = m.data + size_t(row / kPanel) * m.panel_bytes;
+    uint16_t h;
+    switch (m.format) {
+        case Format::f32:
+            for (int j = 0; j < m.k; j++) std::memcpy(out + j, panel + (size_t(j) * kPanel + column) * 4, 4);
+            return;
+        case Format::f16:
+            for (int j = 0; j < m.k; j++) out[j] = half_at(panel + (size_t(j) * kPanel + column) * 2);
+            return;
+        case Format::bf16:
+            for (int j = 0; j < m.k; j++) {
+                std::memcpy(&h, panel + (size_t(j / 2) * 2 * kPanel + column * 2 + j % 2) * 2, 2);
+                out[j] = bf16_to_f32(h);
+            }
+            return;
+        default:
+            for (int g = 0; g < m.k / kGroup; g++) unpack_group(m.format, panel + g * chunk_bytes(m.format), column, out + g * kGroup);
+    }
+}
+
+}  // namespace pagemill

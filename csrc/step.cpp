@@ -1,0 +1,153 @@
+#include "step.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace pagemill {
+
+static constexpr size_t kHuge = size_t(2) << 20;
+static size_t rounded(size_t bytes) { return bytes >= kHuge / 2 ? (bytes + kHuge - 1) / kHuge * kHuge : (bytes + 63) / 64 * 64 + 64; }
+
+uint8_t* allocate(size_t bytes) {
+    const size_t size = rounded(bytes);
+    if (size < bytes) throw std::bad_alloc();
+    void* memory = std::aligned_alloc(size >= kHuge ? kHuge : 64, size);
+    if (!memory) throw std::bad_alloc();
+    if (size >= kHuge) madvise(memory, size, MADV_HUGEPAGE);
+    std::memset(memory, 0, size);
+    return static_cast<uint8_t*>(memory);
+}
+
+void release(uint8_t* memory, size_t) { std::free(memory); }
+
+Runner::~Runner() {
+    for (auto& [memory, bytes] : memory_) release(memory, bytes);
+    if (partial_memory_.first) release(partial_memory_.first, partial_memory_.second);
+}
+
+static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+void Runner::reserve(int rows, int logits, int partials) {
+    const int needed = std::max(rows, logits);
+    int wide = 0, attn = 0, k = model_.hidden, dim_pad = 0;
+    for (const Phase& p : model_.phases) {
+        int width = 0;
+        for (int m : p.matrices) {
+            if (p.kind != PhaseKind::embed) k = std::max(k, model_.matrices[size_t(m)].k);
+            width += model_.matrices[size_t(m)].n;
+        }
+        if (p.kind == PhaseKind::attention_in || p.kind == PhaseKind::mlp_in) wide = std::max(wide, width);
+        if (p.kind == PhaseKind::attention) attn = std::max(attn, p.q_heads * p.head_dim);
+    }
+    for (const LayerKv& layer : model_.kv.layers) dim_pad = std::max(dim_pad, layer.dim_pad);
+    if (needed > rows_) {
+        for (auto& [memory, bytes] : memory_) release(memory, bytes);
+        memory_.clear();
+        rows_ = 0;
+        const size_t n = size_t(padded(needed, 16));
+        auto take = [&](size_t bytes) {
+            uint8_t* memory = allocate(bytes);
+            memory_.emplace_back(memory, bytes);
+            return memory;
+        };
+        Scratch& s = scratch_;
+        // A row's stride is an odd multiple of 64 bytes, so that rows do not fall on the same cache sets.
+        auto stride = [](int width) { return padded(width, 32) + 16; };
+        s.hidden_ld = stride(model_.hidden);
+        s.wide_ld = stride(wide);
+        s.attn_ld = stride(attn);
+        s.act.ld = padded(k, 64);
+        s.x = reinterpret_cast<float*>(take(n * size_t(s.hidden_ld) * 4));
+        s.wide = reinterpret_cast<float*>(take(n * size_t(s.wide_ld) * 4));
+        s.attn = reinterpret_cast<float*>(take(n * size_t(s.attn_ld) * 4));
+        s.act.f32 = reinterpret_cast<float*>(take(n * size_t(s.act.ld) * 4));
+        s.act.bf16 = reinterpret_cast<uint16_t*>(take(n * size_t(s.act.ld) * 2));
+        s.act.i8 = reinterpret_cast<int8_t*>(take(n * size_t(s.act.ld)));
+        const size_t groups = n * size_t(s.act.groups()) * 4;
+        s.act.scale = reinterpret_cast<float*>(take(groups));
+        s.act.sum = reinterpret_cast<int32_t*>(take(groups));
+        s.act.scaled_sum = reinterpret_cast<float*>(take(groups));
+        rows_ = int(n);
+    }
+    if (partials > partials_) {
+        if (partial_memory_.first) release(partial_memory_.first, partial_memory_.second);
+        partial_memory_ = {nullptr, 0};
+        partials_ = 0;
+        const size_t bytes = size_t(partials) * kTileRows * (16 + size_t(dim_pad)) * 4;
+        partial_memory_ = {allocate(bytes), bytes};
+        partials_ = partials;
+        scratch_.partials = reinterpret_cast<float*>(partial_memory_.first);
+    }
+}
+
+void build_attention_tasks(const Step& step, const Phase& phase, int threads, AttentionTasks& out) {
+    const int group = phase.q_heads / phase.kv_heads;
+    out.group = group;
+    out.kv_heads = phase.kv_heads;
+    out.head_dim = phase.head_dim;
+    out.window = phase.window;
+    for (int seq = 0; seq < step.num_seqs; seq++) {
+        const int first_row = step.starts[seq], count = step.starts[seq + 1] - first_row, rows = count * group;
+        const int tiles = (rows + kTileRows - 1) / kTileRows, start = step.positions[first_row];
+        // Few long sequences: their splits become tasks of their own, merged afterwards in the same order.
+        const bool apart = threads > 1 && tiles * phase.kv_heads * step.num_seqs < 8 * threads;
+        for (int h = 0; h < phase.kv_heads; h++)
+            for (int t = 0; t < tiles; t++) {
+                const int r0 = int(int64_t(rows) * t / tiles), r1 = int(int64_t(rows) * (t + 1) / tiles);
+                const int lowest = start + r0 / group, highest = start + (r1 - 1) / group;
+                const int from = phase.window > 0 && lowest + 1 > phase.window ? (lowest + 1 - phase.window) / kSplit : 0;
+                const int to = highest / kSplit + 1;
+                AttentionTask task{seq, h, r0, r1 - r0, from, to, -1};
+                if (!apart || to - from < 2) {
+                    out.tasks.push_back(task);
+                    continue;
+                }
+                task.partial = out.num_partials;
+                out.merges.push_back(task);
+                for (int split = from; split < to; split++)
+                    out.tasks.push_back({seq, h, r0, r1 - r0, split, split + 1, task.partial + split - from});
+                out.num_partials += to - from;
+            }
+    }
+    auto cost = [](const AttentionTask& t) { return (t.split_to - t.split_from) * t.num_rows; };
+    std::stable_sort(out.tasks.begin(), out.tasks.end(), [&](const AttentionTask& a, const AttentionTask& b) { return cost(a) > cost(b); });
+}
+
+void Runner::run(const Step& step) {
+    StepContext ctx;
+    ctx.phase_tasks.assign(model_.phases.size(), -1);
+    int partials = 0;
+    for (size_t i = 0; i < model_.phases.size(); i++) {
+        const Phase& p = model_.phases[i];
+        if (p.kind != PhaseKind::attention) continue;
+        int found = -1;
+        for (size_t j = 0; j < ctx.task_lists.size(); j++) {
+            const AttentionTasks& list = ctx.task_lists[j];
+            if (list.kv_heads == p.kv_heads && list.group == p.q_heads / p.kv_heads && list.head_dim == p.head_dim && list.window == p.window) found = int(j);
+        }
+        if (found < 0) {
+            found = int(ctx.task_lists.size());
+            ctx.task_lists.emplace_back();
+            build_attention_tasks(step, p, pool_.size(), ctx.task_lists.back());
+            partials = std::max(partials, ctx.task_lists.back().num_partials);
+        }
+        ctx.phase_tasks[i] = found;
+    }
+    reserve(step.rows, step.num_logits, partials);
+    std::unique_ptr<std::atomic<int>[]> claims(new std::atomic<int>[model_.phases.size()]());
+    ctx.model = &model_;
+    ctx.step = &step;
+    ctx.scratch = &scratch_;
+    ctx.claims = claims.get();
+    ctx.barrier = &pool_.barrier();
+    ctx.threads = pool_.size();
+    ctx.by_rows = step.rows >= 32 * pool_.size();
+    pool_.run([&](int worker) { kernels_.run_step(ctx, worker); });
+}
+
+}  // namespace pagemill

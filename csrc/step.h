@@ -1,0 +1,34 @@
+// From a checked batch to the workers: scratch memory, attention tasks, one pool job. Target-independent.
+#pragma once
+#include "dispatch.h"
+#include "threads.h"
+#include "views.h"
+
+namespace pagemill {
+
+uint8_t* allocate(size_t bytes);  // zeroed, 64-byte aligned (2 MiB and huge pages from 1 MiB on); throws std::bad_alloc
+void release(uint8_t* memory, size_t bytes);
+
+class Runner {
+public:
+    Runner(Model& model, const Kernels& kernels, int threads) : model_(model), kernels_(kernels), pool_(threads) {}
+    ~Runner();
+    Runner(const Runner&) = delete;
+    Runner& operator=(const Runner&) = delete;
+    void run(const Step& step);
+    int threads() const { return pool_.size(); }
+
+private:
+    void reserve(int rows, int logits, int partials);
+    Model& model_;
+    const Kernels& kernels_;
+    Pool pool_;
+    Scratch scratch_;
+    int rows_ = 0, partials_ = 0;
+    std::vector<std::pair<uint8_t*, size_t>> memory_;
+    std::pair<uint8_t*, size_t> partial_memory_{nullptr, 0};
+};
+
+void build_attention_tasks(const Step& step, const Phase& phase, int threads, AttentionTasks& out);
+
+}  // namespace pagemill

@@ -1,0 +1,73 @@
+// The vector type of the AVX-512 targets (F, BW, DQ, VL, VNNI; BF16 where PAGEMILL_BF16 is defined): 16 lanes in one register.
+#pragma once
+#include <immintrin.h>
+
+#include "../half.h"
+
+namespace pagemill {
+namespace PAGEMILL_TARGET {
+
+#define PM_INLINE static inline __attribute__((always_inline))
+
+constexpr int kRows = 6;        // rows of a product tile: 12 integer and 12 float accumulators
+constexpr int kFloatRows = 10;  // rows of a float product tile
+constexpr int kValueVectors = 4;  // vectors of a value row that attention accumulates at once
+
+using F = __m512;
+// gcc 12 keeps accumulators in registers when they are 16 x 32 bit, and spills them as __m512i.
+typedef int I __attribute__((vector_size(64)));
+using U = __m512i;  // 64 bytes
+
+PM_INLINE F fset(float x) { return _mm512_set1_ps(x); }
+PM_INLINE F fzero() { return _mm512_setzero_ps(); }
+PM_INLINE F fload(const float* p) { return _mm512_loadu_ps(p); }
+PM_INLINE void fstore(float* p, F x) { _mm512_storeu_ps(p, x); }
+PM_INLINE __mmask16 first(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
+PM_INLINE F fload_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+PM_INLINE void fstore_first(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+PM_INLINE F fadd(F a, F b) { return _mm512_add_ps(a, b); }
+PM_INLINE F fsub(F a, F b) { return _mm512_sub_ps(a, b); }
+PM_INLINE F fmul(F a, F b) { return _mm512_mul_ps(a, b); }
+PM_INLINE F fdiv(F a, F b) { return _mm512_div_ps(a, b); }
+PM_INLINE F fmla(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+PM_INLINE F fmax2(F a, F b) { return _mm512_max_ps(a, b); }
+PM_INLINE F fabs1(F a) { return _mm512_abs_ps(a); }
+PM_INLINE F fround(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+PM_INLINE F fscale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+// Lanes from..to-1 of a, the others of b.
+PM_INLINE F fselect(int from, int to, F a, F b) { return _mm512_mask_blend_ps(__mmask16(first(to) & ~first(from)), b, a); }
+PM_INLINE F fload_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+PM_INLINE F fload_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+PM_INLINE F bf16_even(U w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
+PM_INLINE F bf16_odd(U w) { return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000u)))); }
+
+PM_INLINE U uload(const void* p) { return _mm512_loadu_si512(p); }
+PM_INLINE U ulow(U w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+PM_INLINE U uhigh(U w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+
+PM_INLINE I iset(int x) { return (I)_mm512_set1_epi32(x); }
+// acc[c] += sum of u[4c+i] * s[i], i = 0..3; u unsigned, s the four signed bytes of `quad`.
+PM_INLINE I idot(I acc, U u, int quad) { return (I)_mm512_dpbusd_epi32((__m512i)acc, u, _mm512_set1_epi32(quad)); }
+PM_INLINE I idot_small(I acc, U u, int quad) { return idot(acc, u, quad); }  // u < 128
+PM_INLINE F itof(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
+// Rounds to nearest even and stores 16 signed bytes.
+PM_INLINE void istore_i8(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x))); }
+PM_INLINE void fstore_bf16(uint16_t* p, F x) {
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+}
+#ifdef PAGEMILL_BF16
+PM_INLINE F fdot_bf16(F acc, U w, int pair) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair)); }
+#else
+PM_INLINE F fdot_bf16(F acc, U w, int pair) {
+    acc = fmla(bf16_even(w), fset(float_of(uint32_t(pair) << 16)), acc);
+    return fmla(bf16_odd(w), fset(float_of(uint32_t(pair) & 0xffff0000u)), acc);
+}
+#endif
+
+}  // namespace PAGEMILL_TARGET
+}  // namespace pagemill

@@ -1,0 +1,290 @@
+"""Every option of the engine, declared once: name, default, unit, help. The command line, the environment
+(`PAGEMILL_<NAME>`), the TOML file and the docs are generated from `EngineConfig`'s fields.
+
+Precedence: command line (or Python argument) > environment > file > default. Reads the file it is given and the
+environment it is handed; knows nothing of the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pagemill.base.errors import ConfigError
+from pagemill.base.units import parse_bytes, parse_count
+
+ENV_PREFIX = "PAGEMILL_"
+CONFIG_VARIABLE = "PAGEMILL_CONFIG"
+
+# Variables that are not options of the engine: what reads them, in one line each.
+OTHER_VARIABLES: dict[str, str] = {
+    CONFIG_VARIABLE: "TOML file with engine options.",
+    "PAGEMILL_DEBUG": "1: print the whole traceback of an error.",
+    "PAGEMILL_FORCE_TARGET": "Instruction-set target of the kernels: scalar, avx2 or avx512.",
+    "PAGEMILL_HOME": "Directory of downloaded models (default ~/.cache/pagemill).",
+    "PAGEMILL_THREADS": "Kernel threads where num_threads is not set.",
+}
+
+
+def option(default: Any, help: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that carries what the command line and the docs print of it."""
+    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of one engine. Raises ConfigError on values of a wrong type, out of range or contradictory."""
+
+    model: str = option("smollm2-135m", "Model: a name, or the path of a GGUF file or a checkpoint directory.")
+    dtype: str = option(
+        "auto",
+        "Weights and arithmetic: auto follows the checkpoint's format; float32 and bfloat16 convert it.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    kv_cache: str = option(
+        "paged",
+        "How keys and values are kept: paged, contiguous (reserved to the longest length), none (recompute all).",
+        choices=("paged", "contiguous", "none"),
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Format of stored keys and values; auto is bf16, and f32 with dtype float32.",
+        choices=("auto", "f32", "f16", "bf16"),
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        "Memory for the KV cache, as 512MiB or 2GiB. Unset: what max_num_seqs sequences of max_model_len need, "
+        "at the most a quarter of the free memory.",
+        unit="bytes",
+    )
+    block_size: int = option(16, "Token positions in a block of the KV cache, a multiple of 16.", unit="tokens")
+    max_model_len: int | None = option(
+        None, "Longest sequence, prompt and answer together. Unset: the model's context length.", unit="tokens"
+    )
+    max_num_seqs: int = option(64, "Sequences that run at the same time.", unit="sequences")
+    max_num_batched_tokens: int = option(
+        512, "Tokens computed in one step; longer prompts are read in chunks.", unit="tokens"
+    )
+    num_threads: int | None = option(
+        None, "Kernel threads. Unset: PAGEMILL_THREADS, else the cores of this process.", unit="threads"
+    )
+    seed: int = option(0, "Seed of the random numbers of requests that bring none.")
+    executor: str = option(
+        "native",
+        "What computes: native (the product) or reference (numpy, slow, the specification).",
+        choices=("native", "reference"),
+    )
+
+    def __post_init__(self) -> None:
+        for each in OPTIONS.values():
+            each.check(getattr(self, each.name))
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        if not self.model.strip():
+            raise ConfigError("model is empty; give a name such as smollm2-135m, or a path")
+        if self.block_size % 16 or not 16 <= self.block_size <= 1024:
+            raise ConfigError(f"block_size is {self.block_size}; give a multiple of 16 from 16 to 1,024")
+        _check_range("max_model_len", self.max_model_len, 1, 2**24)
+        _check_range("max_num_seqs", self.max_num_seqs, 1, 65_536)
+        _check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        _check_range("num_threads", self.num_threads, 1, 256)
+        _check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 2**62)
+        _check_range("seed", self.seed, 0, 2**64 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One field of EngineConfig as the command line, the file and the docs see it. kind: "str" or "int"."""
+
+    name: str
+    kind: str
+    optional: bool
+    default: object
+    help: str
+    unit: str
+    choices: tuple[str, ...]
+
+    @property
+    def flag(self) -> str:
+        """`--max-model-len`, as on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """`PAGEMILL_MAX_MODEL_LEN`, as in the environment."""
+        return ENV_PREFIX + self.name.upper()
+
+    def parse(self, value: object) -> object:
+        """A value from text, TOML or Python as the field's own type. Raises ConfigError that names the option."""
+        if self.optional and (value is None or (isinstance(value, str) and value.strip().lower() in ("", "none"))):
+            return None
+        if self.kind == "str":
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            self.check(value)
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ConfigError(f"{self.name} is {value!r}; give {self._accepted()}")
+        if self.name == "seed":  # up to 2^64 - 1, beyond what counts reach
+            if isinstance(value, str) and not value.strip().isdecimal():
+                raise ConfigError(f"{self.name} is {value!r}; give a whole number from 0 to 2^64 - 1")
+            return int(str(value)[:40])
+        try:
+            return parse_bytes(value) if self.unit == "bytes" else parse_count(value)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
+
+    def check(self, value: object) -> None:
+        """Raise ConfigError unless `value` has the field's type and is one of its choices."""
+        if self.optional and value is None:
+            return
+        expected = str if self.kind == "str" else int
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise ConfigError(f"{self.name} is {value!r}; give {self._accepted()}")
+        if self.choices and value not in self.choices:
+            near = _suggestion(str(value), self.choices)
+            raise ConfigError(f"{self.name} is {value!r};{near} choose one of {', '.join(self.choices)}")
+
+    def _accepted(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return "text" if self.kind == "str" else f"a number{f' of {self.unit}' if self.unit else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """A configuration and where each value came from: "command line", "argument", a variable, a file, "default"."""
+
+    config: EngineConfig
+    origins: dict[str, str]
+
+
+def _options() -> dict[str, Option]:
+    table = {}
+    for each in fields(EngineConfig):
+        kind, _, rest = str(each.type).partition(" | ")
+        meta = each.metadata
+        table[each.name] = Option(
+            each.name, kind, rest == "None", each.default, meta["help"], meta["unit"], meta["choices"]
+        )
+    return table
+
+
+OPTIONS: dict[str, Option] = _options()
+
+
+def resolve_config(
+    arguments: Mapping[str, object],
+    *,
+    environ: Mapping[str, str] | None = None,
+    file: str | Path | None = None,
+    origin: str = "argument",
+) -> ResolvedConfig:
+    """Put a configuration together: `arguments` > environment > file > default.
+
+    arguments: option name -> value (text is parsed: "512MiB", "2k"). environ: the process's unless given. file: a TOML
+    file; else the one that PAGEMILL_CONFIG names. origin: what `arguments` are called in `origins`.
+    Raises ConfigError for unknown names (with the nearest one), wrong values, and a file that cannot be read.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, object] = {}
+    origins = dict.fromkeys(OPTIONS, "default")
+
+    def take(name: str, value: object, source: str, known_as: str) -> None:
+        try:
+            values[name] = OPTIONS[name].parse(value)
+        except ConfigError as error:
+            raise ConfigError(str(error) if source == origin else f"{known_as}: {error}") from None
+        origins[name] = source
+
+    path = file if file is not None else environ.get(CONFIG_VARIABLE) or None
+    if path is not None:
+        for name, value in _read_file(Path(path)).items():
+            take(name, value, f"file {path}", str(path))
+    for name, text in _read_environment(environ).items():
+        take(name, text, OPTIONS[name].variable, f"environment variable {OPTIONS[name].variable}")
+    for name, value in arguments.items():
+        if name not in OPTIONS:
+            raise ConfigError(f"unknown option {name!r};{_suggestion(name, OPTIONS)} options: {', '.join(OPTIONS)}")
+        take(name, value, origin, name)
+    _check_contradictions(values)
+    return ResolvedConfig(EngineConfig(**values), origins)  # type: ignore[arg-type]
+
+
+def json_schema() -> dict[str, object]:
+    """JSON Schema (draft 2020-12) of the options as a TOML or JSON file may give them."""
+    properties: dict[str, object] = {}
+    for each in OPTIONS.values():
+        entry: dict[str, object] = {"description": each.help, "default": each.default}
+        types = ["string"] if each.kind == "str" else ["integer", "string"]
+        entry["type"] = types + (["null"] if each.optional else []) if each.optional or len(types) > 1 else types[0]
+        if each.choices:
+            entry["enum"] = list(each.choices)
+        if each.unit:
+            entry["x-unit"] = each.unit
+        entry["x-environment"] = each.variable
+        entry["x-flag"] = each.flag
+        properties[each.name] = entry
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Pagemill engine options",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as stream:
+            table = tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration file {path}: {error.strerror}; give an existing file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from None
+    known: dict[str, object] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in OPTIONS:
+            raise ConfigError(f"{path}: unknown option {key!r};{_suggestion(name, OPTIONS)} see `pagemill config show`")
+        known[name] = value
+    return known
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    by_variable = {each.variable: each.name for each in OPTIONS.values()}
+    known = {}
+    for variable in environ:
+        if not variable.startswith(ENV_PREFIX) or variable in OTHER_VARIABLES:
+            continue
+        if variable not in by_variable:
+            near = _suggestion(variable, [*by_variable, *OTHER_VARIABLES])
+            raise ConfigError(f"unknown environment variable {variable};{near} unset it or see `pagemill config show`")
+        known[by_variable[variable]] = environ[variable]
+    return known
+
+
+def _check_contradictions(values: Mapping[str, object]) -> None:
+    # Only where both were given: a small budget beside the default number of sequences is no contradiction.
+    budget, num_seqs = values.get("max_num_batched_tokens"), values.get("max_num_seqs")
+    if isinstance(budget, int) and isinstance(num_seqs, int) and budget < num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({budget}) is below max_num_seqs ({num_seqs}): not every sequence could get a "
+            "token in a step; raise the first or lower the second"
+        )
+
+
+def _check_range(name: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        limit = "2^64 - 1" if high == 2**64 - 1 else f"{high:,}"
+        raise ConfigError(f"{name} is {value}; give a whole number from {low} to {limit}")
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f" did you mean {near[0]}?" if near else ""

@@ -1,0 +1,93 @@
+"""The geometry of the KV cache: what one token position holds, layer by layer, and how many bytes that is.
+
+A model's plan declares the layers; the engine adds block size and codec. Nothing here knows an array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pagemill.base.errors import ConfigError
+
+KVKind = Literal["full", "window"]
+
+# Resident codecs: bytes of one value. Quantised codecs come with a later issue and bring their scales.
+KV_VALUE_BYTES: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
+
+PAGE_POSITIONS = 16  # the kernels read keys and values in pages of 16 positions
+LANES = 16  # head dimensions are padded to whole vectors
+
+
+def padded(count: int, multiple: int) -> int:
+    """`count` rounded up to a multiple."""
+    return -(-count // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """What one layer keeps of a token position: a key and a value of `head_dim` numbers for each KV head.
+
+    kind "window" with `window` = w: a query at position p reads positions p-w+1 .. p only.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    kind: KVKind = "full"
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.num_kv_heads > 0
+        assert 0 < self.head_dim <= 256
+        assert (self.kind == "window") == (self.window is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """Layers + block size (positions, a multiple of 16) + resident codec.
+
+    Layout of a block, in order: layer, KV head, page of 16 positions, then keys `[head_dim][16]` and values
+    `[16][head_dim]`, head_dim padded to 16. Page of (layer l, head h, page j of the block) starts at
+    `layer_offset(l) + (h * pages_per_block + j) * page_bytes(l)`.
+    """
+
+    layers: tuple[LayerKV, ...]
+    block_size: int = 16
+    codec: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.codec not in KV_VALUE_BYTES:
+            raise ConfigError(f"unknown KV cache dtype {self.codec!r}; choose one of {', '.join(KV_VALUE_BYTES)}")
+        if self.block_size <= 0 or self.block_size % PAGE_POSITIONS or self.block_size > 1024:
+            raise ConfigError(f"block size is {self.block_size}; give a multiple of {PAGE_POSITIONS} up to 1024")
+
+    @property
+    def pages_per_block(self) -> int:
+        """Pages of 16 positions in a block."""
+        return self.block_size // PAGE_POSITIONS
+
+    def page_bytes(self, layer: int) -> int:
+        """Bytes of one page (16 positions, one KV head) of a layer: keys and values."""
+        return 2 * PAGE_POSITIONS * padded(self.layers[layer].head_dim, LANES) * KV_VALUE_BYTES[self.codec]
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes that one block holds of a layer."""
+        return self.layers[layer].num_kv_heads * self.pages_per_block * self.page_bytes(layer)
+
+    def layer_offset(self, layer: int) -> int:
+        """Where a layer begins within a block, in bytes."""
+        return sum(self.layer_bytes(i) for i in range(layer))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all layers."""
+        return sum(self.layer_bytes(i) for i in range(len(self.layers)))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token position, all layers, padding included."""
+        return self.block_bytes // self.block_size
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` positions."""
+        return -(-num_tokens // self.block_size)

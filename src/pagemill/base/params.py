@@ -1,0 +1,116 @@
+"""What a caller may ask of one request: sampling, lengths, stops. Validation lives here, once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from pagemill.base.errors import RequestError
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_CHOICES = 128
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RequestError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. Names and meanings are vLLM's.
+
+    temperature: 0 is greedy; otherwise logits are divided by it (≤ 100).
+    top_k: keep the k most likely tokens (0 or -1: all).  top_p: keep the smallest set of tokens whose probability
+    reaches p (0 < p ≤ 1).  min_p: drop tokens less likely than min_p × the most likely one (0 ≤ min_p ≤ 1).
+    seed: random numbers are keyed by (seed, choice index, position); None takes one from the engine's seed.
+    n: number of choices.  max_tokens: tokens generated at the most (None: up to the context's end).
+    min_tokens: no stop of any kind before so many tokens.  stop: strings that end the text and are cut from it.
+    stop_token_ids: ids that end it, beside the model's own end-of-text ids unless ignore_eos.
+    logprobs: k ≤ 20 most likely tokens reported per position beside the sampled one (None: nothing reported).
+    include_stop_str_in_output: keep the stop string at the end of the text.
+    skip_special_tokens: leave special tokens out of the text.
+
+    Raises RequestError (status 400) for values out of range or contradictions.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = field(default=())
+    stop_token_ids: tuple[int, ...] = field(default=())
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop: object = self.stop
+        if isinstance(stop, str):
+            object.__setattr__(self, "stop", (stop,))
+        elif stop is None:
+            object.__setattr__(self, "stop", ())
+        else:
+            object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._check_sampling()
+        self._check_lengths()
+        self._check_stops()
+
+    @property
+    def greedy(self) -> bool:
+        """True where the most likely token is always taken."""
+        return self.temperature == 0.0
+
+    def _check_sampling(self) -> None:
+        t = self.temperature
+        _check(
+            math.isfinite(t) and 0.0 <= t <= 100.0,
+            f"temperature is {t}; give a number from 0 (greedy) to 100",
+        )
+        _check(self.top_k >= -1, f"top_k is {self.top_k}; give 0 (all tokens) or a positive number")
+        _check(
+            math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0,
+            f"top_p is {self.top_p}; give a number above 0 and up to 1 (1 keeps all tokens)",
+        )
+        _check(
+            math.isfinite(self.min_p) and 0.0 <= self.min_p <= 1.0,
+            f"min_p is {self.min_p}; give a number from 0 (off) to 1",
+        )
+        if self.seed is not None:
+            _check(0 <= self.seed < 2**64, f"seed is {self.seed}; give a whole number from 0 to 2^64 - 1")
+
+    def _check_lengths(self) -> None:
+        _check(1 <= self.n <= MAX_CHOICES, f"n is {self.n}; give a number of choices from 1 to {MAX_CHOICES}")
+        _check(
+            self.n == 1 or not self.greedy,
+            f"n is {self.n} with temperature 0: greedy choices would all be equal; give n=1 or a temperature above 0",
+        )
+        if self.max_tokens is not None:
+            _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; give at least 1, or None for no limit")
+        _check(self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; give 0 or more")
+        _check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower one or raise the other",
+        )
+        if self.logprobs is not None:
+            _check(
+                0 <= self.logprobs <= MAX_LOGPROBS,
+                f"logprobs is {self.logprobs}; give a number from 0 to {MAX_LOGPROBS}, or None",
+            )
+
+    def _check_stops(self) -> None:
+        _check(len(self.stop) <= MAX_STOPS, f"{len(self.stop)} stop strings; give at most {MAX_STOPS}")
+        for text in self.stop:
+            _check(
+                isinstance(text, str) and 0 < len(text) <= 1024,
+                "a stop string is empty or longer than 1,024 characters; give 1 to 1,024 characters",
+            )
+        for token in self.stop_token_ids:
+            _check(token >= 0, f"stop_token_ids holds {token}; token ids are 0 or more")

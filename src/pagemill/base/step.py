@@ -1,0 +1,94 @@
+"""What the engine asks of an executor in one step, and what it gets back. Frozen values, no arrays.
+
+    history of one sequence   |<------ computed ------>|<-- token_ids -->|
+                              0                      start        start + len(token_ids)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pagemill.base.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """One sequence's part of a step: compute `token_ids` at positions start, start+1, …
+
+    block_table: block ids that hold positions 0 .. start+len(token_ids)-1 in order (an `array('i')` that the cache
+    owns; the executor only reads it, during the step). sample: take the logits of the last token and choose the next
+    one. choice, seed: keys of the random numbers. num_generated: tokens generated before this step (for min_tokens).
+    forbid: token ids that must not be chosen in this step.
+    """
+
+    seq_id: int
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    sample: bool
+    params: SamplingParams
+    seed: int
+    choice: int = 0
+    num_generated: int = 0
+    forbid: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """Positions that the sequence has computed after this step."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All that one native call computes: rows of prefill and decode side by side."""
+
+    sequences: tuple[SequenceStep, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.token_ids) for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability before temperature and cuts, and its rank (1 = most likely)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The token chosen for one sequence. `top`: the `params.logprobs` most likely tokens, best first."""
+
+    seq_id: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFailure:
+    """No token could be chosen for this sequence (say, its logits hold NaN), and why; other rows are not affected."""
+
+    seq_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One sample or one failure for each sequence of the plan that asked for a sample, in the plan's order."""
+
+    samples: tuple[Sample, ...]
+    failures: tuple[SampleFailure, ...] = ()
+
+
+class Executor(Protocol):
+    """Runs step plans. Native, reference and fake ones are exchangeable."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute every token of the plan, write its K and V through the block tables, sample where asked."""
+        ...

@@ -1,0 +1,170 @@
+"""The commands as the command line declares them: names, options, help. What they do is in the module of each.
+
+Imports nothing but typer and `base`, so that `--help` is quick; `ctx.obj(name)` loads a command's module and returns
+its `run` (the table is in `main.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from pagemill.cli.options import engine_options
+
+_SETTINGS: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
+
+app = typer.Typer(
+    name="pagemill",
+    help="An LLM inference engine built around its KV cache.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    **_SETTINGS,
+)
+models_app = typer.Typer(help="Fetch, list, remove and describe models.", **_SETTINGS)
+config_app = typer.Typer(help="The engine's options: values in force, where they come from, schema.", **_SETTINGS)
+app.add_typer(models_app, name="models", rich_help_panel="Models")
+app.add_typer(config_app, name="config", rich_help_panel="This machine")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at the most.")]
+TopK = Annotated[int, typer.Option(help="Choose among the k most likely tokens (0: all).")]
+TopP = Annotated[float, typer.Option(help="Choose among the most likely tokens that make up this probability.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the most likely one.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's own end of text.")]
+
+
+@app.callback()
+def pagemill(
+    debug: Annotated[bool, typer.Option("--debug", help="Print the whole traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """An LLM inference engine built around its KV cache."""
+    # Both are taken from the arguments by `main.py`, wherever they stand; declared here for the help.
+    assert not debug
+    assert not version
+
+
+def _act(ctx: typer.Context, action: str, /, **arguments: Any) -> None:
+    """Load a command's module through the table and run it."""
+    code = ctx.obj(action)(**arguments)
+    if code:
+        raise typer.Exit(int(code))
+
+
+@app.command(rich_help_panel="Generate")
+@engine_options
+def demo(ctx: typer.Context, engine: dict[str, Any] | None = None) -> None:
+    """A tour of under a minute: a streamed answer, the cache off and on, several prompts at once."""
+    _act(ctx, "demo", engine=engine)
+
+
+@app.command(rich_help_panel="Generate")
+@engine_options
+def generate(
+    ctx: typer.Context,
+    prompt: Annotated[str, typer.Argument(help='The text to go on from; "-" reads it from stdin.')],
+    max_tokens: MaxTokens = 64,
+    min_tokens: Annotated[int, typer.Option(help="No stop before so many tokens.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    n: Annotated[int, typer.Option("-n", "--n", help="Number of answers (needs a temperature above 0).")] = 1,
+    logprobs: Annotated[int | None, typer.Option(help="Report the k most likely tokens at each position.")] = None,
+    json: Json = False,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """Go on from a prompt and print the text as it comes."""
+    sampling = {
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "stop": tuple(stop or ()),
+        "ignore_eos": ignore_eos,
+        "n": n,
+        "logprobs": logprobs,
+    }
+    _act(ctx, "generate", prompt=prompt, sampling=sampling, as_json=json, engine=engine)
+
+
+@app.command(rich_help_panel="Generate")
+@engine_options
+def chat(
+    ctx: typer.Context,
+    system: Annotated[str | None, typer.Option(help="System message that opens the conversation.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.2,
+    top_k: TopK = 0,
+    top_p: TopP = 0.9,
+    min_p: MinP = 0.0,
+    stop: Stop = None,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """A conversation in the terminal with the model's chat template. /help tells what can be typed."""
+    sampling = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "stop": tuple(stop or ()),
+    }
+    _act(ctx, "chat", system=system, sampling=sampling, engine=engine)
+
+
+@app.command(rich_help_panel="This machine")
+def doctor(ctx: typer.Context, json: Json = False) -> None:
+    """What this machine can do, what is wrong with it and how to mend it."""
+    _act(ctx, "doctor", as_json=json)
+
+
+ModelName = Annotated[str, typer.Argument(help="A model's name, or a path.")]
+
+
+@models_app.command("pull")
+def models_pull(ctx: typer.Context, name: ModelName, json: Json = False) -> None:
+    """Fetch a model into the local cache; its SHA-256 is checked."""
+    _act(ctx, "models.pull", name=name, as_json=json)
+
+
+@models_app.command("ls")
+def models_ls(ctx: typer.Context, json: Json = False) -> None:
+    """List the models in the local cache."""
+    _act(ctx, "models.ls", as_json=json)
+
+
+@models_app.command("rm")
+def models_rm(ctx: typer.Context, name: ModelName, json: Json = False) -> None:
+    """Remove a model from the local cache."""
+    _act(ctx, "models.rm", name=name, as_json=json)
+
+
+@models_app.command("show")
+def models_show(
+    ctx: typer.Context,
+    name: ModelName,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the ops of the model.")] = False,
+    lowered: Annotated[bool, typer.Option("--lowered", help="Print the phase records that native code runs.")] = False,
+    json: Json = False,
+) -> None:
+    """Describe a model: sizes, tensor formats, bytes, bytes of KV cache per token."""
+    _act(ctx, "models.show", name=name, plan=plan, lowered=lowered, as_json=json)
+
+
+@config_app.command("show")
+@engine_options
+def config_show(ctx: typer.Context, json: Json = False, engine: dict[str, Any] | None = None) -> None:
+    """Print every option, its value and where the value came from."""
+    _act(ctx, "config.show", as_json=json, engine=engine)
+
+
+@config_app.command("schema")
+def config_schema(ctx: typer.Context) -> None:
+    """Print the JSON schema of the options."""
+    _act(ctx, "config.schema")

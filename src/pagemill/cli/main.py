@@ -1,0 +1,105 @@
+"""Entry point of `pagemill`: the lazy command table, exit codes, and errors as one line.
+
+Exit codes: 0 done, 2 the user's error, 1 ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from pagemill import __version__
+from pagemill.base.errors import PagemillError
+from pagemill.cli.commands import app
+from pagemill.cli.terminal import print_error
+
+# What each command runs: module and function, imported when the command is used and not before.
+ACTIONS: dict[str, tuple[str, str]] = {
+    "demo": ("pagemill.cli.demo", "run"),
+    "generate": ("pagemill.cli.generate", "run"),
+    "chat": ("pagemill.cli.chat", "run"),
+    "doctor": ("pagemill.cli.doctor", "run"),
+    "models.pull": ("pagemill.cli.models", "pull_model"),
+    "models.ls": ("pagemill.cli.models", "list_local"),
+    "models.rm": ("pagemill.cli.models", "remove_model"),
+    "models.show": ("pagemill.cli.models", "show_model"),
+    "config.show": ("pagemill.cli.config", "show"),
+    "config.schema": ("pagemill.cli.config", "schema"),
+}
+
+INTERRUPTED = 130
+# The command-line parser's own error (typer carries its copy of click, so the class is reached through typer).
+_ParserError: type[Exception] = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
+
+
+def load_action(name: str) -> Callable[..., int | None]:
+    """The function that a command runs, its module imported now."""
+    module, function = ACTIONS[name]
+    action: Callable[..., int | None] = getattr(import_module(module), function)
+    return action
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line. Returns the exit code; prints errors as one line on stderr, a traceback with --debug."""
+    arguments, debug = _take_flag(arguments, "--debug")
+    debug = debug or os.environ.get("PAGEMILL_DEBUG", "") not in ("", "0")
+    if "--version" in arguments[:1]:
+        print(f"pagemill {__version__}")
+        return 0
+    try:
+        code = get_command(app).main(arguments, prog_name="pagemill", standalone_mode=False, obj=load_action)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has seen enough; nothing more may be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error)
+    return code if isinstance(code, int) else 0
+
+
+def run() -> None:
+    """The `pagemill` program."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], bool]:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    if flag not in arguments[:end]:
+        return arguments, False
+    return [each for each in arguments[:end] if each != flag] + arguments[end:], True
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, PagemillError):
+        print_error(str(error))
+        return error.exit_code
+    if isinstance(error, _ParserError):
+        return _report_usage(error)
+    if isinstance(error, typer.Abort):
+        return INTERRUPTED
+    if isinstance(error, MemoryError):
+        print_error("out of memory; lower kv_cache_memory_bytes or max_model_len, or take a smaller model")
+        return 2
+    print_error(f"internal error: {type(error).__name__}: {error} (run with --debug for the traceback, and report it)")
+    return 1
+
+
+def _report_usage(error: Any) -> int:
+    ctx = getattr(error, "ctx", None)
+    message = str(error.format_message()).strip().rstrip(".")
+    if message:  # a group without a command has none: its help, printed already, is the answer
+        hint = f"; see `{ctx.command_path} --help`" if ctx is not None else ""
+        print_error(f"{message}{hint}")
+    return int(error.exit_code)

@@ -1,0 +1,60 @@
+"""The engine's options as options of a command, generated from `EngineConfig`'s fields."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from pagemill.base.config import OPTIONS, Option
+
+PANEL = "Engine options (also PAGEMILL_<NAME>, or a TOML file)"
+_SHORT_FLAGS = {"model": "-m"}
+
+
+def engine_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's keyword parameter `engine` by one option for each field of EngineConfig, and `--config`.
+
+    The command gets `engine`: {"arguments": option name -> text as typed, for those given; "file": path or None}.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    own = [each for each in signature.parameters.values() if each.name != "engine"]
+    generated = [_parameter(each) for each in OPTIONS.values()]
+
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in OPTIONS}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        function(*args, engine={"arguments": arguments, "file": kwargs.pop("config")}, **kwargs)
+
+    parameters = [*own, *generated, _config_parameter()]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": None}
+    return command
+
+
+def _parameter(each: Option) -> inspect.Parameter:
+    flags = [each.flag, _SHORT_FLAGS[each.name]] if each.name in _SHORT_FLAGS else [each.flag]
+    default = "" if each.default is None else f" [default: {each.default}]"
+    help = typer.Option(
+        *flags,
+        help=each.help + default,
+        metavar="|".join(each.choices) or (each.unit or each.kind).upper(),
+        show_default=False,
+        rich_help_panel=PANEL,
+    )
+    return _keyword(each.name, Annotated[str | None, help])
+
+
+def _config_parameter() -> inspect.Parameter:
+    help = typer.Option(
+        "--config", help="TOML file with engine options.", metavar="FILE", show_default=False, rich_help_panel=PANEL
+    )
+    return _keyword("config", Annotated[str | None, help])
+
+
+def _keyword(name: str, annotation: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -1,0 +1,181 @@
+"""From logits to one token per row: greedy or drawn, with log-probabilities. Owns the order of the cuts and their ties;
+knows nothing of sequences, steps or stops (`forbid` says what must not be chosen).
+
+    logits -> forbid -> greedy: the largest, ties to the lowest id
+                     -> ÷ temperature -> top-k -> top-p -> min-p -> inverse CDF in the order of token ids
+
+The cuts mean what they mean in vLLM, in the order of its V0 sampler:
+* top-k keeps every token whose logit is at least the k-th largest, so ties with the k-th stay.
+* top-p sums the probabilities that top-k left, most likely first (ties: lower id first), and keeps the shortest
+  beginning that reaches p, never less than one token.
+* min-p drops what is less likely than min_p × the most likely token.
+
+Weights are exp((logit - largest) ÷ temperature) in f64, row by row, so a row's token depends on its own logits and key
+only. Log-probabilities are those of the raw logits: before forbid, temperature and cuts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagemill.base.params import MAX_LOGPROBS, SamplingParams
+from pagemill.base.step import Sample, TokenLogprob
+from pagemill.decoding.random import uniform
+
+_Logits = NDArray[np.float32]
+_Weights = NDArray[np.float64]
+_Ids = NDArray[np.intp]
+
+_STRIPE = 64  # logits whose maximum stands for all of them in the search for the k largest
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What one row of logits is for.
+
+    seed, choice, position: key of the random number; position is the absolute position of the token to be chosen.
+    forbid: token ids that must not be chosen (stop ids before `min_tokens`); ids beyond the vocabulary are ignored.
+    """
+
+    seq_id: int
+    params: SamplingParams
+    seed: int
+    choice: int
+    position: int
+    forbid: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FailedSample:
+    """No token could be chosen for this sequence, and why; other rows are not affected."""
+
+    seq_id: int
+    reason: str
+
+
+def sample(logits: _Logits, requests: Sequence[SamplingRow]) -> list[Sample | FailedSample]:
+    """Choose one token for each row.
+
+    logits: [rows, vocab] f32, not changed. requests: one for each row, in the same order. A row with a NaN, or with no
+    token left to choose, gives FailedSample. +inf counts as certain: such tokens share all probability.
+    """
+    assert logits.dtype == np.float32
+    assert logits.ndim == 2
+    assert logits.shape[0] == len(requests), (logits.shape, len(requests))
+    best: list[int] = np.argmax(logits, axis=1).tolist() if len(requests) else []
+    return [_sample_row(row, request, top) for row, request, top in zip(logits, requests, best, strict=True)]
+
+
+def _sample_row(row: _Logits, request: SamplingRow, best: int) -> Sample | FailedSample:
+    """row: [vocab] f32; best: its argmax, which is the first NaN where there is one."""
+    if math.isnan(row[best]):
+        return FailedSample(request.seq_id, f"the model computed NaN as logit of token {best}; its weights are damaged")
+    params = request.params
+    allowed = row
+    if request.forbid:
+        allowed = row.copy()
+        allowed[[token for token in request.forbid if 0 <= token < row.shape[0]]] = -np.inf
+        if best in request.forbid:
+            best = int(np.argmax(allowed))
+    if allowed[best] == -np.inf:
+        return FailedSample(request.seq_id, "every token is forbidden or has a logit of -inf; forbid fewer tokens")
+    token = best if params.greedy else _draw(allowed, request, float(allowed[best]))
+    if params.logprobs is None:
+        return Sample(request.seq_id, token)
+    return _with_logprobs(row, request.seq_id, token, params.logprobs)
+
+
+def _draw(row: _Logits, request: SamplingRow, largest: float) -> int:
+    """One token of a row [vocab] f32 by temperature, cuts and the row's random number."""
+    params = request.params
+    ids: _Ids | None = None  # None: all tokens
+    logits = row
+    if 0 < params.top_k < row.shape[0]:
+        ids = _at_least_kth(row, params.top_k)
+        logits = row[ids]
+    weights = _weights(logits, largest, params.temperature)
+    keep: NDArray[np.bool_] | None = None
+    if params.top_p < 1.0:
+        keep = _nucleus(weights, params.top_p)
+    if params.min_p > 0.0:
+        likely = weights >= params.min_p
+        keep = likely if keep is None else keep & likely
+    if keep is not None:
+        kept = np.flatnonzero(keep)
+        weights = weights[kept]
+        ids = kept if ids is None else ids[kept]
+    cumulated = np.cumsum(weights)
+    target = uniform(request.seed, request.choice, request.position) * float(cumulated[-1])
+    index = int(np.searchsorted(cumulated, target, side="right"))
+    if index == weights.shape[0]:  # the product was rounded up to the total
+        index = int(np.flatnonzero(weights)[-1])
+    return index if ids is None else int(ids[index])
+
+
+def _weights(logits: _Logits, largest: float, temperature: float) -> _Weights:
+    """exp((logit - largest) ÷ temperature), f64; where the largest is +inf: 1 for +inf, 0 for the rest."""
+    if largest == math.inf:
+        return np.where(logits == np.inf, 1.0, 0.0)
+    scaled = logits.astype(np.float64)
+    scaled -= largest
+    with np.errstate(over="ignore"):  # -inf: as unlikely as it gets
+        scaled /= temperature
+    return np.exp(scaled, out=scaled)
+
+
+def _at_least_kth(row: _Logits, k: int) -> _Ids:
+    """Ids, ascending, of all values that are at least the k-th largest of a row [vocab] f32; 0 < k < vocab.
+
+    The k-th largest of the stripes' maxima is no more than the k-th largest value, so what lies below is out.
+    """
+    whole = row.shape[0] // _STRIPE
+    if k > whole // 2:
+        return np.flatnonzero(row >= np.partition(row, -k)[-k])
+    maxima = row[: whole * _STRIPE].reshape(whole, _STRIPE).max(axis=1)
+    near = np.flatnonzero(row >= np.partition(maxima, -k)[-k])
+    values = row[near]
+    ids: _Ids = near[values >= np.partition(values, -k)[-k]]
+    return ids
+
+
+def _nucleus(weights: _Weights, p: float) -> NDArray[np.bool_]:
+    """Which of the weights [n] f64 are in the shortest beginning, heaviest first, that reaches p of the total.
+
+    All that weigh less than (1 - p) ÷ n of the total weigh, together, less than what may be left out: only the others
+    are sorted. Half of that bound is taken, for rounding.
+    """
+    total = float(weights.sum())
+    heavy = np.flatnonzero(weights >= 0.5 * (1.0 - p) * total / weights.shape[0])
+    order = heavy[np.argsort(-weights[heavy], kind="stable")]
+    reached = np.cumsum(weights[order]) >= p * total
+    count = int(np.argmax(reached)) + 1 if reached[-1] else order.shape[0]
+    keep = np.zeros(weights.shape[0], dtype=np.bool_)
+    keep[order[:count]] = True
+    return keep
+
+
+def _with_logprobs(row: _Logits, seq_id: int, token: int, count: int) -> Sample:
+    """The chosen token and the `count` most likely ones (ties: lower id first), from raw logits [vocab] f32."""
+    assert count <= MAX_LOGPROBS
+    largest = float(row.max())
+    weights = _weights(row, largest, 1.0)
+    log_total = math.log(float(weights.sum()))
+
+    def logprob(index: int) -> float:
+        if largest == math.inf:
+            return -log_total if row[index] == np.inf else -math.inf
+        return float(row[index]) - largest - log_total
+
+    value = row[token]
+    rank = 1 + int(np.count_nonzero(row > value)) + int(np.count_nonzero(row[:token] == value))
+    chosen = TokenLogprob(token, logprob(token), rank)
+    if count == 0:
+        return Sample(seq_id, token, chosen)
+    near = _at_least_kth(row, count) if count < row.shape[0] else np.arange(row.shape[0])
+    best = near[np.argsort(-row[near], kind="stable")][:count].tolist()
+    return Sample(seq_id, token, chosen, tuple(TokenLogprob(t, logprob(t), i) for i, t in enumerate(best, start=1)))

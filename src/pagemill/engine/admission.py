@@ -1,0 +1,131 @@
+"""Which requests may enter, and what their open choices resolve to. Owns the limits of an engine and their messages."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pagemill.base.errors import CapacityError, ConfigError, RequestError
+from pagemill.base.params import SamplingParams
+from pagemill.cache.manager import CacheManager
+from pagemill.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Sizes that requests are held to. Raises ConfigError on values below 1.
+
+    max_model_len: longest sequence, prompt and answer together. eos_token_ids: the model's own end-of-text ids.
+    max_num_seqs: sequences that run at a time. max_num_batched_tokens: tokens computed in a step.
+    """
+
+    max_model_len: int
+    vocab_size: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; give at least 1")
+        if self.max_model_len < 2:
+            raise ConfigError("max_model_len is 1; give at least 2: one token of prompt and one of answer")
+
+
+def derive_seed(engine_seed: int, request_number: int) -> int:
+    """The 64-bit seed of the request_number-th request of an engine that brings none (BLAKE2b of both numbers)."""
+    data = struct.pack("<QQ", engine_seed % 2**64, request_number)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=b"pagemill-seed").digest(), "little")
+
+
+class Admission:
+    """Checks requests against the limits and against the cache's size; no state of its own."""
+
+    __slots__ = ("_cache", "limits")
+
+    def __init__(self, limits: EngineLimits, cache: CacheManager) -> None:
+        self.limits = limits
+        self._cache = cache
+
+    def admit(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, seed: int, arrival_s: float
+    ) -> Request:
+        """The checked request. `seed` is used where `params` brings none.
+
+        Raises RequestError (status 400) for an empty or too long prompt and for ids outside the vocabulary, and
+        CapacityError where the whole cache is too small for it.
+        """
+        tokens = self._check_prompt(prompt)
+        self._check_stop_ids(params)
+        self._check_cache(len(prompt))
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tokens,
+            params=params,
+            seed=seed if params.seed is None else params.seed,
+            max_tokens=self._max_tokens(len(prompt), params),
+            stop_token_ids=self._stop_ids(params),
+            arrival_s=arrival_s,
+        )
+
+    def _check_prompt(self, prompt: Sequence[int]) -> array[int]:
+        longest = self.limits.max_model_len
+        if not len(prompt):
+            raise RequestError("the prompt is empty; give at least one token")
+        if len(prompt) >= longest:
+            raise RequestError(
+                f"the prompt has {len(prompt):,} tokens and max_model_len is {longest:,}, of which one is needed for "
+                f"the answer; shorten the prompt to {longest - 1:,} tokens or raise max_model_len if the model allows"
+            )
+        vocab_size = self.limits.vocab_size
+        try:
+            tokens = array("i", iter(prompt))
+            wrong = min(tokens) < 0 or max(tokens) >= vocab_size
+        except (TypeError, OverflowError):
+            wrong = True
+        if wrong:
+            strays = ((i, t) for i, t in enumerate(prompt) if not hasattr(t, "__index__") or not 0 <= t < vocab_size)
+            index, token = next(strays)
+            raise RequestError(f"the prompt's token {index} is {token!r}; give ids from 0 to {vocab_size - 1:,}")
+        return tokens
+
+    def _check_stop_ids(self, params: SamplingParams) -> None:
+        for token in params.stop_token_ids:
+            if token >= self.limits.vocab_size:
+                raise RequestError(f"stop_token_ids holds {token}; give ids from 0 to {self.limits.vocab_size - 1:,}")
+        forbidden = set(self._stop_ids(params)) if params.min_tokens else set()
+        if len(forbidden) >= self.limits.vocab_size:
+            raise RequestError("min_tokens forbids every token of the vocabulary; name fewer stop_token_ids")
+
+    def _check_cache(self, num_prompt_tokens: int) -> None:
+        cache, longest = self._cache, self.limits.max_model_len
+        size = f"{cache.num_blocks:,} blocks of {cache.block_size} tokens"
+        if cache.mode == "contiguous" and cache.blocks_for(longest) > cache.num_blocks:
+            raise CapacityError(
+                f"kv_cache contiguous reserves {cache.blocks_for(longest):,} blocks for max_model_len ({longest:,} "
+                f"tokens) and the KV cache has {size}; lower max_model_len, raise kv_cache_memory_bytes, or set "
+                f"kv_cache to paged"
+            )
+        need = cache.blocks_for(num_prompt_tokens)
+        if need > cache.num_blocks:
+            raise CapacityError(
+                f"the prompt's {num_prompt_tokens:,} tokens need {need:,} blocks and the whole KV cache has {size} "
+                f"({cache.num_blocks * cache.block_size:,} tokens); shorten the prompt or raise kv_cache_memory_bytes"
+            )
+
+    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """As asked, cut at the context's end. Without a wish also at the end of the cache, whose last position may be
+        followed by one more token that is never computed."""
+        room = self.limits.max_model_len - num_prompt_tokens
+        if params.max_tokens is not None:
+            return min(params.max_tokens, room)
+        return min(room, self._cache.num_blocks * self._cache.block_size + 1 - num_prompt_tokens)
+
+    def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        own = () if params.ignore_eos else self.limits.eos_token_ids
+        return tuple(dict.fromkeys((*own, *params.stop_token_ids)))

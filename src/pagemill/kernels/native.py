@@ -1,0 +1,155 @@
+"""The native executor: packs weights, hands the lowered plan to the native core, runs batches. One call per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagemill.base.errors import CapacityError
+from pagemill.base.kv_spec import LANES, KVSpec, padded
+from pagemill.kernels import _native
+from pagemill.kernels.batch import Batch
+from pagemill.kernels.ops import Plan
+from pagemill.kernels.plan import MatrixRef, Phase, lower
+from pagemill.kernels.tensors import Tensor
+
+FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "q4_0": 3, "q4_1": 4, "q8_0": 5}
+CODECS = {"f32": 0, "f16": 1, "bf16": 2}
+PANEL = 32
+
+_KINDS = {
+    "embed": 0,
+    "attention_in": 1,
+    "attention": 2,
+    "attention_out": 3,
+    "mlp_in": 4,
+    "mlp_out": 5,
+    "head": 6,
+}
+_NORMS = {"rms": 1, "layer": 2}
+_ROPES = {"none": 0, "halves": 1, "pairs": 2}
+_ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+
+
+def pack(tensor: Tensor) -> NDArray[np.uint8]:
+    """A matrix [n, k] in the layout that products read (csrc/pack.h), u8 [panels * panel bytes], 64-byte aligned."""
+    n, k = tensor.shape
+    fmt = FORMATS[tensor.format]
+    packed = _native.allocate(-(-n // PANEL) * _native.panel_bytes(fmt, k))
+    _native.pack(fmt, k, np.ascontiguousarray(tensor.data), 0, packed)
+    return packed
+
+
+def allocate(num_bytes: int, purpose: str) -> NDArray[np.uint8]:
+    """Zeroed, aligned memory u8 [num_bytes]. Raises CapacityError that names the purpose."""
+    try:
+        return _native.allocate(num_bytes)
+    except MemoryError:
+        raise CapacityError(
+            f"not enough memory for {purpose}: {num_bytes:,} bytes could not be had; "
+            "lower kv_cache_memory_bytes, max_model_len or max_num_seqs, or free memory"
+        ) from None
+
+
+class NativeExecutor:
+    """A plan in native code. Mutated by `forward` (the KV arena and scratch memory).
+
+    weights: handle -> Tensor, matrices in their checkpoint format. arena: u8, at least num_blocks * kv_spec.block_bytes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, Tensor],
+        kv_spec: KVSpec,
+        arena: NDArray[np.uint8],
+        num_blocks: int,
+        *,
+        target: str,
+        num_threads: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.kv_spec = kv_spec
+        self._plan = plan
+        self._weights = weights
+        self._model = _native.NativeModel(target, num_threads, plan.hidden_dim, plan.vocab_size, plan.max_positions)
+        layers = [
+            (
+                kv_spec.layer_offset(i),
+                kv_spec.page_bytes(i),
+                layer.num_kv_heads,
+                layer.head_dim,
+                padded(layer.head_dim, LANES),
+            )
+            for i, layer in enumerate(kv_spec.layers)
+        ]
+        self._model.set_kv(
+            arena, kv_spec.block_bytes, num_blocks, kv_spec.pages_per_block, CODECS[kv_spec.codec], layers
+        )
+        self._matrices: dict[MatrixRef, int] = {}
+        self._packed: dict[str, NDArray[np.uint8]] = {}
+        phases = lower(plan)
+        for done, phase in enumerate(phases):
+            self._add(phase)
+            if progress is not None:
+                progress(done + 1, len(phases))
+        self._packed.clear()
+
+    @property
+    def target(self) -> str:
+        """Name of the instruction-set target."""
+        return self._model.target
+
+    @property
+    def num_threads(self) -> int:
+        """Kernel threads."""
+        return self._model.threads
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        """Run one step; logits [num_logits, vocab] f32."""
+        logits = np.empty((len(batch.logit_rows), self._plan.vocab_size), np.float32)
+        self._model.step(batch.tokens, batch.positions, batch.starts, batch.tables, batch.logit_rows, logits)
+        return logits
+
+    def _matrix(self, ref: MatrixRef) -> int:
+        if ref not in self._matrices:
+            tensor = self._weights[ref.weight]
+            if ref.weight not in self._packed:
+                self._packed[ref.weight] = pack(tensor)
+            n, k = tensor.shape
+            bias = self._vector(ref.bias)
+            self._matrices[ref] = self._model.add_matrix(FORMATS[tensor.format], n, k, self._packed[ref.weight], bias)
+        return self._matrices[ref]
+
+    def _vector(self, handle: str | None) -> NDArray[np.float32] | None:
+        return None if handle is None else np.ascontiguousarray(self._weights[handle].dequantize().reshape(-1))
+
+    def _add(self, phase: Phase) -> None:
+        fields: dict[str, object] = {"scale": phase.scale, "softcap": phase.softcap, "window": phase.window or 0}
+        if phase.norm is not None:
+            fields |= {
+                "norm": _NORMS[phase.norm.kind],
+                "norm_weight": self._vector(phase.norm.weight),
+                "norm_bias": self._vector(phase.norm.bias),
+                "norm_eps": phase.norm.eps,
+            }
+        if (g := phase.qkv) is not None:
+            fields |= {
+                "layer": g.layer,
+                "q_heads": g.num_q_heads,
+                "kv_heads": g.num_kv_heads,
+                "head_dim": g.head_dim,
+                "q_norm": self._vector(g.q_norm),
+                "k_norm": self._vector(g.k_norm),
+                "qk_eps": g.qk_eps,
+                "rope": _ROPES[g.rope_style],
+                "rope_table": None if g.rope is None else self._plan.constants[g.rope],
+                "rotary_dim": g.rotary_dim,
+            }
+        if phase.activation is not None:
+            fields |= {"activation": _ACTIVATIONS[phase.activation], "gated": phase.gated}
+        if phase.positions is not None:
+            fields["position_table"] = self._weights[phase.positions].dequantize()
+        self._model.add_phase(_KINDS[phase.kind], [self._matrix(ref) for ref in phase.matrices], **fields)

@@ -1,0 +1,261 @@
+"""The reference executor: every op in obvious numpy. Slow and exact, it is the specification of the native one.
+
+Integer parts (quantised activations, integer sums) are exact; everything else is f32 with numpy's roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import singledispatchmethod
+from math import erf  # numpy has none
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagemill.base.kv_spec import KVSpec
+from pagemill.kernels import ops
+from pagemill.kernels.batch import Batch
+from pagemill.kernels.ops import Plan
+from pagemill.kernels.tensors import QUANT_GROUP, Tensor, dequantize
+
+Float32 = NDArray[np.float32]
+INTEGER_FORMATS = ("q4_0", "q4_1", "q8_0")
+
+
+def to_bf16(x: Float32) -> Float32:
+    """Round to bfloat16, nearest even; the result as f32."""
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32)
+
+
+def store(codec: str, x: Float32) -> Float32:
+    """What a KV codec gives back of x: f32 [..] -> f32 [..]."""
+    if codec == "f16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float32)
+    return to_bf16(x) if codec == "bf16" else x
+
+
+def quantize_rows(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
+    """Activations [rows, k] to signed bytes in groups of 32: q [rows, k], scale and integer sum [rows, k/32].
+
+    scale = max|x| / 127, q = round(x · (127 / max|x|)), to nearest even; a group of zeros has scale 0.
+    """
+    groups = x.reshape(x.shape[0], -1, QUANT_GROUP)
+    peak = np.abs(groups).max(axis=2)
+    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    q = np.rint(groups * inverse[..., None]).clip(-128, 127).astype(np.int8)
+    return q.reshape(x.shape), peak / np.float32(127), q.sum(axis=2, dtype=np.int32)
+
+
+def split_groups(tensor: Tensor) -> tuple[NDArray[np.int8], Float32, Float32]:
+    """A quantised matrix [n, k] as signed integers [n, k/32, 32], scales and minima [n, k/32] (w = q · scale + minimum).
+
+    Q4_0 is q = nibble - 8 with minimum 0, Q4_1 q = nibble, Q8_0 the stored byte.
+    """
+    n = tensor.shape[0]
+    size = {"q4_0": 18, "q4_1": 20, "q8_0": 34}[tensor.format]
+    blocks = np.ascontiguousarray(tensor.data).reshape(n, -1, size)
+    scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+    minimum = np.zeros_like(scale)
+    if tensor.format == "q8_0":
+        return np.ascontiguousarray(blocks[..., 2:]).view(np.int8), scale, minimum
+    nibbles = blocks[..., 2:]
+    if tensor.format == "q4_1":
+        minimum = np.ascontiguousarray(blocks[..., 2:4]).view(np.float16)[..., 0].astype(np.float32)
+        nibbles = blocks[..., 4:]
+    q = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).astype(np.int8)
+    return (q - 8 if tensor.format == "q4_0" else q).astype(np.int8), scale, minimum
+
+
+def integer_sums(x: Float32, tensor: Tensor) -> NDArray[np.int32]:
+    """Sums of activation · weight integers per group: [rows, k/32, n] i32, exact. Q4_1's minimum stands apart."""
+    a, _, _ = quantize_rows(x)
+    q, _, _ = split_groups(tensor)
+    groups = a.reshape(x.shape[0], -1, QUANT_GROUP)
+    # Sums stay below 2^24, so that f32 holds them exactly and the product runs at matrix speed.
+    sums = np.matmul(groups.transpose(1, 0, 2).astype(np.float32), q.transpose(1, 2, 0).astype(np.float32))
+    exact: NDArray[np.int32] = sums.transpose(1, 0, 2).astype(np.int32)
+    return exact
+
+
+def integer_product(x: Float32, tensor: Tensor) -> Float32:
+    """x [rows, k] times a quantised matrix [n, k]: activations in groups of 32, one f32 addition chain over groups."""
+    _, a_scale, a_sum = quantize_rows(x)
+    _, scale, minimum = split_groups(tensor)
+    sums = integer_sums(x, tensor).astype(np.float32)
+    y = np.zeros((x.shape[0], tensor.shape[0]), np.float32)
+    for g in range(sums.shape[1]):
+        y += (sums[:, g] * a_scale[:, g, None]) * scale[None, :, g]
+        y += minimum[None, :, g] * (a_scale[:, g] * a_sum[:, g].astype(np.float32))[:, None]
+    return y
+
+
+def product(x: Float32, tensor: Tensor, dense: Float32 | None = None) -> Float32:
+    """y = x Wᵀ in the arithmetic of the weight format: x [rows, k] f32, W [n, k]. dense: W in f32, if at hand."""
+    if tensor.format in INTEGER_FORMATS:
+        return integer_product(x, tensor)
+    w = dequantize(tensor.format, tensor.data) if dense is None else dense
+    y: Float32 = (to_bf16(x) if tensor.format == "bf16" else x) @ w.T
+    return y
+
+
+def activate(kind: str, x: Float32) -> Float32:
+    """silu, gelu (erf), gelu_tanh or relu of x, element by element."""
+    y: Float32
+    if kind == "silu":
+        y = x / (1 + np.exp(-x))
+    elif kind == "relu":
+        y = np.maximum(x, 0)
+    elif kind == "gelu_tanh":
+        inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x * x * x)
+        y = np.float32(0.5) * x * (1 + np.tanh(inner))
+    else:
+        assert kind == "gelu"
+        phi = np.vectorize(lambda v: 0.5 * (1.0 + erf(v * 0.70710678118654752)), otypes=[np.float64])(x)
+        y = (x * phi).astype(np.float32)
+    return y
+
+
+def rotate(x: Float32, table: Float32, style: str) -> Float32:
+    """Rotary embedding of heads x [rows, heads, head_dim] by table rows [rows, rotary_dim] (cosines, then sines)."""
+    half = table.shape[1] // 2
+    cosine, sine = table[:, None, :half], table[:, None, half:]
+    out = x.copy()
+    first = slice(0, half) if style == "halves" else slice(0, 2 * half, 2)
+    second = slice(half, 2 * half) if style == "halves" else slice(1, 2 * half, 2)
+    a, b = x[..., first], x[..., second]
+    out[..., first] = a * cosine - b * sine
+    out[..., second] = b * cosine + a * sine
+    return out
+
+
+def attend(q: Float32, k: Float32, v: Float32, op: ops.Attention, positions: NDArray[np.int32]) -> Float32:
+    """q [rows, q_heads, dim], k and v [length, kv_heads, dim] of positions 0.., one sequence -> [rows, q_heads, dim]."""
+    group = op.num_q_heads // op.num_kv_heads
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = np.einsum("rhd,lhd->hrl", q, k, optimize=True) * np.float32(op.scale)
+    if op.softcap > 0:
+        scores = np.float32(op.softcap) * np.tanh(scores / np.float32(op.softcap))
+    at = np.arange(k.shape[0])
+    visible = at[None, :] <= positions[:, None]
+    if op.window is not None:
+        visible &= at[None, :] > positions[:, None] - op.window
+    scores = np.where(visible[None], scores, np.float32(-np.inf))
+    p = np.exp(scores - scores.max(axis=2, keepdims=True))
+    p /= p.sum(axis=2, keepdims=True)
+    out: Float32 = np.einsum("hrl,lhd->rhd", p, v, optimize=True)
+    return out
+
+
+class ReferenceExecutor:
+    """A plan in numpy. Mutated by `forward` (its own KV storage [blocks, block_size, kv_heads, head_dim] f32 per layer).
+
+    weights: handle -> Tensor.
+    """
+
+    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], kv_spec: KVSpec, num_blocks: int) -> None:
+        self.kv_spec = kv_spec
+        self._plan = plan
+        self._weights = weights
+        self._dense: dict[str, Float32] = {}
+        shapes = [(num_blocks, kv_spec.block_size, la.num_kv_heads, la.head_dim) for la in kv_spec.layers]
+        self.keys = [np.zeros(shape, np.float32) for shape in shapes]
+        self.values = [np.zeros(shape, np.float32) for shape in shapes]
+
+    def forward(self, batch: Batch) -> Float32:
+        """Run one step; logits [num_logits, vocab] f32."""
+        registers: dict[str, Float32] = {}
+        for op in self._plan.ops:
+            self._run(op, registers, batch)
+        return registers["logits"]
+
+    def _dense_of(self, handle: str) -> Float32:
+        if handle not in self._dense:
+            self._dense[handle] = self._weights[handle].dequantize()
+        return self._dense[handle]
+
+    def _product(self, x: Float32, weight: str, bias: str | None) -> Float32:
+        tensor = self._weights[weight]
+        dense = None if tensor.format in INTEGER_FORMATS else self._dense_of(weight)
+        y = product(x, tensor, dense)
+        return y if bias is None else y + self._dense_of(bias)
+
+    def _sequence(self, batch: Batch, i: int) -> tuple[slice, NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """Rows of sequence i, their positions, and for positions 0 .. last: block ids and slots."""
+        rows = slice(int(batch.starts[i]), int(batch.starts[i + 1]))
+        at = np.arange(int(batch.positions[rows][-1]) + 1, dtype=np.int32)
+        size = self.kv_spec.block_size
+        return rows, batch.positions[rows], batch.tables[i][at // size], at % size
+
+    @singledispatchmethod
+    def _run(self, op: ops.Op, reg: dict[str, Float32], batch: Batch) -> None:
+        raise AssertionError(f"no reference for {type(op).__name__}")
+
+    @_run.register
+    def _(self, op: ops.Embed, reg: dict[str, Float32], batch: Batch) -> None:
+        x = self._dense_of(op.table)[batch.tokens] * np.float32(op.scale)
+        reg[op.dst] = x if op.positions is None else x + self._dense_of(op.positions)[batch.positions]
+
+    @_run.register
+    def _(self, op: ops.Norm, reg: dict[str, Float32], batch: Batch) -> None:
+        x = reg[op.src]
+        if op.kind == "layer":
+            x = x - x.mean(axis=1, keepdims=True, dtype=np.float32)
+        y = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + np.float32(op.eps)) * self._dense_of(op.weight)
+        reg[op.dst] = y if op.bias is None else y + self._dense_of(op.bias)
+
+    @_run.register
+    def _(self, op: ops.Linear, reg: dict[str, Float32], batch: Batch) -> None:
+        reg[op.dst] = self._product(reg[op.src], op.weight, op.bias)
+
+    @_run.register
+    def _(self, op: ops.Slice, reg: dict[str, Float32], batch: Batch) -> None:
+        reg[op.dst] = reg[op.src][:, op.start : op.stop]
+
+    @_run.register
+    def _(self, op: ops.QKNorm, reg: dict[str, Float32], batch: Batch) -> None:
+        x = reg[op.reg].reshape(-1, op.num_heads, op.head_dim)
+        y = x / np.sqrt((x * x).mean(axis=2, keepdims=True) + np.float32(op.eps)) * self._dense_of(op.weight)
+        reg[op.reg] = y.reshape(reg[op.reg].shape)
+
+    @_run.register
+    def _(self, op: ops.Rope, reg: dict[str, Float32], batch: Batch) -> None:
+        x = reg[op.reg].reshape(-1, op.num_heads, op.head_dim)
+        table = self._plan.constants[op.table][batch.positions]
+        reg[op.reg] = rotate(x, table, op.style).reshape(reg[op.reg].shape)
+
+    @_run.register
+    def _(self, op: ops.WriteKV, reg: dict[str, Float32], batch: Batch) -> None:
+        layer = self._plan.kv[op.layer]
+        shape = (-1, layer.num_kv_heads, layer.head_dim)
+        k, v = reg[op.k].reshape(shape), reg[op.v].reshape(shape)
+        for i in range(len(batch.starts) - 1):
+            rows, positions, blocks, slots = self._sequence(batch, i)
+            self.keys[op.layer][blocks[positions], slots[positions]] = store(self.kv_spec.codec, k[rows])
+            self.values[op.layer][blocks[positions], slots[positions]] = store(self.kv_spec.codec, v[rows])
+
+    @_run.register
+    def _(self, op: ops.Attention, reg: dict[str, Float32], batch: Batch) -> None:
+        q = reg[op.q].reshape(-1, op.num_q_heads, op.head_dim)
+        out = np.empty_like(q)
+        for i in range(len(batch.starts) - 1):
+            rows, positions, blocks, slots = self._sequence(batch, i)
+            k, v = self.keys[op.layer][blocks, slots], self.values[op.layer][blocks, slots]
+            out[rows] = attend(q[rows], k, v, op, positions)
+        reg[op.dst] = out.reshape(len(q), -1)
+
+    @_run.register
+    def _(self, op: ops.Activation, reg: dict[str, Float32], batch: Batch) -> None:
+        y = activate(op.kind, reg[op.src])
+        reg[op.dst] = y if op.gated is None else y * reg[op.gated]
+
+    @_run.register
+    def _(self, op: ops.Residual, reg: dict[str, Float32], batch: Batch) -> None:
+        reg[op.dst] = reg[op.dst] + np.float32(op.scale) * reg[op.src]
+
+    @_run.register
+    def _(self, op: ops.Head, reg: dict[str, Float32], batch: Batch) -> None:
+        y = self._product(reg[op.src][batch.logit_rows], op.weight, op.bias) * np.float32(op.scale)
+        reg["logits"] = np.float32(op.softcap) * np.tanh(y / np.float32(op.softcap)) if op.softcap > 0 else y

@@ -1,0 +1,41 @@
+"""Which instruction-set target runs the kernels. `PAGEMILL_FORCE_TARGET` overrides the choice, for tests."""
+
+from __future__ import annotations
+
+import os
+
+from pagemill.base.errors import ConfigError
+from pagemill.kernels import _native
+
+# Part of what makes two cached blocks the same. Every change of a kernel's result must raise it; a golden test fails
+# until it is.
+NUMERICS_VERSION = 1
+
+
+def available_targets() -> list[str]:
+    """Targets that this machine can run, the best first."""
+    return list(_native.available_targets())
+
+
+def built_targets() -> list[str]:
+    """Targets that this build contains, the best first."""
+    return list(_native.built_targets())
+
+
+def choose_target() -> str:
+    """The forced target, or the best that the machine can run. Raises ConfigError for one that it cannot."""
+    forced = os.environ.get("PAGEMILL_FORCE_TARGET", "").strip()
+    available = available_targets()
+    if not forced:
+        return available[0]
+    if forced not in available:
+        raise ConfigError(
+            f"PAGEMILL_FORCE_TARGET is {forced!r}, which this machine or build cannot run; "
+            f"choose one of {', '.join(available)}, or unset it"
+        )
+    return forced
+
+
+def numerics_id(target: str) -> str:
+    """Names the results of a target's kernels, bit for bit."""
+    return f"{target}-{NUMERICS_VERSION}"

@@ -1,0 +1,445 @@
+"""The Python API: `LLM`. Owns prompts in and answers out; scheduling is the engine's, wiring `build.py`'s.
+
+Names and shapes are vLLM's where it has them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import RLock
+from types import TracebackType
+from typing import Any
+
+from pagemill.base.clock import Clock
+from pagemill.base.config import EngineConfig, resolve_config
+from pagemill.base.errors import CapacityError, ModelError, PagemillError, RequestError
+from pagemill.base.params import SamplingParams
+from pagemill.base.step import TokenLogprob
+from pagemill.build import Built, LoadProgress, build
+from pagemill.engine.engine import EngineStats
+from pagemill.engine.output import Delta
+from pagemill.text.chat import render_chat
+from pagemill.text.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Any]
+Message = Mapping[str, Any]
+Progress = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural logarithm of a token's probability before temperature and cuts, its rank (1 = most likely), its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One choice. finish_reason: "stop", "length", "abort", "error", or None while it runs.
+
+    stop_reason: the stop string or the id of stop_token_ids that ended it. logprobs: one entry a token, id -> Logprob,
+    where asked for. cumulative_logprob: their sum over the tokens taken.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Moments of a request on the engine's clock, in seconds; None where it did not come to that."""
+
+    arrival_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
+    finished_s: float | None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From arrival to the first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answer to one prompt. num_cached_tokens: prompt tokens whose KV was found in the cache.
+
+    tpot_s: mean time between the tokens of the longest choice, None below two tokens. receipt: of the prefix cache,
+    None without one. error: why finish_reason is "error"; other requests are not affected.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    timing: Timing
+    num_cached_tokens: int = 0
+    receipt: None = None
+    error: Exception | None = None
+
+    @property
+    def tpot_s(self) -> float | None:
+        longest = max(len(each.token_ids) for each in self.outputs)
+        begin, end = self.timing.first_token_s, self.timing.finished_s
+        return (end - begin) / (longest - 1) if begin is not None and end is not None and longest > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A prompt that has been read and checked, with its parameters."""
+
+    text: str | None
+    token_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(slots=True)
+class _Choice:
+    """Deltas of one choice put together. Mutated by `add`."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
+    last: Delta | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += [(each.sampled, *each.top) for each in delta.logprobs]
+        self.last = delta
+
+
+class _Answer:
+    """The choices of one question as they grow. Mutated by `add`. num_open: choices that have not finished."""
+
+    __slots__ = ("choices", "num_open", "question")
+
+    def __init__(self, question: _Question) -> None:
+        self.question = question
+        self.choices = [_Choice() for _ in range(question.params.n)]
+        self.num_open = question.params.n
+
+    def add(self, delta: Delta) -> None:
+        self.choices[delta.choice].add(delta)
+        self.num_open -= delta.finished
+
+
+class LLM:
+    """One model, loaded and ready. Mutated by generating; may be shared by threads, which then take turns by steps.
+
+    model: a name or a path; unset, what the environment, the file or the default says. options: fields of
+    `pagemill.base.config.EngineConfig`, such as kv_cache_memory_bytes="1GiB"; unknown ones are refused.
+    config_file: TOML file with such options. load_progress: called with (stage, bytes done, bytes in all or None)
+    while the model is fetched. Raises ConfigError, ModelError or CapacityError, each saying what to do.
+
+        with LLM("smollm2-135m") as llm:
+            [answer] = llm.generate("The capital of France is", SamplingParams(max_tokens=16, temperature=0))
+            answer.outputs[0].text
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        config_file: str | None = None,
+        load_progress: LoadProgress | None = None,
+        clock: Clock | None = None,
+        **options: Any,
+    ) -> None:
+        arguments = options if model is None else {"model": model, **options}
+        config = resolve_config(arguments, file=config_file).config
+        self._attach(build(config, progress=load_progress, clock=clock))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, *, load_progress: LoadProgress | None = None) -> LLM:
+        """An LLM of a configuration that is complete already; environment and files are not asked."""
+        return cls.from_built(build(config, progress=load_progress))
+
+    @classmethod
+    def from_built(cls, built: Built) -> LLM:
+        """An LLM around an engine that `build.py` has put together."""
+        llm = cls.__new__(cls)
+        llm._attach(built)
+        return llm
+
+    def _attach(self, built: Built) -> None:
+        self._built: Built | None = built
+        self._lock = RLock()
+        self._inboxes: dict[str, deque[Delta]] = {}  # request id -> where its caller looks
+        self._num_requests = 0
+
+    @property
+    def built(self) -> Built:
+        """The engine's parts. Raises RequestError once closed."""
+        if self._built is None:
+            raise RequestError("this LLM is closed; make a new one", status=409)
+        return self._built
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokeniser. Raises ModelError where the model brings no vocabulary."""
+        tokenizer = self.built.tokenizer
+        if tokenizer is None:
+            raise ModelError(f'{self.built.spec.name} brings no vocabulary; give {{"prompt_token_ids": [...]}}')
+        return tokenizer
+
+    def stats(self) -> EngineStats:
+        """Counts of the engine: running, waiting, steps, tokens computed, cache."""
+        with self._lock:
+            return self.built.engine.stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[RequestOutput]:
+        """Answer prompts, batched continuously. Returns one output for each, in order.
+
+        prompts: a text, {"prompt": text} or {"prompt_token_ids": [...]}, or a list of these. params: for all, or one
+        for each. progress: called with (requests finished, requests, tokens generated) after each step.
+        All prompts are checked before anything runs: a wrong one raises RequestError or CapacityError that names its
+        index. A request that fails later ends with finish_reason "error" and harms no other.
+        """
+        return self._run(self._questions(_listed(prompts), params), progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of a list of them, through the model's chat template.
+
+        messages: [{"role": "user", "content": "…"}, …]. Raises ModelError where the model has no template, else as
+        `generate` does.
+        """
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            try:
+                prompts.append(self.chat_prompt(conversation))
+            except RequestError as error:
+                raise _at(index, error) if several else error from None
+        return self.generate(prompts, params, progress=progress)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Delta]:
+        """Answer one prompt step by step: deltas with .text, .token_ids, .choice and .finish_reason.
+
+        Leaving the iterator early aborts the request. Raises at the first step what `generate` raises, and the
+        request's own error if it fails midway.
+        """
+        [question] = self._questions([prompt], params)
+        inbox: deque[Delta] = deque()
+        request_id = self._enter(question, inbox)
+        num_open = question.params.n
+        try:
+            while num_open:
+                self._pump(inbox)
+                while inbox:
+                    delta = inbox.popleft()
+                    if delta.error is not None:
+                        raise delta.error
+                    yield delta
+                    num_open -= delta.finished
+        finally:
+            self._leave(request_id)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """A conversation as a prompt for `generate` or `stream`: template rendered, special tokens read as such."""
+        vocab, tokenizer = self.built.vocab, self.tokenizer
+        text = render_chat(
+            vocab.chat_template,
+            messages,
+            add_generation_prompt=True,
+            bos_token=_text_of(vocab.bos_id, tokenizer),
+            eos_token=_text_of(vocab.eos_id, tokenizer),
+        )
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special=False)}
+
+    def close(self) -> None:
+        """Free weights and cache. Requests that still run are aborted; closing twice is no mistake."""
+        with self._lock:
+            if self._built is None:
+                return
+            for request_id in list(self._inboxes):
+                self._leave(request_id)
+            self._built = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _questions(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[_Question]:
+        """Read and check every prompt; the first wrong one raises with its index, before anything runs."""
+        built = self.built
+        each = _params_of(params, len(prompts))
+        questions = []
+        for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+            try:
+                question = self._read(prompt, own)
+                built.engine.check_request(question.token_ids, own)
+            except PagemillError as error:
+                raise _at(index, error) if len(prompts) > 1 else error from None
+            questions.append(question)
+        return questions
+
+    def _read(self, prompt: Prompt, params: SamplingParams) -> _Question:
+        if isinstance(prompt, str):
+            return _Question(prompt, self.tokenizer.encode(prompt), params)
+        if not isinstance(prompt, Mapping):
+            raise RequestError(
+                f'a prompt is a {type(prompt).__name__}; give a text or {{"prompt_token_ids": [...]}} for token ids'
+            )
+        unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
+        if unknown or not prompt:
+            raise RequestError(f'a prompt has the keys {sorted(prompt)}; give "prompt" or "prompt_token_ids"')
+        text = prompt.get("prompt")
+        if text is not None and not isinstance(text, str):
+            raise RequestError(f'"prompt" is a {type(text).__name__}; give text')
+        if "prompt_token_ids" not in prompt:
+            return _Question(text, self.tokenizer.encode(text or ""), params)
+        token_ids = prompt["prompt_token_ids"]
+        if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Sequence):
+            raise RequestError(f'"prompt_token_ids" is a {type(token_ids).__name__}; give a list of token ids')
+        return _Question(text, list(token_ids), params)
+
+    def _run(self, questions: list[_Question], progress: Progress | None) -> list[RequestOutput]:
+        inbox: deque[Delta] = deque()
+        answers: dict[str, _Answer] = {}
+        num_tokens = num_finished = 0
+        try:
+            for question in questions:
+                answers[self._enter(question, inbox)] = _Answer(question)
+            while num_finished < len(answers):
+                self._pump(inbox)
+                if not inbox:
+                    continue
+                while inbox:
+                    delta = inbox.popleft()
+                    answer = answers[delta.request_id]
+                    answer.add(delta)
+                    num_tokens += len(delta.token_ids)
+                    num_finished += answer.num_open == 0
+                if progress is not None:
+                    progress(num_finished, len(answers), num_tokens)
+        finally:
+            for request_id in answers:
+                self._leave(request_id)
+        return [self._output(request_id, answer) for request_id, answer in answers.items()]
+
+    def _enter(self, question: _Question, inbox: deque[Delta]) -> str:
+        with self._lock:
+            request_id = str(self._num_requests)
+            self.built.engine.add_request(request_id, question.token_ids, question.params)
+            self._num_requests += 1
+            self._inboxes[request_id] = inbox
+            return request_id
+
+    def _leave(self, request_id: str) -> None:
+        with self._lock:
+            if self._inboxes.pop(request_id, None) is not None and self._built is not None:
+                self._built.engine.abort(request_id)
+
+    def _pump(self, inbox: deque[Delta]) -> None:
+        """One step, its deltas to whoever asked; none where another thread's step has filled `inbox` by now."""
+        with self._lock:
+            if inbox:
+                return
+            for delta in self.built.engine.step():
+                asked = self._inboxes.get(delta.request_id)
+                if asked is not None:
+                    asked.append(delta)
+
+    def _output(self, request_id: str, answer: _Answer) -> RequestOutput:
+        question = answer.question
+        lasts = [each.last for each in answer.choices if each.last is not None]
+        marks = [last.marks for last in lasts]
+        return RequestOutput(
+            request_id=request_id,
+            prompt=question.text,
+            prompt_token_ids=question.token_ids,
+            outputs=[self._completion(index, each, question.params) for index, each in enumerate(answer.choices)],
+            timing=Timing(
+                arrival_s=marks[0].arrival_s,
+                scheduled_s=min((m.scheduled_s for m in marks if m.scheduled_s is not None), default=None),
+                first_token_s=min((m.first_token_s for m in marks if m.first_token_s is not None), default=None),
+                finished_s=max((m.finished_s for m in marks if m.finished_s is not None), default=None),
+            ),
+            num_cached_tokens=max(last.num_cached_tokens for last in lasts),
+            error=next((last.error for last in lasts if last.error is not None), None),
+        )
+
+    def _completion(self, index: int, choice: _Choice, params: SamplingParams) -> CompletionOutput:
+        last = choice.last
+        assert last is not None
+        logprobs = cumulative = None
+        if params.logprobs is not None:
+            tokenizer = self.built.tokenizer
+            logprobs = [
+                {each.token_id: Logprob(each.logprob, each.rank, _text_of(each.token_id, tokenizer))
+                 for each in reversed(position)}
+                for position in choice.logprobs
+            ]  # fmt: skip
+            cumulative = sum(position[0].logprob for position in choice.logprobs)
+        return CompletionOutput(
+            index=index,
+            text="".join(choice.text),
+            token_ids=choice.token_ids,
+            logprobs=logprobs,
+            cumulative_logprob=cumulative,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+        )
+
+
+def _listed(prompts: object) -> Sequence[Any]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise RequestError(f"prompts is a {type(prompts).__name__}; give a text, a dict or a list of these")
+    return prompts
+
+
+def _params_of(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        raise RequestError(f"params is {type(params).__name__}; give SamplingParams, or a list of them")
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling parameters for {count} prompts; give one, or one for each prompt")
+    return params
+
+
+def _text_of(token_id: int | None, tokenizer: Tokenizer | None) -> str:
+    return "" if token_id is None or tokenizer is None else tokenizer.decode([token_id], skip_special=False)
+
+
+def _at(index: int, error: PagemillError) -> PagemillError:
+    """The same error, saying which prompt of several it is about."""
+    message = f"prompt {index}: {error}"
+    if isinstance(error, RequestError):
+        return RequestError(message, status=error.status)
+    if isinstance(error, CapacityError):
+        return CapacityError(message, retry_after_s=error.retry_after_s)
+    return type(error)(message)

@@ -1,0 +1,127 @@
+"""Every weight format on every target against the reference: integers exactly, floats to rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagemill.kernels import _native, reference
+from pagemill.kernels.native import FORMATS, pack
+from pagemill.kernels.target import available_targets
+from tests.fixtures.plans import quantized
+
+TARGETS = available_targets()
+INTEGER = [f for f in FORMATS if f in reference.INTEGER_FORMATS]
+
+
+def case(fmt: str, rows: int, n: int, k: int, seed: int = 0) -> tuple[np.ndarray, reference.Tensor]:
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((rows, k)) * rng.choice([0.01, 1.0, 30.0], (rows, 1))).astype(np.float32)
+    return x, quantized(rng.standard_normal((n, k), np.float32), fmt)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(32, 32), (70, 96), (1, 64), (33, 320)])
+def test_packed_rows_unpack_to_the_checkpoints_values(fmt: str, n: int, k: int) -> None:
+    _, tensor = case(fmt, 1, n, k)
+    packed, dense = pack(tensor), tensor.dequantize()
+    for row in {0, n // 2, n - 1}:
+        assert np.array_equal(_native.unpack_row(FORMATS[fmt], n, k, packed, row), dense[row])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4, 3e37]),
+)
+def test_quantised_activations_equal_the_reference(target: str, rows: int, groups: int, seed: int, size: float) -> None:
+    x = (np.random.default_rng(seed).standard_normal((rows, 32 * groups)) * size).astype(np.float32)
+    x[0, : seed % 32] = 0.0
+    with np.errstate(over="ignore"):
+        expected = reference.quantize_rows(x)
+    for ours, wanted in zip(_native.quantize_rows(target, x), expected, strict=True):
+        assert np.array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", INTEGER)
+def test_integer_sums_equal_the_reference_exactly(target: str, fmt: str) -> None:
+    x, tensor = case(fmt, 5, 70, 192)
+    sums = _native.integer_sums(target, FORMATS[fmt], 70, pack(tensor), x)
+    assert np.array_equal(sums, reference.integer_sums(x, tensor))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("fmt", "raw", "total"), [("q4_0", 0xFF, 7), ("q4_1", 0xFF, 15), ("q8_0", 0x7F, 127)])
+def test_extreme_integers_do_not_saturate(target: str, fmt: str, raw: int, total: int) -> None:
+    """Activations at 127 against the largest weights: the sums that 16-bit steps would clip."""
+    x = np.full((1, 32), 5.0, np.float32)
+    data = quantized(np.ones((1, 32), np.float32), fmt).data.copy()
+    data[0, -(32 if fmt == "q8_0" else 16) :] = raw
+    sums = _native.integer_sums(target, FORMATS[fmt], 1, pack(reference.Tensor(fmt, (1, 32), data)), x)
+    assert sums.item() == 32 * 127 * total
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_stored_byte_of_minus_128_is_exact(target: str) -> None:
+    """Quantisers write -127..127 into Q8_0, a file may say -128."""
+    x = np.full((1, 32), -3.0, np.float32)
+    tensor = quantized(np.ones((1, 32), np.float32), "q8_0")
+    data = tensor.data.copy()
+    data[0, 2:] = 0x80
+    hostile = reference.Tensor("q8_0", (1, 32), data)
+    sums = _native.integer_sums(target, FORMATS["q8_0"], 1, pack(hostile), x)
+    assert sums.item() == 32 * 127 * 128
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 32, 32), (13, 70, 96), (31, 7, 576)])
+def test_products_agree_with_the_reference(target: str, fmt: str, rows: int, n: int, k: int) -> None:
+    x, tensor = case(fmt, rows, n, k)
+    y = _native.product(target, FORMATS[fmt], n, pack(tensor), x)
+    expected = reference.product(x, tensor)
+    scale = np.abs(x).max(axis=1, keepdims=True) * np.sqrt(k)
+    assert np.all(np.abs(y - expected) <= 2e-6 * scale)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_rows_product_has_the_same_bits_in_any_batch(target: str, fmt: str) -> None:
+    x, tensor = case(fmt, 23, 70, 160)
+    packed = pack(tensor)
+    together = _native.product(target, FORMATS[fmt], 70, packed, x)
+    for size in (1, 2, 5, 7, 11):
+        parts = [_native.product(target, FORMATS[fmt], 70, packed, x[i : i + size]) for i in range(0, 23, size)]
+        assert np.array_equal(np.concatenate(parts), together)
+
+
+def test_odd_widths_work_in_float_formats() -> None:
+    x, tensor = case("bf16", 3, 5, 33)
+    executor_rows = reference.product(x, tensor)
+    padded = np.zeros((3, 64), np.float32)
+    padded[:, :33] = x
+    wide = quantized(np.pad(tensor.dequantize(), ((0, 0), (0, 31))), "bf16")
+    assert np.allclose(reference.product(padded, wide), executor_rows, atol=1e-5)
+    assert np.array_equal(_native.unpack_row(FORMATS["bf16"], 5, 33, pack(tensor), 4), tensor.dequantize()[4])
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("wrong size", lambda p: _native.product(TARGETS[0], 0, 33, p, np.zeros((1, 32), np.float32))),
+        ("multiples of 32", lambda p: _native.product(TARGETS[0], 4, 32, p, np.zeros((1, 33), np.float32))),
+        ("unknown weight format", lambda p: _native.product(TARGETS[0], 9, 32, p, np.zeros((1, 32), np.float32))),
+        ("not available", lambda p: _native.product("avx9", 0, 32, p, np.zeros((1, 32), np.float32))),
+        ("row out of range", lambda p: _native.unpack_row(0, 32, 32, p, 32)),
+    ],
+)
+def test_wrong_arguments_are_refused_before_memory_is_touched(message: str, call: object) -> None:
+    packed = pack(quantized(np.zeros((32, 32), np.float32), "f32"))
+    with pytest.raises(ValueError, match=message):
+        call(packed)  # type: ignore[operator]
