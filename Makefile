@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD_DEPENDENCIES := "scikit-build-core>=0.11" "nanobind>=2.8" ninja
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # What the installed package depends on: the native core's sources and the declarations, not the Python files, which an
 # editable install reads in place.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)

@@ -26,6 +26,7 @@ with atheris.instrument_imports(include=["pagemill"]):
     from pagemill.models.safetensors import read_safetensors
 
 import numpy as np
+
 from tests.fixtures.gguf_files import BOOL, F32, GGUFBytes, TensorBytes, array, scalar
 
 RAM_DISK = Path("/dev/shm")

@@ -21,15 +21,18 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
+
 from tests.fixtures.golden import GOLDEN_DIR, VARIANTS, Golden, Variant  # noqa: E402
 from tests.fixtures.rope_cases import CASES, POSITIONS, RopeCase, load_golden, save_golden  # noqa: E402
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
 TOLERANCE = 1e-5
 
 
 def compute(variant: Variant) -> Golden:
     """Run transformers on one variant: logits of chosen positions of each prompt, greedy tokens after each."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         path = variant.write_hf(Path(folder))
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -89,8 +92,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the stored goldens and write nothing")
     check = parser.parse_args().check
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
     GOLDEN_DIR.mkdir(parents=True, exist_ok=True)
     worst = 0.0
     for variant in VARIANTS.values():

@@ -11,7 +11,7 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$requirements" ]; then
   echo "setting up $directory with torch and transformers"
   rm -rf "$directory"
   "$python" -m venv "$directory"
-  pip=("$directory/bin/python" -m pip --disable-pip-version-check -q)
+  pip=("$directory/bin/python" -m pip --disable-pip-version-check -qq)
   # torch first and alone: whichever build of that version the index or PIP_FIND_LINKS offers stays.
   grep '^torch==' <<<"$requirements" | xargs -d '\n' "${pip[@]}" install
   grep -v '^torch==' <<<"$requirements" | xargs -d '\n' "${pip[@]}" install

@@ -42,7 +42,7 @@ class CompletionOutput:
     """One choice. finish_reason: "stop", "length", "abort", "error", or None while it runs.
 
     stop_reason: the stop string or the id of stop_token_ids that ended it. logprobs: one entry a token, id -> Logprob,
-    where asked for. cumulative_logprob: their sum over the tokens taken.
+    the token taken first, where asked for. cumulative_logprob: their sum over the tokens taken.
     """
 
     index: int
@@ -395,10 +395,12 @@ class LLM:
         if params.logprobs is not None:
             tokenizer = self.built.tokenizer
             logprobs = [
-                {each.token_id: Logprob(each.logprob, each.rank, _text_of(each.token_id, tokenizer))
-                 for each in reversed(position)}
+                {
+                    each.token_id: Logprob(each.logprob, each.rank, _text_of(each.token_id, tokenizer))
+                    for each in position
+                }
                 for position in choice.logprobs
-            ]  # fmt: skip
+            ]
             cumulative = sum(position[0].logprob for position in choice.logprobs)
         return CompletionOutput(
             index=index,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from tests.fixtures.fake_engine import STEP_S, Rig
-from tests.fixtures.fake_executor import FakeExecutor, InjectedFaultError, answer, decode_bytes
 
 from pagemill.base.clock import VirtualClock
 from pagemill.base.errors import CapacityError, RequestError
 from pagemill.base.params import SamplingParams
-from pagemill.base.step import Sample, StepPlan, StepResult
+from pagemill.base.step import Sample, SampleFailure, StepPlan, StepResult
 from pagemill.cache.manager import CacheManager, CacheMode
 from pagemill.engine.admission import EngineLimits, derive_seed
 from pagemill.engine.engine import Engine
+from tests.fixtures.fake_engine import STEP_S, Rig
+from tests.fixtures.fake_executor import FakeExecutor, InjectedFaultError, answer, decode_bytes
 
 MODES: tuple[CacheMode, ...] = ("paged", "contiguous", "none")
 
@@ -357,3 +357,31 @@ def test_work_of_a_decode_step_does_not_grow_with_the_history() -> None:
     assert (len(row.token_ids), row.start) == (1, 2000)
     assert row.block_table is rig.cache.block_table(row.seq_id), "the table is lent, not copied"
     rig.run()
+
+
+def test_row_without_a_token_fails_its_own_request() -> None:
+    """Logits of NaN in one row: its request ends with an error, the others keep their tokens."""
+
+    class FailingRow(FakeExecutor):
+        def run(self, plan: StepPlan) -> StepResult:
+            result = super().run(plan)
+            bad = {s.seq_id for s in plan.sequences if s.sample and s.token_ids[0] == 200}
+            samples = tuple(s for s in result.samples if s.seq_id not in bad)
+            return StepResult(samples, tuple(SampleFailure(seq_id, "NaN") for seq_id in sorted(bad)))
+
+    cache = CacheManager(32, 16, "paged")
+    limits = EngineLimits(max_model_len=64, vocab_size=256, max_num_seqs=4, max_num_batched_tokens=64)
+    engine = Engine(FailingRow(32, 16, 256), cache, limits, decode_bytes, VirtualClock())
+    for name, first in (("a", 1), ("bad", 200), ("c", 3)):
+        engine.add_request(name, prompt(5, first), SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+    ends = {}
+    tokens: dict[str, list[int]] = {"a": [], "bad": [], "c": []}
+    while engine.has_unfinished:
+        for delta in engine.step():
+            tokens[delta.request_id] += delta.token_ids
+            if delta.finished:
+                ends[delta.request_id] = (delta.finish_reason, str(delta.error))
+    assert ends == {"a": ("length", "None"), "bad": ("error", "NaN"), "c": ("length", "None")}
+    assert tokens["a"] == answer(prompt(5, 1), 6, 256, seed=derive_seed(0, 0))
+    assert tokens["c"] == answer(prompt(5, 3), 6, 256, seed=derive_seed(0, 2))
+    assert cache.stats().num_free_blocks == 32

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.fixtures.fake_engine import Rig
-from tests.fixtures.fake_executor import InjectedFaultError, answer
 
 from pagemill.base.errors import CapacityError, RequestError
 from pagemill.base.params import SamplingParams
 from pagemill.cache.manager import CacheMode
+from tests.fixtures.fake_engine import Rig
+from tests.fixtures.fake_executor import InjectedFaultError, answer
 
 VOCAB = 32
 EOS = (3,)

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fixtures.fake_executor import decode_bytes
 
 from pagemill.base.params import SamplingParams
 from pagemill.base.step import Sample, TokenLogprob
 from pagemill.engine.output import Delta, Output
 from pagemill.engine.request import Marks, Request, Sequence
+from tests.fixtures.fake_executor import decode_bytes
 
 EOS = 300
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from array import array
 
 import pytest
-from tests.fixtures.fake_engine import Rig
-from tests.fixtures.fake_executor import RowRecord, answer
 
 from pagemill.base.errors import CapacityError
 from pagemill.base.params import SamplingParams
@@ -14,6 +12,8 @@ from pagemill.cache.manager import CacheManager, CacheMode
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.request import Marks, Request, Sequence
 from pagemill.engine.scheduler import Scheduler
+from tests.fixtures.fake_engine import Rig
+from tests.fixtures.fake_executor import RowRecord, answer
 
 
 def counts(rig: Rig) -> list[list[int]]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.fixtures.golden import PROMPT_LENGTHS, VARIANTS, Golden
-from tests.fixtures.greedy import num_blocks_for, run
 
 from pagemill.execution.loader import load_executor
 from pagemill.kernels.target import available_targets
 from pagemill.models.checkpoint import open_checkpoint
+from tests.fixtures.golden import PROMPT_LENGTHS, VARIANTS, Golden
+from tests.fixtures.greedy import num_blocks_for, run
 
 TOLERANCE = 1e-4
 BLOCK_SIZE = 16

@@ -8,6 +8,10 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+
+from pagemill.base.errors import ModelError
+from pagemill.models.checkpoint import open_checkpoint
+from pagemill.models.registry import build_plan
 from tests.fixtures.tiny import (
     gguf_arrays,
     gpt2_config,
@@ -19,10 +23,6 @@ from tests.fixtures.tiny import (
     write_gguf,
     write_hf,
 )
-
-from pagemill.base.errors import ModelError
-from pagemill.models.checkpoint import open_checkpoint
-from pagemill.models.registry import build_plan
 
 
 def edit_config(path: Path, **changes: Any) -> Path:

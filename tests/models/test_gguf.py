@@ -7,12 +7,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tests.fixtures.gguf_files import BOOL, F32, F64, I8, I64, U32, U64, GGUFBytes, array, scalar
 
 from pagemill.base.errors import ModelError
 from pagemill.kernels.tensors import Tensor
 from pagemill.models.gguf import GGML_TYPES, SUPPORTED_TYPES, GGUFFile, open_gguf
 from pagemill.models.hub import resolve
+from tests.fixtures.gguf_files import BOOL, F32, F64, I8, I64, U32, U64, GGUFBytes, array, scalar
 
 RNG = np.random.default_rng(7)
 

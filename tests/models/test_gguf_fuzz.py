@@ -12,12 +12,12 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.fixtures.gguf_files import F32, I32, STRING, U64, GGUFBytes, TensorBytes, array, scalar
 
 from pagemill.base.errors import ModelError
 from pagemill.kernels.tensors import Tensor
 from pagemill.models.gguf import open_gguf
 from pagemill.models.safetensors import read_safetensors
+from tests.fixtures.gguf_files import F32, I32, STRING, U64, GGUFBytes, TensorBytes, array, scalar
 
 EXTRA_BYTES = 1 << 20
 EXTREMES = [0, 1, 2, 7, 31, 32, 33, 255, 1 << 62, (1 << 64) - 1] + [

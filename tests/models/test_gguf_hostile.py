@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.fixtures.gguf_files import ARRAY, BOOL, F32, I32, STRING, U8, U32, U64, GGUFBytes, TensorBytes, array, scalar
 
 from pagemill.base.errors import ModelError
 from pagemill.models.gguf import MAX_METADATA, MAX_TENSORS, open_gguf
+from tests.fixtures.gguf_files import ARRAY, BOOL, F32, I32, STRING, U8, U32, U64, GGUFBytes, TensorBytes, array, scalar
 
 HUGE = (1 << 63, (1 << 64) - 1, 1 << 40)
 EXTRA = 1 << 20

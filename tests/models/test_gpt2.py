@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fixtures.tiny import gpt2_config, gpt2_weights, write_gguf
 
 from pagemill.base.errors import ModelError
 from pagemill.base.model_spec import ModelSpec
@@ -12,6 +11,7 @@ from pagemill.kernels.ops import Activation, Attention, Embed, Head, Norm, Slice
 from pagemill.models import gpt2
 from pagemill.models.config_json import ConfigFile
 from pagemill.models.gguf import open_gguf
+from tests.fixtures.tiny import gpt2_config, gpt2_weights, write_gguf
 
 
 def spec_of(**changes: Any) -> ModelSpec:

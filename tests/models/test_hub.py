@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fixtures.gguf_files import GGUFBytes
-from tests.fixtures.model_sources import write_wheel
 
 from pagemill.base.errors import CapacityError, ConfigError, ModelError
 from pagemill.models import hub, sources, store
 from pagemill.models.sources import PackageSource
+from tests.fixtures.gguf_files import GGUFBytes
+from tests.fixtures.model_sources import write_wheel
 
 CONTENT = GGUFBytes(tail=bytes(300_000)).encode()
 MEMBER = "tiny_model/tiny.gguf"

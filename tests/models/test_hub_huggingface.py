@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fixtures.gguf_files import GGUFBytes
-from tests.fixtures.model_sources import COMMIT, FakeHub, serve_hub
 
 from pagemill.base.errors import CapacityError, ModelError
 from pagemill.models import hub, sources
 from pagemill.models.gguf import open_gguf
+from tests.fixtures.gguf_files import GGUFBytes
+from tests.fixtures.model_sources import COMMIT, FakeHub, serve_hub
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -143,9 +143,6 @@ def test_a_full_disk_is_named(server: FakeHub, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_missing_library_is_named_with_the_extra(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> Any:
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(importlib, "import_module", refuse)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModelError, match=r"pip install 'pagemill\[hub\]'"):
         hub.resolve("org/one")

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.fixtures.tiny import llama_config, llama_weights, write_gguf
 
 from pagemill.base.errors import ModelError
 from pagemill.base.model_spec import ModelSpec, RopeSpec
@@ -15,6 +14,7 @@ from pagemill.models import llama
 from pagemill.models.config_json import ConfigFile
 from pagemill.models.gguf import open_gguf
 from pagemill.models.rope import rope_table
+from tests.fixtures.tiny import llama_config, llama_weights, write_gguf
 
 
 def spec_of(**changes: Any) -> ModelSpec:
@@ -136,7 +136,7 @@ def test_yarn_infers_what_is_left_out_as_transformers_does() -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor' is 0, outside"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "big"}}, "'factor' is 'big', not a number"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "warp": 3}}, "unknown rope settings warp"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "warp": 3}}, "unknown rope settings 'warp'"),
         ({"rope_scaling": [1]}, r"'rope_scaling' is \[1\], not an object"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate is False"),
         (
@@ -203,6 +203,7 @@ def test_gguf_window_reaches_attention_and_cache(tmp_path: Path) -> None:
     ("metadata", "message"),
     [
         ({"llama.expert_count": 8}, r"llama\.expert_count is 8, which Pagemill's llama does not support; supported: 0"),
+        ({"llama.expert_count": [0, 0]}, r"llama\.expert_count is array"),
         ({"llama.attention.scale": 0.5}, r"llama\.attention\.scale is 0\.5.*Use a checkpoint without"),
         ({"llama.attention.value_length": 32}, "keys and values of different lengths"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope' is not supported; supported: none, linear, yarn"),

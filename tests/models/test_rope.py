@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.fixtures.rope_cases import CASES, POSITIONS, load_golden
 
 from pagemill.base.errors import ModelError
 from pagemill.base.model_spec import RopeSpec
 from pagemill.models.rope import inverse_frequencies, rope_table, yarn_attention_factor
+from tests.fixtures.rope_cases import CASES, POSITIONS, load_golden
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fixtures.byte_tokenizer import special_id, tokens_and_merges
-from tests.fixtures.tiny import CHAT_TEMPLATE, llama_config, llama_weights, tiny_llama, write_gguf
 
 from pagemill.base.errors import ModelError
 from pagemill.base.model_spec import VocabSpec
 from pagemill.models.config_json import ConfigFile, read_config
 from pagemill.models.gguf import open_gguf
 from pagemill.models.vocabulary import vocab_from_directory, vocab_from_gguf
+from tests.fixtures.byte_tokenizer import special_id, tokens_and_merges
+from tests.fixtures.tiny import CHAT_TEMPLATE, llama_config, llama_weights, tiny_llama, write_gguf
 
 KEY = "tokenizer.ggml."
 END = special_id(272, "<|im_end|>")

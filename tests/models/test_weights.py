@@ -41,6 +41,16 @@ def test_hugging_face_names_are_mapped_and_transposed_with_or_without_prefix(pre
     np.testing.assert_array_equal(found["layers.0.w"].dequantize(), np.arange(6).reshape(2, 3).T)
 
 
+def test_hostile_names_are_listed_short_and_without_control_characters() -> None:
+    tensors = {f"\x1b[31m{i}" + "x" * 5000: counted(1) for i in range(100)}
+    with pytest.raises(
+        ModelError, match=r"3 tensors are missing: .*; 100 tensors are unknown: .* and 88 more"
+    ) as error:
+        gather(EXPECTED, NAMES, 1, tensors, "gguf", "here")
+    assert len(str(error.value)) < 2000
+    assert str(error.value).isprintable()
+
+
 def test_gguf_names_are_mapped_as_they_are() -> None:
     tensors = {"e.weight": counted(4, 2), "blk.0.w.weight": counted(3, 2), "blk.0.b.weight": counted(2)}
     found = gather(EXPECTED, NAMES, 1, tensors, "gguf", "here")

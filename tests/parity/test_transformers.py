@@ -33,9 +33,13 @@ FRESH = {
     variant.name: variant
     for variant in (
         Variant("head-128", llama_config(hidden=128, q_heads=2, kv_heads=1, head_dim=128, vocab=131), seed=101),
-        Variant("head-80", llama_config(hidden=80, q_heads=3, kv_heads=1, head_dim=80, vocab=100), seed=102),
+        Variant("head-80", llama_config(hidden=96, q_heads=3, kv_heads=1, head_dim=80, vocab=100), seed=102),
         Variant("mha-tied", llama_config(q_heads=4, kv_heads=4, vocab=97, tie_word_embeddings=True), seed=103),
-        Variant("one-layer", llama_config(layers=1, q_heads=5, kv_heads=5, head_dim=32, ffn=72, vocab=64), seed=104),
+        Variant(
+            "one-layer",
+            llama_config(hidden=80, layers=1, q_heads=5, kv_heads=5, head_dim=32, ffn=72, vocab=64),
+            seed=104,
+        ),
         Variant("deep", llama_config(layers=6, q_heads=8, kv_heads=2, head_dim=32, vocab=128), seed=105),
         Variant("gpt2-heads-4", gpt2_config(hidden=96, heads=4, layers=3, ffn=200, vocab=111), seed=106),
     )

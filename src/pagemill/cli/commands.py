@@ -21,8 +21,10 @@ app = typer.Typer(
     **_SETTINGS,
 )
 models_app = typer.Typer(help="Fetch, list, remove and describe models.", **_SETTINGS)
+bench_app = typer.Typer(help="Measure on this machine: table, JSON, plots.", **_SETTINGS)
 config_app = typer.Typer(help="The engine's options: values in force, where they come from, schema.", **_SETTINGS)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
+app.add_typer(bench_app, name="bench", rich_help_panel="This machine")
 app.add_typer(config_app, name="config", rich_help_panel="This machine")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -155,6 +157,41 @@ def models_show(
 ) -> None:
     """Describe a model: sizes, tensor formats, bytes, bytes of KV cache per token."""
     _act(ctx, "models.show", name=name, plan=plan, lowered=lowered, as_json=json)
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure on this machine: table, JSON, plots."""
+
+
+@bench_app.command("kvcache")
+@engine_options
+def bench_kvcache(
+    ctx: typer.Context,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate in each run.")] = 200,
+    runs: Annotated[int, typer.Option(help="Runs with the cache, and without it unless --runs-without.")] = 3,
+    runs_without: Annotated[
+        int | None, typer.Option(help="Runs without the cache, which are the slow ones.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help='The text to go on from [default: "Explain KV caching in transformers"].')
+    ] = None,
+    output: Annotated[str, typer.Option(help="Directory for JSON and plots.")] = "bench-results",
+    json: Json = False,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """Generation with the KV cache and without it, token by token. --model gpt2-medium: that shape, random weights."""
+    _act(
+        ctx,
+        "bench.kvcache",
+        num_tokens=tokens,
+        num_runs=runs,
+        num_runs_without=runs_without,
+        prompt=prompt,
+        output=output,
+        as_json=json,
+        engine=engine,
+    )
 
 
 @config_app.command("show")

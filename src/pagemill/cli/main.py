@@ -26,6 +26,7 @@ ACTIONS: dict[str, tuple[str, str]] = {
     "generate": ("pagemill.cli.generate", "run"),
     "chat": ("pagemill.cli.chat", "run"),
     "doctor": ("pagemill.cli.doctor", "run"),
+    "bench.kvcache": ("pagemill.cli.bench", "kvcache"),
     "models.pull": ("pagemill.cli.models", "pull_model"),
     "models.ls": ("pagemill.cli.models", "list_local"),
     "models.rm": ("pagemill.cli.models", "remove_model"),
@@ -92,6 +93,9 @@ def _report(error: Exception) -> int:
     if isinstance(error, MemoryError):
         print_error("out of memory; lower kv_cache_memory_bytes or max_model_len, or take a smaller model")
         return 2
+    if isinstance(error, ImportError) and "_native" in f"{error.name} {error}":
+        print_error(f"the native core is missing or broken ({error}); build it with `pip install .` in the checkout")
+        return 1
     print_error(f"internal error: {type(error).__name__}: {error} (run with --debug for the traceback, and report it)")
     return 1
 

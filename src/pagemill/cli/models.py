@@ -128,14 +128,14 @@ def _print_description(found: dict[str, Any]) -> None:
 
 
 def _record(each: Op | Phase) -> dict[str, Any]:
-    """An op or a phase as a flat record: its kind, then the fields that say anything."""
-    fields = {name: value for name, value in asdict(each).items() if value not in (None, (), False)}
+    """An op or a phase as a flat record: its class, then the fields that are set."""
+    fields = {name: value for name, value in asdict(each).items() if value is not None and value is not False}
     return {"record": type(each).__name__, **_plain(fields)}
 
 
 def _one_line(record: dict[str, Any]) -> str:
     kind = record.get("kind") if record["record"] == "Phase" else record["record"]
-    rest = {name: value for name, value in record.items() if name != "record" and value != kind}
+    rest = {name: value for name, value in record.items() if name != "record" and value != kind and value != []}
     return f"{kind:14s} {'  '.join(f'{name}={_short(value)}' for name, value in rest.items())}"
 
 

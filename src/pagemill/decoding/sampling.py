@@ -24,14 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagemill.base.params import MAX_LOGPROBS, SamplingParams
-from pagemill.base.step import Sample, TokenLogprob
+from pagemill.base.step import Sample, SampleFailure, TokenLogprob
 from pagemill.decoding.random import uniform
 
 _Logits = NDArray[np.float32]
 _Weights = NDArray[np.float64]
 _Ids = NDArray[np.intp]
 
-_STRIPE = 64  # logits whose maximum stands for all of them in the search for the k largest
+_STRIPE = 512  # weights that are added before they are cumulated
+_BITS_OF_ONE = 0x3FF0_0000_0000_0000  # 1.0 in f64
+_CLASS_SHIFT = 46  # weights are classed by exponent and 6 bits of mantissa
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +52,11 @@ class SamplingRow:
     forbid: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class FailedSample:
-    """No token could be chosen for this sequence, and why; other rows are not affected."""
-
-    seq_id: int
-    reason: str
-
-
-def sample(logits: _Logits, requests: Sequence[SamplingRow]) -> list[Sample | FailedSample]:
+def sample(logits: _Logits, requests: Sequence[SamplingRow]) -> list[Sample | SampleFailure]:
     """Choose one token for each row.
 
     logits: [rows, vocab] f32, not changed. requests: one for each row, in the same order. A row with a NaN, or with no
-    token left to choose, gives FailedSample. +inf counts as certain: such tokens share all probability.
+    token left to choose, gives SampleFailure. +inf counts as certain: such tokens share all probability.
     """
     assert logits.dtype == np.float32
     assert logits.ndim == 2
@@ -71,10 +65,12 @@ def sample(logits: _Logits, requests: Sequence[SamplingRow]) -> list[Sample | Fa
     return [_sample_row(row, request, top) for row, request, top in zip(logits, requests, best, strict=True)]
 
 
-def _sample_row(row: _Logits, request: SamplingRow, best: int) -> Sample | FailedSample:
+def _sample_row(row: _Logits, request: SamplingRow, best: int) -> Sample | SampleFailure:
     """row: [vocab] f32; best: its argmax, which is the first NaN where there is one."""
     if math.isnan(row[best]):
-        return FailedSample(request.seq_id, f"the model computed NaN as logit of token {best}; its weights are damaged")
+        return SampleFailure(
+            request.seq_id, f"the model computed NaN as logit of token {best}; its weights are damaged"
+        )
     params = request.params
     allowed = row
     if request.forbid:
@@ -83,7 +79,7 @@ def _sample_row(row: _Logits, request: SamplingRow, best: int) -> Sample | Faile
         if best in request.forbid:
             best = int(np.argmax(allowed))
     if allowed[best] == -np.inf:
-        return FailedSample(request.seq_id, "every token is forbidden or has a logit of -inf; forbid fewer tokens")
+        return SampleFailure(request.seq_id, "every token is forbidden or has a logit of -inf; forbid fewer tokens")
     token = best if params.greedy else _draw(allowed, request, float(allowed[best]))
     if params.logprobs is None:
         return Sample(request.seq_id, token)
@@ -109,11 +105,7 @@ def _draw(row: _Logits, request: SamplingRow, largest: float) -> int:
         kept = np.flatnonzero(keep)
         weights = weights[kept]
         ids = kept if ids is None else ids[kept]
-    cumulated = np.cumsum(weights)
-    target = uniform(request.seed, request.choice, request.position) * float(cumulated[-1])
-    index = int(np.searchsorted(cumulated, target, side="right"))
-    if index == weights.shape[0]:  # the product was rounded up to the total
-        index = int(np.flatnonzero(weights)[-1])
+    index = _inverse_cdf(weights, uniform(request.seed, request.choice, request.position))
     return index if ids is None else int(ids[index])
 
 
@@ -129,34 +121,50 @@ def _weights(logits: _Logits, largest: float, temperature: float) -> _Weights:
 
 
 def _at_least_kth(row: _Logits, k: int) -> _Ids:
-    """Ids, ascending, of all values that are at least the k-th largest of a row [vocab] f32; 0 < k < vocab.
-
-    The k-th largest of the stripes' maxima is no more than the k-th largest value, so what lies below is out.
-    """
-    whole = row.shape[0] // _STRIPE
-    if k > whole // 2:
-        return np.flatnonzero(row >= np.partition(row, -k)[-k])
-    maxima = row[: whole * _STRIPE].reshape(whole, _STRIPE).max(axis=1)
-    near = np.flatnonzero(row >= np.partition(maxima, -k)[-k])
-    values = row[near]
-    ids: _Ids = near[values >= np.partition(values, -k)[-k]]
-    return ids
+    """Ids, ascending, of all values that are at least the k-th largest of a row [vocab] f32; 0 < k < vocab."""
+    return np.flatnonzero(row >= np.partition(row, -k)[-k])
 
 
 def _nucleus(weights: _Weights, p: float) -> NDArray[np.bool_]:
-    """Which of the weights [n] f64 are in the shortest beginning, heaviest first, that reaches p of the total.
+    """Which of the weights [n] f64, at most 1, are in the shortest beginning, heaviest first, that reaches p of all.
 
-    All that weigh less than (1 - p) ÷ n of the total weigh, together, less than what may be left out: only the others
-    are sorted. Half of that bound is taken, for rounding.
+    What weighs less than (1 - p) ÷ n of the total weighs, together, less than may be left out: half of that bound is a
+    safe floor. The rest is counted by classes of weight, so that only the class where p is reached must be sorted.
     """
     total = float(weights.sum())
+    wanted = p * total
     heavy = np.flatnonzero(weights >= 0.5 * (1.0 - p) * total / weights.shape[0])
-    order = heavy[np.argsort(-weights[heavy], kind="stable")]
-    reached = np.cumsum(weights[order]) >= p * total
-    count = int(np.argmax(reached)) + 1 if reached[-1] else order.shape[0]
+    values = weights[heavy]
+    classes = (_BITS_OF_ONE - values.view(np.int64)) >> _CLASS_SHIFT  # positive f64 are ordered as their bits
+    reached = np.cumsum(np.bincount(classes, weights=values))
+    last = min(int(np.searchsorted(reached, wanted)), reached.shape[0] - 1)
+    edge = np.flatnonzero(classes == last)
+    edge = edge[np.argsort(-values[edge], kind="stable")]
+    missing = wanted - (float(reached[last - 1]) if last else 0.0)
+    count = int(np.searchsorted(np.cumsum(values[edge]), missing)) + 1
     keep = np.zeros(weights.shape[0], dtype=np.bool_)
-    keep[order[:count]] = True
+    keep[heavy[classes < last]] = True
+    keep[heavy[edge[:count]]] = True
     return keep
+
+
+def _inverse_cdf(weights: _Weights, number: float) -> int:
+    """The index whose stretch of the cumulated weights [n] f64 holds `number` (in [0, 1)) of the total.
+
+    Cumulated by stripes first, since a sum of a stripe is several times faster than cumulating it.
+    """
+    whole = weights.shape[0] // _STRIPE * _STRIPE
+    stripes = np.append(weights[:whole].reshape(-1, _STRIPE).sum(axis=1), weights[whole:].sum())
+    reached = np.cumsum(stripes)
+    target = number * float(reached[-1])
+    stripe = int(np.searchsorted(reached, target, side="right"))
+    if stripe == reached.shape[0]:  # the product was rounded up to the total
+        return int(np.flatnonzero(weights)[-1])
+    start = stripe * _STRIPE
+    inside = weights[start : start + _STRIPE]
+    rest = target - (float(reached[stripe - 1]) if stripe else 0.0)
+    index = int(np.searchsorted(np.cumsum(inside), rest, side="right"))
+    return start + (index if index < inside.shape[0] else int(np.flatnonzero(inside)[-1]))
 
 
 def _with_logprobs(row: _Logits, seq_id: int, token: int, count: int) -> Sample:

@@ -15,7 +15,7 @@ from pagemill.base.params import SamplingParams
 from pagemill.base.step import StepResult
 from pagemill.cache.manager import CacheManager, CacheStats
 from pagemill.engine.admission import Admission, EngineLimits, derive_seed
-from pagemill.engine.output import Delta, FinishReason, Output, check_samples
+from pagemill.engine.output import Delta, FinishReason, Output, check_answers
 from pagemill.engine.ports import Clock, Decode, Executor
 from pagemill.engine.request import Marks, Request, Sequence
 from pagemill.engine.scheduler import Schedule, Scheduler
@@ -137,20 +137,23 @@ class Engine:
         return deltas + self._deltas(schedule, result)
 
     def _commit(self, schedule: Schedule, result: StepResult) -> None:
-        check_samples(
-            [row for row, s in zip(schedule.rows, schedule.step.sequences, strict=True) if s.sample], result.samples
-        )
+        asked = [row for row, s in zip(schedule.rows, schedule.step.sequences, strict=True) if s.sample]
+        check_answers(asked, result)
         for step in schedule.step.sequences:
             self._cache.commit(step.seq_id, step.end)
         self._num_computed_tokens += schedule.step.num_tokens
 
     def _deltas(self, schedule: Schedule, result: StepResult) -> list[Delta]:
-        """What each sampled row tells. A text that cannot be made fails its own request and no other."""
+        """What each sampled row tells. A row without a token, or whose text cannot be made, fails its own request."""
         now_s = self._clock.now()
         deltas = []
         samples = iter(result.samples)
+        failures = {failure.seq_id: failure.reason for failure in result.failures}
         for sequence, step in zip(schedule.rows, schedule.step.sequences, strict=True):
             if not step.sample:
+                continue
+            if sequence.seq_id in failures:
+                deltas += self._fail([sequence], RequestError(failures[sequence.seq_id], status=500))
                 continue
             sample = next(samples)
             if sequence.status == "finished":  # a choice of a request that has failed in this loop

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from pagemill.base.step import Sample, TokenLogprob
+from pagemill.base.step import Sample, StepResult, TokenLogprob
 from pagemill.engine.ports import Decode
 from pagemill.engine.request import Marks, Request, Sequence
 from pagemill.text.stop import StopMatcher
@@ -148,6 +148,9 @@ class Output:
         return Delta(request.request_id, sequence.choice, (), "", sequence.marks, finish_reason=reason, error=error)
 
 
-def check_samples(sequences: Ordered[Sequence], samples: Ordered[Sample]) -> None:
-    """An executor answers with one sample for each row that asked, in order: our own mistake otherwise."""
-    assert [s.seq_id for s in samples] == [s.seq_id for s in sequences], "the executor's samples do not fit the plan"
+def check_answers(sequences: Ordered[Sequence], result: StepResult) -> None:
+    """An executor answers each row that asked, in order, with a sample or a failure: our own mistake otherwise."""
+    failed = {failure.seq_id for failure in result.failures}
+    answered = [s.seq_id for s in result.samples]
+    assert answered == [s.seq_id for s in sequences if s.seq_id not in failed], "the executor's answers do not fit"
+    assert failed <= {s.seq_id for s in sequences}, "the executor failed a row that did not ask"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pagemill.base.kv_spec import KVSpec
 from pagemill.base.step import Sample, SampleFailure, SequenceStep, StepPlan, StepResult
-from pagemill.decoding.sampling import FailedSample, SamplingRow, sample
+from pagemill.decoding.sampling import SamplingRow, sample
 from pagemill.execution.batch import BatchBuilder
 from pagemill.kernels.batch import ModelExecutor
 
@@ -26,9 +26,7 @@ class Runner:
         logits = self.model.forward(self._batches.build(plan))
         chosen = sample(logits, [_row(s) for s in plan.sequences if s.sample])
         samples = tuple(s for s in chosen if isinstance(s, Sample))
-        if len(samples) == len(chosen):
-            return StepResult(samples)
-        failures = tuple(SampleFailure(s.seq_id, s.reason) for s in chosen if isinstance(s, FailedSample))
+        failures = tuple(s for s in chosen if isinstance(s, SampleFailure))
         return StepResult(samples, failures)
 
 

@@ -56,7 +56,7 @@ def allocate(num_bytes: int, purpose: str) -> NDArray[np.uint8]:
 class NativeExecutor:
     """A plan in native code. Mutated by `forward` (the KV arena and scratch memory).
 
-    weights: handle -> Tensor, matrices in their checkpoint format. arena: u8, at least num_blocks * kv_spec.block_bytes.
+    weights: handle -> Tensor, matrices in their checkpoint format. arena: u8 [≥ num_blocks * kv_spec.block_bytes].
     """
 
     def __init__(

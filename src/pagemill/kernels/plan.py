@@ -207,7 +207,9 @@ def lower(plan: Plan) -> tuple[Phase, ...]:
     while not cursor.ended():
         norm = cursor.take(Norm, wanted=lambda op: op.src == embed.dst)
         if isinstance(head := cursor.peek(), Head):
-            cursor.take(Head, wanted=lambda op: op.src == norm.dst)
+            if head.src != norm.dst:
+                raise cursor.refuse("a head of the norm's output")
+            cursor.take(Head)
             ref = MatrixRef(head.weight, head.bias)
             phases.append(Phase("head", (ref,), norm=norm, scale=head.scale, softcap=head.softcap))
             if not cursor.ended():

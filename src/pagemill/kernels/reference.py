@@ -50,7 +50,7 @@ def quantize_rows(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int
 
 
 def split_groups(tensor: Tensor) -> tuple[NDArray[np.int8], Float32, Float32]:
-    """A quantised matrix [n, k] as signed integers [n, k/32, 32], scales and minima [n, k/32] (w = q · scale + minimum).
+    """A quantised matrix [n, k] as integers i8 [n, k/32, 32], scales and minima [n, k/32] (w = q · scale + minimum).
 
     Q4_0 is q = nibble - 8 with minimum 0, Q4_1 q = nibble, Q8_0 the stored byte.
     """
@@ -132,7 +132,7 @@ def rotate(x: Float32, table: Float32, style: str) -> Float32:
 
 
 def attend(q: Float32, k: Float32, v: Float32, op: ops.Attention, positions: NDArray[np.int32]) -> Float32:
-    """q [rows, q_heads, dim], k and v [length, kv_heads, dim] of positions 0.., one sequence -> [rows, q_heads, dim]."""
+    """One sequence: q [rows, q_heads, dim], k and v [length, kv_heads, dim] from position 0 -> [rows, q_heads, dim]."""
     group = op.num_q_heads // op.num_kv_heads
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = np.einsum("rhd,lhd->hrl", q, k, optimize=True) * np.float32(op.scale)
@@ -150,7 +150,7 @@ def attend(q: Float32, k: Float32, v: Float32, op: ops.Attention, positions: NDA
 
 
 class ReferenceExecutor:
-    """A plan in numpy. Mutated by `forward` (its own KV storage [blocks, block_size, kv_heads, head_dim] f32 per layer).
+    """A plan in numpy. Mutated by `forward` (KV storage of each layer: [blocks, block_size, kv_heads, head_dim] f32).
 
     weights: handle -> Tensor.
     """

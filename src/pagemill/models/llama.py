@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
+
 from pagemill.base.errors import ModelError
 from pagemill.base.kv_spec import LayerKV
 from pagemill.base.model_spec import ModelSpec, RopeScaling, RopeSpec
@@ -134,7 +136,7 @@ def spec_from_config(config: ConfigFile, name: str) -> ModelSpec:
 def _rope_from_config(config: ConfigFile, head_dim: int, context: int) -> RopeSpec:
     """transformers 5 nests all of it in `rope_parameters`; before, `rope_theta` stood beside `rope_scaling`."""
     rope = config.get_object("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
-    unknown = sorted(set(rope.values) - _ROPE_KEYS)
+    unknown = [ascii(key)[:40] for key in sorted(set(rope.values) - _ROPE_KEYS)]
     if unknown:
         raise ModelError(
             f"{rope.origin}: unknown rope settings {', '.join(unknown[:8])}; known: {', '.join(sorted(_ROPE_KEYS))}. "
@@ -190,9 +192,10 @@ def _rope_from_config(config: ConfigFile, head_dim: int, context: int) -> RopeSp
 def spec_from_gguf(file: GGUFFile, name: str) -> ModelSpec:
     """The spec of a GGUF file (general.architecture llama). Raises ModelError for what is not supported."""
     for key, allowed in _GGUF_SETTINGS.items():
-        if file.has(key) and file.metadata[key] not in allowed:
+        value = file.metadata.get(key, allowed[0] if allowed else None)
+        if value is not None and (isinstance(value, list | np.ndarray) or value not in allowed):
             raise ModelError(
-                f"{file.path}: {key} is {str(file.metadata[key])[:40]}, which Pagemill's llama does not support"
+                f"{file.path}: {key} is {value!r:.40}, which Pagemill's llama does not support"
                 + (f"; supported: {', '.join(map(str, allowed))}" if allowed else "")
                 + ". Use a checkpoint without this setting"
             )

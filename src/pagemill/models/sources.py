@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import importlib.util
 import os
 import re
@@ -266,12 +265,13 @@ def quiet_hub(hub: Any) -> Iterator[None]:
 
 def _import_hub() -> Any:
     try:
-        return importlib.import_module("huggingface_hub")
+        import huggingface_hub
     except ImportError as error:
         raise ModelError(
             "Models of the Hugging Face hub need the extra `hub`: pip install 'pagemill[hub]'. Or give the path of a "
             "model that you have."
         ) from error
+    return huggingface_hub
 
 
 def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -183,7 +183,7 @@ def _transposed(tensor: Tensor) -> Tensor:
 
 
 def _listed(items: Iterable[str]) -> str:
-    shown = sorted(items)
+    shown = sorted(item if len(item) <= 80 and item.isprintable() else f"{ascii(item)[:77]}..." for item in items)
     more = f" and {len(shown) - _MAX_LISTED} more" if len(shown) > _MAX_LISTED else ""
     return ", ".join(shown[:_MAX_LISTED]) + more
 
