@@ -25,11 +25,11 @@ struct Matrix {
 };
 
 // Resident KV codec: what one stored value is.
-enum class Codec : int { f32 = 0, f16 = 1, bf16 = 2 };
+enum class Codec : int { f32 = 0, f16 = 1, bf16 = 2, int8 = 3 };
 
 struct LayerKv {
     size_t offset = 0;      // within a block
-    size_t page_bytes = 0;  // one page of one KV head: keys [dim_pad][16], values [16][dim_pad]
+    size_t page_bytes = 0;  // one page of one KV head; floats: keys [dim_pad][16], values [16][dim_pad]
     int kv_heads = 0, head_dim = 0, dim_pad = 0;
 };
 

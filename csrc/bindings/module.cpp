@@ -91,10 +91,11 @@ public:
 
     void set_kv(Bytes arena, size_t block_bytes, int num_blocks, int pages_per_block, int codec,
                 const std::vector<std::tuple<size_t, size_t, int, int, int>>& layers) {
-        require(codec >= 0 && codec <= 2, "unknown KV codec");
+        require(codec >= 0 && codec <= int(Codec::int8), "unknown KV codec");
         require(num_blocks > 0 && pages_per_block > 0 && block_bytes > 0, "KV geometry out of range");
         require(arena.size() / block_bytes >= size_t(num_blocks), "arena is smaller than its blocks");
-        const size_t value = codec == 0 ? 4 : 2;
+        const bool bytes = Codec(codec) == Codec::int8;
+        const size_t value = bytes ? 1 : codec == 0 ? 4 : 2, scales = bytes ? 2 * kPage * 2 : 0;
         KvArena kv;
         kv.base = arena.data();
         kv.block_bytes = block_bytes;
@@ -103,7 +104,7 @@ public:
         kv.codec = Codec(codec);
         for (const auto& [offset, page, heads, dim, pad] : layers) {
             require(dim > 0 && dim <= 256 && pad >= dim && pad % 16 == 0 && heads > 0, "KV layer geometry out of range");
-            require(page == 2 * size_t(kPage) * size_t(pad) * value, "KV page has the wrong size");
+            require(page == 2 * size_t(kPage) * size_t(pad) * value + scales, "KV page has the wrong size");
             require(offset + page * size_t(heads) * size_t(pages_per_block) <= block_bytes, "KV layer lies outside its block");
             kv.layers.push_back({offset, page, heads, dim, pad});
         }

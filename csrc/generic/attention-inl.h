@@ -99,9 +99,11 @@ static void weigh_values(TileState& t, const HeadPages& pages, int base, int fro
         for (int v = 0; v < V; v++) fstore(&t.split_out[r][column + v * kLanes], acc[r][v]);
 }
 
-// One split: fills split_max, split_sum, split_out of R rows.
-template <Codec C, int R>
-static __attribute__((noinline)) void attend_split(TileState& t, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+// Positions [from, to) and pages [page0, page1) of a split that any row of the tile sees.
+struct SplitRange {
+    int from, to, page0, page1;
+};
+template <int R> PM_INLINE SplitRange split_range(const TileState& t, int split) {
     const int base = split * kSplit;
     int from = base + kSplit, to = base;
     for (int r = 0; r < R; r++) {
@@ -110,7 +112,14 @@ static __attribute__((noinline)) void attend_split(TileState& t, const HeadPages
     }
     from = from < base ? base : from;
     to = to > base + kSplit ? base + kSplit : to;
-    const int page0 = from / kPage, page1 = (to + kPage - 1) / kPage;
+    return {from, to, from / kPage, (to + kPage - 1) / kPage};
+}
+
+// One split: fills split_max, split_sum, split_out of R rows.
+template <Codec C, int R>
+static __attribute__((noinline)) void attend_split(TileState& t, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+    const int base = split * kSplit;
+    const auto [from, to, page0, page1] = split_range<R>(t, split);
     F peak[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
@@ -160,84 +169,6 @@ static void attend_rows(int rows, TileState& t, const HeadPages& pages, int spli
         case 4: return attend_split<C, 4>(t, pages, split, kv, scale, softcap);
         case 5: return attend_split<C, 5>(t, pages, split, kv, scale, softcap);
         default: return attend_split<C, 6>(t, pages, split, kv, scale, softcap);
-    }
-}
-
-static void attend_any(Codec codec, int rows, TileState& t, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
-    switch (codec) {
-        case Codec::f32: return attend_rows<Codec::f32>(rows, t, pages, split, kv, scale, softcap);
-        case Codec::f16: return attend_rows<Codec::f16>(rows, t, pages, split, kv, scale, softcap);
-        case Codec::bf16: return attend_rows<Codec::bf16>(rows, t, pages, split, kv, scale, softcap);
-    }
-}
-
-PM_INLINE size_t partial_floats(int dim_pad) { return size_t(kTileRows) * (16 + size_t(dim_pad)); }
-
-struct AttentionCall {
-    const KvArena* arena;
-    const Step* step;
-    const Phase* phase;
-    const float* q;  // [rows][q_ld], heads side by side
-    int q_ld;
-    float* out;      // [rows][out_ld]
-    int out_ld;
-    float* partials;
-};
-
-PM_INLINE void finish_row(const AttentionCall& call, const AttentionTask& task, int r, const float* out, float sum, int head_dim, int group) {
-    const int index = task.first_row + r, row = call.step->starts[task.seq] + index / group;
-    float* y = call.out + size_t(row) * call.out_ld + size_t(task.kv_head * group + index % group) * head_dim;
-    const F inverse = fset(1.0f / sum);
-    for (int c = 0; c < head_dim; c += kLanes) fstore_first(y + c, fmul(fload(out + c), inverse), head_dim - c);
-}
-
-static void run_attention_task(const AttentionCall& call, const AttentionTask& task, TileState& t) {
-    const Phase& p = *call.phase;
-    const KvArena& arena = *call.arena;
-    const LayerKv& kv = arena.layers[size_t(p.layer)];
-    const int group = p.q_heads / p.kv_heads;
-    for (int r = 0; r < task.num_rows; r++) {
-        const int index = task.first_row + r, row = call.step->starts[task.seq] + index / group;
-        const float* q = call.q + size_t(row) * call.q_ld + size_t(task.kv_head * group + index % group) * p.head_dim;
-        for (int d = 0; d < p.head_dim; d++) t.q[d][r] = q[d];
-        t.to[r] = call.step->positions[row] + 1;
-        t.from[r] = p.window > 0 && t.to[r] > p.window ? t.to[r] - p.window : 0;
-        t.max[r] = kMasked;
-        t.sum[r] = 0.0f;
-        std::memset(t.out[r], 0, sizeof(float) * size_t(kv.dim_pad));
-    }
-    const HeadPages pages{arena.base + kv.offset + size_t(task.kv_head) * size_t(arena.pages_per_block) * kv.page_bytes, arena.block_bytes,
-                          kv.page_bytes, call.step->tables + size_t(task.seq) * size_t(call.step->table_stride), arena.pages_per_block};
-    for (int split = task.split_from; split < task.split_to; split++) {
-        attend_any(arena.codec, task.num_rows, t, pages, split, kv, p.scale, p.softcap);
-        for (int r = 0; r < task.num_rows; r++) {
-            if (task.partial < 0) {
-                merge_split(&t.max[r], &t.sum[r], t.out[r], t.split_max[r], t.split_sum[r], t.split_out[r], kv.dim_pad);
-            } else {
-                float* part = call.partials + size_t(task.partial + split - task.split_from) * partial_floats(kv.dim_pad) + size_t(r) * (16 + size_t(kv.dim_pad));
-                part[0] = t.split_max[r];
-                part[1] = t.split_sum[r];
-                std::memcpy(part + 16, t.split_out[r], sizeof(float) * size_t(kv.dim_pad));
-            }
-        }
-    }
-    if (task.partial < 0)
-        for (int r = 0; r < task.num_rows; r++) finish_row(call, task, r, t.out[r], t.sum[r], p.head_dim, group);
-}
-
-// A tile whose splits were separate tasks: the same merges in the same order.
-static void run_merge(const AttentionCall& call, const AttentionTask& task, TileState& t) {
-    const LayerKv& kv = call.arena->layers[size_t(call.phase->layer)];
-    const int group = call.phase->q_heads / call.phase->kv_heads;
-    for (int r = 0; r < task.num_rows; r++) {
-        t.max[r] = kMasked;
-        t.sum[r] = 0.0f;
-        std::memset(t.out[r], 0, sizeof(float) * size_t(kv.dim_pad));
-        for (int split = task.split_from; split < task.split_to; split++) {
-            const float* part = call.partials + size_t(task.partial + split - task.split_from) * partial_floats(kv.dim_pad) + size_t(r) * (16 + size_t(kv.dim_pad));
-            merge_split(&t.max[r], &t.sum[r], t.out[r], part[0], part[1], part + 16, kv.dim_pad);
-        }
-        finish_row(call, task, r, t.out[r], t.sum[r], call.phase->head_dim, group);
     }
 }
 

@@ -8,6 +8,7 @@ struct Worker {
     const StepContext& ctx;
     const int id;
     TileState tile;
+    Int8State int8;
 
     explicit Worker(const StepContext& context, int worker) : ctx(context), id(worker) {}
     void barrier() { ctx.barrier->wait(id); }
@@ -95,7 +96,8 @@ static void write_kv_row(const KvArena& arena, const Step& step, int layer, int 
     uint8_t* at = arena.base + size_t(block) * arena.block_bytes + kv.offset + size_t(page % arena.pages_per_block) * kv.page_bytes;
     for (int h = 0; h < kv.kv_heads; h++, at += size_t(arena.pages_per_block) * kv.page_bytes) {
         const float *kh = k + size_t(h) * size_t(kv.head_dim), *vh = v + size_t(h) * size_t(kv.head_dim);
-        if (arena.codec == Codec::f32) write_head<Codec::f32>(at, kv, position % kPage, kh, vh);
+        if (arena.codec == Codec::int8) write_head_int8(at, kv, position % kPage, kh, vh);
+        else if (arena.codec == Codec::f32) write_head<Codec::f32>(at, kv, position % kPage, kh, vh);
         else if (arena.codec == Codec::f16) write_head<Codec::f16>(at, kv, position % kPage, kh, vh);
         else write_head<Codec::bf16>(at, kv, position % kPage, kh, vh);
     }
@@ -119,6 +121,7 @@ static void run_attention_in(Worker& w, const Phase& p) {
             if (norm) normalize_head(head, norm, p.qk_eps, p.head_dim);
             if (p.rope != RopeStyle::none)
                 rotate_head(head, p.rope_table + size_t(step.positions[row]) * size_t(p.rotary_dim), p.rotary_dim, p.rope);
+            if (model.kv.codec == Codec::int8) hadamard(head, p.head_dim);
         }
         write_kv_row(model.kv, step, p.layer, row, k, v);
     }
@@ -133,7 +136,7 @@ static void run_attention(Worker& w, const Phase& p, size_t phase_index) {
     for (;;) {
         const int next = w.ctx.claims[phase_index].fetch_add(1, std::memory_order_relaxed);
         if (next >= count) break;
-        run_attention_task(call, list.tasks[size_t(next)], w.tile);
+        run_attention_task(call, list.tasks[size_t(next)], w.tile, w.int8);
     }
     w.barrier();
     if (list.merges.empty()) return;

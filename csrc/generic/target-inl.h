@@ -10,6 +10,8 @@
 #include "prepare-inl.h"
 #include "product-inl.h"
 #include "attention-inl.h"
+#include "attention-int8-inl.h"
+#include "attention-tasks-inl.h"
 #include "step-inl.h"
 
 namespace pagemill {

@@ -11,6 +11,7 @@ namespace PAGEMILL_TARGET {
 
 constexpr int kRows = 2;
 constexpr int kFloatRows = 3;
+constexpr int kScorePages = 1;
 constexpr int kValueVectors = 1;
 
 struct F { __m256 a, b; };
@@ -94,11 +95,20 @@ PM_INLINE I idot(I acc, U u, int quad) {
     const __m256i s = _mm256_set1_epi32(quad);
     return {dot_wide(acc.a, u.a, s), dot_wide(acc.b, u.b, s)};
 }
+PM_INLINE I idot_signed(I acc, int quad, U s) {
+    const __m256i u = _mm256_set1_epi32(quad);
+    return {dot_wide(acc.a, u, s.a), dot_wide(acc.b, u, s.b)};
+}
 PM_INLINE F itof(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 PM_INLINE void istore_i8(int8_t* p, F x) {
     const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+PM_INLINE void istore_u8(uint8_t* p, F x) {
+    const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 PM_INLINE void fstore_bf16(uint16_t* p, F x) {
     float v[16];

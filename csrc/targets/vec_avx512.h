@@ -11,6 +11,7 @@ namespace PAGEMILL_TARGET {
 
 constexpr int kRows = 6;        // rows of a product tile: 12 integer and 12 float accumulators
 constexpr int kFloatRows = 10;  // rows of a float product tile
+constexpr int kScorePages = 2;    // pages whose int8 scores a tile computes at once
 constexpr int kValueVectors = 4;  // vectors of a value row that attention accumulates at once
 
 using F = __m512;
@@ -51,9 +52,12 @@ PM_INLINE I iset(int x) { return (I)_mm512_set1_epi32(x); }
 // acc[c] += sum of u[4c+i] * s[i], i = 0..3; u unsigned, s the four signed bytes of `quad`.
 PM_INLINE I idot(I acc, U u, int quad) { return (I)_mm512_dpbusd_epi32((__m512i)acc, u, _mm512_set1_epi32(quad)); }
 PM_INLINE I idot_small(I acc, U u, int quad) { return idot(acc, u, quad); }  // u < 128
+// The same with four unsigned bytes of `quad` against signed bytes s.
+PM_INLINE I idot_signed(I acc, int quad, U s) { return (I)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(quad), s); }
 PM_INLINE F itof(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
 // Rounds to nearest even and stores 16 signed bytes.
 PM_INLINE void istore_i8(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x))); }
+PM_INLINE void istore_u8(uint8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x))); }
 PM_INLINE void fstore_bf16(uint16_t* p, F x) {
     const __m512i u = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

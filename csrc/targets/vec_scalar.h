@@ -13,6 +13,7 @@ namespace PAGEMILL_TARGET {
 
 constexpr int kRows = 1;
 constexpr int kFloatRows = 1;
+constexpr int kScorePages = 1;
 constexpr int kValueVectors = 1;
 
 struct F { float v[16]; };
@@ -51,11 +52,23 @@ PM_INLINE I idot(I acc, U u, int quad) {
     return acc;
 }
 PM_INLINE I idot_small(I acc, U u, int quad) { return idot(acc, u, quad); }
+PM_INLINE I idot_signed(I acc, int quad, U s) {
+    uint8_t u[4];
+    std::memcpy(u, &quad, 4);
+    PM_LANES for (int j = 0; j < 4; j++) acc.v[i] += int(u[j]) * int(int8_t(s.v[4 * i + j]));
+    return acc;
+}
 PM_INLINE F itof(I x) { F r; PM_LANES r.v[i] = float(x.v[i]); return r; }
 PM_INLINE void istore_i8(int8_t* p, F x) {
     PM_LANES {
         const float r = std::nearbyintf(x.v[i]);
         p[i] = int8_t(r > 127.0f ? 127 : r < -128.0f ? -128 : int(r));
+    }
+}
+PM_INLINE void istore_u8(uint8_t* p, F x) {
+    PM_LANES {
+        const float r = std::nearbyintf(x.v[i]);
+        p[i] = uint8_t(r > 255.0f ? 255 : r < 0.0f ? 0 : int(r));
     }
 }
 PM_INLINE void fstore_bf16(uint16_t* p, F x) {

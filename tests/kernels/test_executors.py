@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pagemill.kernels.reference import store
+from pagemill.kernels.reference import hadamard, quantize_heads, store
 from pagemill.kernels.target import available_targets
 from tests.fixtures.plans import Shape, batch, native, native_with_arena, reference, tokens
 
@@ -59,13 +59,13 @@ def test_mixed_batches_agree_with_the_reference(target: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("codec", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("codec", ["f32", "f16", "bf16", "int8"])
 def test_attention_reads_keys_and_values_as_stored(target: str, codec: str) -> None:
     shape = Shape(layers=1)
     ours, wanted = native(shape, target, codec=codec, block_size=32), reference(shape, codec=codec, block_size=32)
     step = batch((tokens(70, shape.vocab), 0, [4, 2, 0]), every_row=True)
     # A key on a rounding boundary may fall to either side; beyond that only f32 noise is left.
-    bound = {"f32": 2e-5, "f16": 2e-4, "bf16": 2e-3}[codec]
+    bound = {"f32": 2e-5, "f16": 2e-4, "bf16": 2e-3, "int8": 2e-2}[codec]
     assert difference(ours.forward(step), wanted.forward(step)) < bound
 
 
@@ -88,6 +88,32 @@ def test_a_page_holds_what_the_codec_makes_of_the_values(target: str, codec: str
         else (stored.astype(np.uint32) << 16).view(np.float32)
     )
     assert np.array_equal(decoded, store(codec, exact))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_int8_page_holds_what_the_reference_quantises(target: str) -> None:
+    shape = Shape(layers=1, head_dim=40, hidden=56)
+    arenas = {}
+    for codec in ("f32", "int8"):
+        executor, arenas[codec] = native_with_arena(shape, target, codec=codec)
+        executor.forward(batch((tokens(37, shape.vocab), 0, [4, 2, 0])))
+    for block in (4, 2):
+        exact = arenas["f32"].block(block).view(np.float32).reshape(2, 2, 16 * 48)  # [head, keys and values, page]
+        pages = arenas["int8"].block(block).reshape(2, -1)
+        for head in range(2):
+            keys, values = exact[head, 0].reshape(48, 16).T[:, :40], exact[head, 1].reshape(16, 48)[:, :40]
+            scales = pages[head, 2 * 16 * 48 :].view(np.float16).astype(np.float32)
+            stored_k = pages[head, : 16 * 48].reshape(12, 16, 4).transpose(1, 0, 2).reshape(16, 48).astype(int) - 128
+            stored_v = pages[head, 16 * 48 : 2 * 16 * 48].view(np.int8).reshape(4, 48, 4).transpose(0, 2, 1)
+            q, scale = quantize_heads(values, stored=True)
+            assert np.array_equal(stored_v.reshape(16, 48)[:, :40], q)
+            assert np.array_equal(scales[16:], scale)
+            # Keys are rotated first, in f32: a rounding boundary may fall to either side.
+            q, scale = quantize_heads(hadamard(keys), stored=True)
+            assert np.abs(stored_k[:, :40] - q).max() <= 1
+            assert np.count_nonzero(stored_k[:, :40] != q) <= 2
+            assert np.allclose(scales[:16], scale, rtol=1e-3)
+            assert not stored_k[:, 40:].any()
 
 
 @pytest.mark.parametrize("target", TARGETS)

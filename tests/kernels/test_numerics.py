@@ -16,7 +16,15 @@ from pagemill.kernels.target import NUMERICS_VERSION, available_targets
 from tests.fixtures.plans import Shape, batch, native, tokens
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "numerics.json"
-CASES = [("f32", "f32"), ("f16", "f16"), ("bf16", "bf16"), ("q4_0", "bf16"), ("q4_1", "bf16"), ("q8_0", "f16")]
+CASES = [
+    ("f32", "f32"),
+    ("f16", "f16"),
+    ("bf16", "bf16"),
+    ("q4_0", "bf16"),
+    ("q4_1", "bf16"),
+    ("q8_0", "f16"),
+    ("f32", "int8"),
+]
 
 
 def digest(target: str, fmt: str, codec: str) -> str:

@@ -13,7 +13,15 @@ from tests.fixtures.plans import Shape, batch, native, tokens
 
 TARGETS = available_targets()
 LENGTH = 530
-CASES = [("f32", "f32"), ("f16", "f16"), ("bf16", "bf16"), ("q4_0", "bf16"), ("q4_1", "bf16"), ("q8_0", "f16")]
+CASES = [
+    ("f32", "f32"),
+    ("f16", "f16"),
+    ("bf16", "bf16"),
+    ("q4_0", "bf16"),
+    ("q4_1", "bf16"),
+    ("q8_0", "f16"),
+    ("q4_1", "int8"),
+]
 
 
 def shape(fmt: str) -> Shape:
@@ -81,19 +89,21 @@ def test_two_threads_give_the_bits_of_one(target: str, fmt: str, codec: str) -> 
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_windows_give_the_same_bits_in_chunks(target: str) -> None:
-    executor = native(Shape(window=33, vocab=64), target, codec="bf16")
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_windows_give_the_same_bits_in_chunks(target: str, codec: str) -> None:
+    executor = native(Shape(window=33, vocab=64), target, codec=codec)
     ids = tokens(290, 64)
     expected = whole(executor, ids, list(range(20)))
     for size in (7, 64):
         assert np.array_equal(in_chunks(executor, ids, list(range(30, 50)), size), expected)
 
 
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_any_schedule_gives_the_bits_of_one_piece(data: st.DataObject) -> None:
+def test_any_schedule_gives_the_bits_of_one_piece(codec: str, data: st.DataObject) -> None:
     """Random chunk sizes, random company, random blocks, on the best target."""
-    executor = native(shape("q4_1"), TARGETS[0], codec="bf16")
+    executor = native(shape("q4_1"), TARGETS[0], codec=codec)
     count = data.draw(st.integers(1, 3))
     lengths = [data.draw(st.integers(1, 300)) for _ in range(count)]
     prompts = [tokens(n, 64, seed=n + 7 * i) for i, n in enumerate(lengths)]

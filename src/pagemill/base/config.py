@@ -54,7 +54,7 @@ class EngineConfig:
     kv_cache_dtype: str = option(
         "auto",
         "Format of stored keys and values; auto is bf16, and f32 with dtype float32.",
-        choices=("auto", "f32", "f16", "bf16"),
+        choices=("auto", "f32", "f16", "bf16", "int8"),
     )
     kv_cache_memory_bytes: int | None = option(
         None,

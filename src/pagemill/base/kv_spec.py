@@ -12,8 +12,9 @@ from pagemill.base.errors import ConfigError
 
 KVKind = Literal["full", "window"]
 
-# Resident codecs: bytes of one value. Quantised codecs come with a later issue and bring their scales.
-KV_VALUE_BYTES: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
+# Resident codecs: bytes of one value, and bytes of scales beside each key or value vector.
+KV_VALUE_BYTES: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}
+KV_SCALE_BYTES: dict[str, int] = {"f32": 0, "f16": 0, "bf16": 0, "int8": 2}
 
 PAGE_POSITIONS = 16  # the kernels read keys and values in pages of 16 positions
 LANES = 16  # head dimensions are padded to whole vectors
@@ -47,7 +48,8 @@ class KVSpec:
     """Layers + block size (positions, a multiple of 16) + resident codec.
 
     Layout of a block, in order: layer, KV head, page of 16 positions, then keys `[head_dim][16]` and values
-    `[16][head_dim]`, head_dim padded to 16. Page of (layer l, head h, page j of the block) starts at
+    `[16][head_dim]`, head_dim padded to 16; int8: keys u8 (value + 128) `[head_dim/4][16][4]`, values s8
+    `[4][head_dim][4]`, f16 scales `[16]` of keys, then of values. Page of (layer l, head h, page j of the block) starts at
     `layer_offset(l) + (h * pages_per_block + j) * page_bytes(l)`.
     """
 
@@ -68,7 +70,8 @@ class KVSpec:
 
     def page_bytes(self, layer: int) -> int:
         """Bytes of one page (16 positions, one KV head) of a layer: keys and values."""
-        return 2 * PAGE_POSITIONS * padded(self.layers[layer].head_dim, LANES) * KV_VALUE_BYTES[self.codec]
+        vector_bytes = padded(self.layers[layer].head_dim, LANES) * KV_VALUE_BYTES[self.codec]
+        return 2 * PAGE_POSITIONS * (vector_bytes + KV_SCALE_BYTES[self.codec])
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes that one block holds of a layer."""
@@ -87,6 +90,12 @@ class KVSpec:
     def bytes_per_token(self) -> int:
         """Bytes of one token position, all layers, padding included."""
         return self.block_bytes // self.block_size
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of a block, scales and padding included, for each number of keys and values that it holds."""
+        values = self.block_size * sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
+        return 8 * self.block_bytes / values
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` positions."""

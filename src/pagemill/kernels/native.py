@@ -16,7 +16,7 @@ from pagemill.kernels.plan import MatrixRef, Phase, lower
 from pagemill.kernels.tensors import Tensor
 
 FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "q4_0": 3, "q4_1": 4, "q8_0": 5}
-CODECS = {"f32": 0, "f16": 1, "bf16": 2}
+CODECS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3}
 PANEL = 32
 
 _KINDS = {

@@ -131,21 +131,83 @@ def rotate(x: Float32, table: Float32, style: str) -> Float32:
     return out
 
 
+def hadamard(x: Float32) -> Float32:
+    """Orthonormal Hadamard rotation of the last axis, in blocks of the largest power of two that divides it."""
+    dim = x.shape[-1]
+    block = dim & -dim
+    matrix = np.ones((1, 1), np.float32)
+    while matrix.shape[0] < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    y: Float32 = (x.reshape(*x.shape[:-1], -1, block) @ matrix).reshape(x.shape) * np.float32(block**-0.5)
+    return y
+
+
+def quantize_heads(x: Float32, *, stored: bool) -> tuple[NDArray[np.int8], Float32]:
+    """Vectors [.., dim] to signed bytes with one scale each: scale = max|x| / 127, rounded to f16 where stored."""
+    scale = np.abs(x).max(axis=-1) / np.float32(127)
+    if stored:
+        scale = scale.astype(np.float16).astype(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    q = np.rint((x * inverse[..., None]).clip(-127, 127)).astype(np.int8)
+    return q, scale
+
+
+def visible(op: ops.Attention, positions: NDArray[np.int32], length: int) -> NDArray[np.bool_]:
+    """Which of positions 0 .. length-1 each row sees: [rows, length]."""
+    at = np.arange(length)
+    seen = at[None, :] <= positions[:, None]
+    if op.window is not None:
+        seen &= at[None, :] > positions[:, None] - op.window
+    return seen
+
+
+def probabilities(scores: Float32, op: ops.Attention, seen: NDArray[np.bool_]) -> Float32:
+    """Softmax over the last axis of scaled, capped, masked scores [heads, rows, length]."""
+    scores = scores * np.float32(op.scale)
+    if op.softcap > 0:
+        scores = np.float32(op.softcap) * np.tanh(scores / np.float32(op.softcap))
+    scores = np.where(seen[None], scores, np.float32(-np.inf))
+    p: Float32 = np.exp(scores - scores.max(axis=2, keepdims=True))
+    p /= p.sum(axis=2, keepdims=True)
+    return p
+
+
 def attend(q: Float32, k: Float32, v: Float32, op: ops.Attention, positions: NDArray[np.int32]) -> Float32:
     """One sequence: q [rows, q_heads, dim], k and v [length, kv_heads, dim] from position 0 -> [rows, q_heads, dim]."""
     group = op.num_q_heads // op.num_kv_heads
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scores = np.einsum("rhd,lhd->hrl", q, k, optimize=True) * np.float32(op.scale)
-    if op.softcap > 0:
-        scores = np.float32(op.softcap) * np.tanh(scores / np.float32(op.softcap))
-    at = np.arange(k.shape[0])
-    visible = at[None, :] <= positions[:, None]
-    if op.window is not None:
-        visible &= at[None, :] > positions[:, None] - op.window
-    scores = np.where(visible[None], scores, np.float32(-np.inf))
-    p = np.exp(scores - scores.max(axis=2, keepdims=True))
-    p /= p.sum(axis=2, keepdims=True)
+    scores = np.einsum("rhd,lhd->hrl", q, k, optimize=True)
+    p = probabilities(scores, op, visible(op, positions, k.shape[0]))
     out: Float32 = np.einsum("hrl,lhd->rhd", p, v, optimize=True)
+    return out
+
+
+PROBABILITY_RUN = 64  # positions that share the scale of their quantised probabilities
+
+
+def attend_int8(
+    q: Float32,
+    k: tuple[NDArray[np.int8], Float32],
+    v: tuple[NDArray[np.int8], Float32],
+    op: ops.Attention,
+    positions: NDArray[np.int32],
+) -> Float32:
+    """Attention on integers. q: rotated f32 [rows, q_heads, dim]; k (rotated), v: bytes [length, kv_heads, dim] and
+    scales [length, kv_heads]. Probabilities times value scales become bytes 0..255 by row and run of 64 positions."""
+    group, length = op.num_q_heads // op.num_kv_heads, k[0].shape[0]
+    (kq, ks), (vq, vs) = ((np.repeat(b, group, axis=1), np.repeat(s, group, axis=1)) for b, s in (k, v))
+    qq, qs = quantize_heads(q, stored=False)
+    sums = np.einsum("rhd,lhd->hrl", qq.astype(np.float32), kq.astype(np.float32), optimize=True)  # exact below 2^24
+    scores = sums * ks.T[:, None, :] * qs.T[:, :, None]
+    p = probabilities(scores, op, visible(op, positions, length)) * vs.T[:, None, :]
+    out = np.zeros(q.shape, np.float32)
+    for start in range(0, length, PROBABILITY_RUN):
+        run = p[..., start : start + PROBABILITY_RUN]
+        most = run.max(axis=2, keepdims=True)
+        inverse = np.divide(np.float32(255), most, out=np.zeros_like(most), where=most > 0)
+        values = vq[start : start + PROBABILITY_RUN].astype(np.float32)
+        part = np.einsum("hrl,lhd->rhd", np.rint(run * inverse), values, optimize=True)
+        out += part * (most[..., 0] / np.float32(255)).T[..., None]
     return out
 
 
@@ -159,10 +221,13 @@ class ReferenceExecutor:
         self.kv_spec = kv_spec
         self._plan = plan
         self._weights = weights
+        self._tensors: dict[str, Tensor] = {}
         self._dense: dict[str, Float32] = {}
         shapes = [(num_blocks, kv_spec.block_size, la.num_kv_heads, la.head_dim) for la in kv_spec.layers]
-        self.keys = [np.zeros(shape, np.float32) for shape in shapes]
-        self.values = [np.zeros(shape, np.float32) for shape in shapes]
+        dtype = np.int8 if kv_spec.codec == "int8" else np.float32
+        self.keys = [np.zeros(shape, dtype) for shape in shapes]
+        self.values = [np.zeros(shape, dtype) for shape in shapes]
+        self.scales = [np.zeros((2, *shape[:3]), np.float32) for shape in shapes]  # of keys and values, int8 alone
 
     def forward(self, batch: Batch) -> Float32:
         """Run one step; logits [num_logits, vocab] f32."""
@@ -171,13 +236,19 @@ class ReferenceExecutor:
             self._run(op, registers, batch)
         return registers["logits"]
 
+    def _tensor(self, handle: str) -> Tensor:
+        """A weight, asked for once: the mapping may convert it at each access."""
+        if handle not in self._tensors:
+            self._tensors[handle] = self._weights[handle]
+        return self._tensors[handle]
+
     def _dense_of(self, handle: str) -> Float32:
         if handle not in self._dense:
-            self._dense[handle] = self._weights[handle].dequantize()
+            self._dense[handle] = self._tensor(handle).dequantize()
         return self._dense[handle]
 
     def _product(self, x: Float32, weight: str, bias: str | None) -> Float32:
-        tensor = self._weights[weight]
+        tensor = self._tensor(weight)
         dense = None if tensor.format in INTEGER_FORMATS else self._dense_of(weight)
         y = product(x, tensor, dense)
         return y if bias is None else y + self._dense_of(bias)
@@ -233,8 +304,13 @@ class ReferenceExecutor:
         k, v = reg[op.k].reshape(shape), reg[op.v].reshape(shape)
         for i in range(len(batch.starts) - 1):
             rows, positions, blocks, slots = self._sequence(batch, i)
-            self.keys[op.layer][blocks[positions], slots[positions]] = store(self.kv_spec.codec, k[rows])
-            self.values[op.layer][blocks[positions], slots[positions]] = store(self.kv_spec.codec, v[rows])
+            at = blocks[positions], slots[positions]
+            if self.kv_spec.codec == "int8":
+                self.keys[op.layer][at], self.scales[op.layer][0][at] = quantize_heads(hadamard(k[rows]), stored=True)
+                self.values[op.layer][at], self.scales[op.layer][1][at] = quantize_heads(v[rows], stored=True)
+            else:
+                self.keys[op.layer][at] = store(self.kv_spec.codec, k[rows])
+                self.values[op.layer][at] = store(self.kv_spec.codec, v[rows])
 
     @_run.register
     def _(self, op: ops.Attention, reg: dict[str, Float32], batch: Batch) -> None:
@@ -243,7 +319,11 @@ class ReferenceExecutor:
         for i in range(len(batch.starts) - 1):
             rows, positions, blocks, slots = self._sequence(batch, i)
             k, v = self.keys[op.layer][blocks, slots], self.values[op.layer][blocks, slots]
-            out[rows] = attend(q[rows], k, v, op, positions)
+            if self.kv_spec.codec == "int8":
+                ks, vs = self.scales[op.layer][:, blocks, slots]
+                out[rows] = attend_int8(hadamard(q[rows]), (k, ks), (v, vs), op, positions)
+            else:
+                out[rows] = attend(q[rows], k, v, op, positions)
         reg[op.dst] = out.reshape(len(q), -1)
 
     @_run.register
