@@ -11,19 +11,34 @@
 namespace pagemill {
 
 static constexpr size_t kHuge = size_t(2) << 20;
-static size_t rounded(size_t bytes) { return bytes >= kHuge / 2 ? (bytes + kHuge - 1) / kHuge * kHuge : (bytes + 63) / 64 * 64 + 64; }
+static size_t mapped_size(size_t bytes) { return (bytes + kHuge - 1) / kHuge * kHuge; }
+
+// Large memory comes from the kernel in zero pages that cost nothing until they are touched.
+static uint8_t* map_huge(size_t bytes) {
+    const size_t size = mapped_size(bytes), reserve = size + kHuge;
+    if (reserve < bytes) throw std::bad_alloc();
+    void* memory = mmap(nullptr, reserve, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory), aligned = (start + kHuge - 1) / kHuge * kHuge;
+    if (aligned > start) munmap(memory, aligned - start);
+    munmap(reinterpret_cast<void*>(aligned + size), start + reserve - aligned - size);
+    madvise(reinterpret_cast<void*>(aligned), size, MADV_HUGEPAGE);
+    return reinterpret_cast<uint8_t*>(aligned);
+}
 
 uint8_t* allocate(size_t bytes) {
-    const size_t size = rounded(bytes);
-    if (size < bytes) throw std::bad_alloc();
-    void* memory = std::aligned_alloc(size >= kHuge ? kHuge : 64, size);
+    if (bytes >= kHuge / 2) return map_huge(bytes);
+    const size_t size = (bytes + 63) / 64 * 64 + 64;
+    void* memory = std::aligned_alloc(64, size);
     if (!memory) throw std::bad_alloc();
-    if (size >= kHuge) madvise(memory, size, MADV_HUGEPAGE);
     std::memset(memory, 0, size);
     return static_cast<uint8_t*>(memory);
 }
 
-void release(uint8_t* memory, size_t) { std::free(memory); }
+void release(uint8_t* memory, size_t bytes) {
+    if (bytes >= kHuge / 2) munmap(memory, mapped_size(bytes));
+    else std::free(memory);
+}
 
 Runner::~Runner() {
     for (auto& [memory, bytes] : memory_) release(memory, bytes);

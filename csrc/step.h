@@ -6,8 +6,9 @@
 
 namespace pagemill {
 
-uint8_t* allocate(size_t bytes);  // zeroed, 64-byte aligned (2 MiB and huge pages from 1 MiB on); throws std::bad_alloc
-void release(uint8_t* memory, size_t bytes);
+// Zeroed, 64-byte aligned; from 1 MiB on 2 MiB aligned, in huge pages where there are any. Throws std::bad_alloc.
+uint8_t* allocate(size_t bytes);
+void release(uint8_t* memory, size_t bytes);  // bytes: as asked for
 
 class Runner {
 public:

@@ -244,8 +244,17 @@ template <class T> static nb::ndarray<nb::numpy, T> array_of(std::vector<size_t>
 }
 
 static nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate_array(size_t bytes) {
-    uint8_t* memory = allocate(bytes);
-    nb::capsule owner(memory, [](void* p) noexcept { release(static_cast<uint8_t*>(p), 0); });
+    struct Owned {
+        uint8_t* memory;
+        size_t bytes;
+    };
+    auto* owned = new Owned{allocate(bytes), bytes};
+    uint8_t* memory = owned->memory;
+    nb::capsule owner(owned, [](void* p) noexcept {
+        auto* o = static_cast<Owned*>(p);
+        release(o->memory, o->bytes);
+        delete o;
+    });
     return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(memory, {bytes}, owner);
 }
 

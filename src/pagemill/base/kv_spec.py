@@ -49,8 +49,8 @@ class KVSpec:
 
     Layout of a block, in order: layer, KV head, page of 16 positions, then keys `[head_dim][16]` and values
     `[16][head_dim]`, head_dim padded to 16; int8: keys u8 (value + 128) `[head_dim/4][16][4]`, values s8
-    `[4][head_dim][4]`, f16 scales `[16]` of keys, then of values. Page of (layer l, head h, page j of the block) starts at
-    `layer_offset(l) + (h * pages_per_block + j) * page_bytes(l)`.
+    `[4][head_dim][4]`, f16 scales `[16]` of keys, then of values. Page of (layer l, head h, page j of the block)
+    starts at `layer_offset(l) + (h * pages_per_block + j) * page_bytes(l)`.
     """
 
     layers: tuple[LayerKV, ...]
