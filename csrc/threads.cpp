@@ -32,8 +32,8 @@ void Pool::run(const std::function<void(int)>& job) {
 void Pool::work(int worker) {
     uint32_t seen = 0;
     for (;;) {
-        // About 30 us of spinning bridges the gap between steps; then the thread sleeps.
-        for (int spins = 0; turn_.load(std::memory_order_acquire) == seen && !stop_ && spins < 1500; spins++) cpu_relax();
+        // Some 20 to 40 us of spinning bridges the gap between steps; then the thread sleeps.
+        for (int spins = 0; turn_.load(std::memory_order_acquire) == seen && !stop_ && spins < 600; spins++) cpu_relax();
         if (turn_.load(std::memory_order_acquire) == seen) {
             std::unique_lock<std::mutex> lock(mutex_);
             sleeping_.fetch_add(1, std::memory_order_seq_cst);

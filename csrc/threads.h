@@ -28,7 +28,7 @@ struct Barrier {
         for (int other = 0; other < count; other++) {
             int spins = 0;
             while (int32_t(flags[size_t(other)].value.load(std::memory_order_acquire) - turn) < 0) {
-                if (++spins < 4000) cpu_relax();
+                if (++spins < 400) cpu_relax();
                 else std::this_thread::yield();
             }
         }

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pagemill.base.units import format_seconds
@@ -161,8 +162,8 @@ def _run_json(run: Generation) -> dict[str, Any]:
 
 def make_table(report: dict[str, Any]) -> Table:
     """The report as a table for people: mean ± standard deviation, ratios, the published figure where it applies."""
-    table = Table(pad_edge=False)
-    table.add_column("mean ± standard deviation")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("mean ± std. deviation", no_wrap=True)
     for heading in ("without the cache", "with the cache", "ratio"):
         table.add_column(heading, justify="right")
     works: dict[str, dict[str, dict[str, Any]]] = {}
@@ -180,8 +181,8 @@ def make_table(report: dict[str, Any]) -> Table:
         without, with_ = known["without"], known["with"]
         table.add_section()
         table.add_row(
-            f"{known['source']}: {known['model']}, {known['num_tokens']:,} tokens,\n"
-            f"{known['num_runs']} runs, on {known['hardware']}",
+            f"{known['source']}: {known['model']},\n"
+            f"{known['num_tokens']:,} tokens, {known['num_runs']} runs, {known['hardware']}",
             f"> {without['mean']:g} ± {without['std']:g} s",
             f"{with_['mean']:g} ± {with_['std']:g} s",
             f"> {without['mean'] / with_['mean']:.1f}×",
@@ -192,12 +193,12 @@ def make_table(report: dict[str, Any]) -> Table:
 def title_of(report: dict[str, Any]) -> str:
     """Model, formats and amounts in one line."""
     settings = report["settings"]
-    weights = "random weights" if settings["weights"] != "checkpoint" else "weights"
-    kind = "as stored" if settings["dtype"] == "checkpoint" else settings["dtype"]
-    runs = f"{settings['num_runs']} + {settings['num_runs_without']} runs"
+    weights = "random weights, " if settings["weights"] != "checkpoint" else ""
+    dtype = "weights as stored" if settings["dtype"] == "checkpoint" else settings["dtype"]
     return (
-        f"{settings['name']}: {weights} {kind}, KV {settings['kv_codec']}; "
-        f"{len(settings['prompt_token_ids'])} + {settings['num_tokens']:,} tokens, {runs}"
+        f"{settings['name']} ({weights}{dtype}, KV {settings['kv_codec']}): "
+        f"{len(settings['prompt_token_ids'])} + {settings['num_tokens']:,} tokens, "
+        f"{settings['num_runs']} + {settings['num_runs_without']} runs"
     )
 
 
@@ -228,9 +229,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
 def _figure(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
-    spread = f" ± {row['std']:.2g}" if row["std"] is not None else ""
-    return f"{_number(row['mean'])}{spread} {row['unit']}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value >= 100 else f"{value:.3g}"
+    mean, std = row["mean"], row["std"]
+    places = 0 if mean >= 100 else 1 if mean >= 10 else 2 if mean >= 1 else 3
+    spread = "" if std is None else f" ± {std:,.{places}f}"
+    return f"{mean:,.{places}f}{spread} {row['unit']}"

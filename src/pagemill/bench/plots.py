@@ -5,11 +5,11 @@ The pages are drawn from a report's JSON object, so that they can be drawn again
 
 from __future__ import annotations
 
+import math
+import statistics
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pagemill.base.errors import ConfigError
 from pagemill.bench.kvcache import WITH, WITHOUT
@@ -20,7 +20,7 @@ MISSING = "no plot: matplotlib is not installed; get it with `pip install 'pagem
 _COLOURS = {WITHOUT: "#c8553d", WITH: "#1f6f8b"}
 _INK, _FAINT = "#23272b", "#8a9299"
 _STYLE: Any = {
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -41,12 +41,13 @@ _STYLE: Any = {
 def draw_kvcache(report: dict[str, Any], stem: Path) -> list[Path]:
     """Time per token against position, and time so far, with and without the cache: `stem`.png and .svg.
 
-    Lines are medians over the runs, bands their 10th to 90th percentile. Returns the files; none where matplotlib is
-    missing. Raises ConfigError where they cannot be written.
+    Left: medians over the runs, bands their 10th to 90th percentile; right: means. Returns the files; none where
+    matplotlib is missing. Raises ConfigError where they cannot be written.
     """
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
     except ImportError:
         return []
     with matplotlib.rc_context(_STYLE):
@@ -54,6 +55,10 @@ def draw_kvcache(report: dict[str, Any], stem: Path) -> list[Path]:
         per_token, so_far = figure.subplots(1, 2, width_ratios=(1.5, 1.0))
         _draw_per_token(per_token, report)
         _draw_so_far(so_far, report)
+        per_token.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        per_token.yaxis.set_minor_formatter(NullFormatter())
+        per_token.yaxis.set_major_formatter(lambda value, place: f"{value:,g}")
+        so_far.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         figure.suptitle(title_of(report), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
         figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8, color=_FAINT)
         paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
@@ -68,66 +73,60 @@ def draw_kvcache(report: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def _draw_per_token(axes: Any, report: dict[str, Any]) -> None:
-    axes.set_title("time per token", loc="left", fontsize=10)
+    axes.set_title("time per token (ms)", loc="left", fontsize=10)
     axes.set_xlabel("position in the context (tokens)")
-    axes.set_ylabel("milliseconds")
     axes.set_yscale("log")
+    first, last = math.inf, 0.0
     for mode in (WITHOUT, WITH):
         curve = report["positions"][mode]
-        x, median, low, high = (np.asarray(curve[name][1:]) for name in ("position", "median_ms", "p10_ms", "p90_ms"))
-        if not len(x):
+        x, median, low, high = (curve[name][1:] for name in ("position", "median_ms", "p10_ms", "p90_ms"))
+        if not x:
             continue
+        first, last = min(first, x[0]), max(last, x[-1])
         axes.fill_between(x, low, high, color=_COLOURS[mode], alpha=0.18, linewidth=0)
         axes.plot(x, median, color=_COLOURS[mode], linewidth=1.6)
-        axes.annotate(
-            f"{mode} the cache",
-            (x[len(x) // 2], float(np.max(_smooth(median)[len(x) // 4 : 3 * len(x) // 4 + 1]))),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            color=_COLOURS[mode],
-            fontweight="bold",
-        )
-    axes.margins(x=0.02, y=0.12)
-    axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        _label(axes, x[-1], statistics.median(median[-9:]), f"{mode}\nthe cache", _COLOURS[mode])
+    if last > first:
+        axes.set_xlim(first - 0.02 * (last - first), last + 0.19 * (last - first))
+    axes.margins(y=0.08)
 
 
 def _draw_so_far(axes: Any, report: dict[str, Any]) -> None:
-    axes.set_title("time so far", loc="left", fontsize=10)
+    axes.set_title("total time (s)", loc="left", fontsize=10)
     axes.set_xlabel("tokens generated")
-    axes.set_ylabel("seconds")
     longest = 0
     for mode in (WITHOUT, WITH):
-        total = np.cumsum(report["positions"][mode]["median_ms"]) / 1e3
-        if not len(total):
+        times = zip_longest(*(run["token_s"] for run in report["runs"] if run["mode"] == mode))
+        total = list(accumulate(statistics.fmean(each for each in at if each is not None) for at in times))
+        if not total:
             continue
         longest = max(longest, len(total))
-        x = np.arange(1, len(total) + 1)
-        axes.plot(x, total, color=_COLOURS[mode], linewidth=1.8, solid_capstyle="round")
-        axes.plot(x[-1:], total[-1:], "o", color=_COLOURS[mode], markersize=4)
-        axes.annotate(
-            f"{total[-1]:.3g} s",
-            (x[-1], total[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=_COLOURS[mode],
-            fontweight="bold",
-        )
-    axes.set_xlim(0, longest * 1.2)
+        axes.plot(range(1, len(total) + 1), total, color=_COLOURS[mode], linewidth=1.8)
+        axes.plot(len(total), total[-1], "o", color=_COLOURS[mode], markersize=4)
+        _label(axes, len(total), total[-1], f"{total[-1]:.3g} s", _COLOURS[mode])
+    axes.set_xlim(0, longest * 1.24)
     axes.set_ylim(bottom=0)
 
 
-def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A running median of nine, so that one slow token does not place a label."""
-    padded = np.pad(values, 4, mode="edge")
-    return np.asarray(np.median(np.lib.stride_tricks.sliding_window_view(padded, 9), axis=-1))
+def _label(axes: Any, x: float, y: float, text: str, colour: str) -> None:
+    """Text to the right of a curve's end."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        color=colour,
+        fontweight="bold",
+        fontsize=9,
+        annotation_clip=False,
+    )
 
 
 def _caption(report: dict[str, Any]) -> str:
     machine = report["machine"]
     return (
-        f"Medians over the runs, bands from the 10th to the 90th percentile. {machine['cpu']}, "
+        f"Left: median of the runs, band from the 10th to the 90th percentile; right: their mean. {machine['cpu']}, "
         f"{machine['num_threads']} threads, {machine['target']}. Pagemill {report['versions']['pagemill']}, "
         f"{report['date'][:10]}."
     )

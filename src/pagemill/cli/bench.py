@@ -55,7 +55,7 @@ def kvcache(
     with ExitStack() as stack:
         for llm in subject.engines.values():
             stack.enter_context(llm)
-        with _interrupts() as interrupted, _Display(settings) as display:
+        with interrupts() as interrupted, _Display(settings) as display:
             found = measure(subject, settings, display, interrupted=interrupted)
         if not found.runs:
             note("interrupted before anything was measured")
@@ -85,7 +85,7 @@ def _publish(report: dict[str, Any], directory: Path, *, as_json: bool) -> None:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
+def interrupts() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into an answer, so that no step is cut; the second one ends the program as usual."""
     seen: list[int] = []
 
@@ -104,7 +104,8 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 class _Display:
     """Progress with remaining time on stderr. Mutated as runs go on.
 
-    A bar on a terminal, a line for each run elsewhere. Drawn between tokens, by the thread that measures and off its clock, so that it takes nothing from the figures.
+    A bar on a terminal, a line for each run elsewhere. Drawn between tokens, by the thread that measures and off its
+    clock, so that it takes nothing from the figures.
     """
 
     def __init__(self, settings: Settings) -> None:

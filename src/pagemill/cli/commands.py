@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pagemill.cli.options import engine_options
+from pagemill.cli.terminal import silence_stdout
 
 _SETTINGS: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
 
@@ -48,8 +49,12 @@ def pagemill(
 
 
 def _act(ctx: typer.Context, action: str, /, **arguments: Any) -> None:
-    """Load a command's module through the table and run it."""
-    code = ctx.obj(action)(**arguments)
+    """Load a command's module through the table and run it. A reader that leaves early ends it and is no error."""
+    try:
+        code = ctx.obj(action)(**arguments)
+    except BrokenPipeError:
+        silence_stdout()
+        raise typer.Exit from None
     if code:
         raise typer.Exit(int(code))
 
@@ -174,7 +179,7 @@ def bench_kvcache(
         int | None, typer.Option(help="Runs without the cache, which are the slow ones.", show_default=False)
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help='The text to go on from [default: "Explain KV caching in transformers"].')
+        str | None, typer.Option(help="The text to go on from (unset: Explain KV caching in transformers).")
     ] = None,
     output: Annotated[str, typer.Option(help="Directory for JSON and plots.")] = "bench-results",
     json: Json = False,
@@ -188,6 +193,33 @@ def bench_kvcache(
         num_runs=runs,
         num_runs_without=runs_without,
         prompt=prompt,
+        output=output,
+        as_json=json,
+        engine=engine,
+    )
+
+
+@bench_app.command("quality")
+@engine_options
+def bench_quality(
+    ctx: typer.Context,
+    text: Annotated[str, typer.Option(help="UTF-8 text to predict, such as a test split.", metavar="FILE")],
+    n_ctx: Annotated[str, typer.Option(help="Tokens of a window, or several numbers as 512,4096.")] = "512",
+    windows: Annotated[int, typer.Option(help="Windows to run, from the beginning of the text, at the most.")] = 40,
+    output: Annotated[str, typer.Option(help="Directory for JSON.")] = "bench-results",
+    json: Json = False,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """Perplexity and KL divergence of weights and KV types against the engine's own float32, by llama.cpp's procedure.
+
+    --dtype and --kv-cache-dtype take several names, separated by commas; every combination is run.
+    """
+    _act(
+        ctx,
+        "bench.quality",
+        text=text,
+        n_ctx=n_ctx,
+        windows=windows,
         output=output,
         as_json=json,
         engine=engine,

@@ -18,7 +18,7 @@ from typer.main import get_command
 from pagemill import __version__
 from pagemill.base.errors import PagemillError
 from pagemill.cli.commands import app
-from pagemill.cli.terminal import print_error
+from pagemill.cli.terminal import print_error, silence_stdout
 
 # What each command runs: module and function, imported when the command is used and not before.
 ACTIONS: dict[str, tuple[str, str]] = {
@@ -27,6 +27,7 @@ ACTIONS: dict[str, tuple[str, str]] = {
     "chat": ("pagemill.cli.chat", "run"),
     "doctor": ("pagemill.cli.doctor", "run"),
     "bench.kvcache": ("pagemill.cli.bench", "kvcache"),
+    "bench.quality": ("pagemill.cli.quality", "quality"),
     "models.pull": ("pagemill.cli.models", "pull_model"),
     "models.ls": ("pagemill.cli.models", "list_local"),
     "models.rm": ("pagemill.cli.models", "remove_model"),
@@ -60,8 +61,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has seen enough; nothing more may be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()
         return 0
     except Exception as error:
         if debug:

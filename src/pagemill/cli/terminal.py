@@ -37,3 +37,8 @@ def note(message: str) -> None:
 def print_json(value: object) -> None:
     """One JSON object on stdout and nothing else."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def silence_stdout() -> None:
+    """After the reader of our output has left: nothing more may be written, not even at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,214 @@
+"""From the scores of `bench quality` to its report: rows, quality gates, verdicts, the terminal's table.
+
+Owns the gates and the JSON object; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from pagemill.bench.machine import describe_git, describe_machine, describe_versions, disturbance
+from pagemill.bench.quality import (
+    REFERENCE,
+    UNQUANTISED,
+    Comparison,
+    Measurement,
+    Scores,
+    Settings,
+    Subject,
+    comparisons_of,
+)
+from pagemill.bench.quality_score import Estimate, Float64, mean, perplexity, perplexity_ratio
+from pagemill.bench.report import rounded, timestamp
+from pagemill.kernels.target import choose_target
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a mode may cost: perplexity ÷ the one it is held against, and KL divergence in nats per token."""
+
+    ppl_ratio: float
+    kld: float
+
+
+DEFAULT_GATE = Gate(1.005, 0.005)
+WEIGHTS_GATES = {"throughput": Gate(1.01, 0.008)}
+# A KV type against bf16 KV, by the bits that a value takes with everything counted: the first that applies.
+KV_GATES = ((4.8, Gate(1.02, 0.02)), (5.3, Gate(1.012, 0.01)), (float("inf"), Gate(1.0015, 0.0033)))
+
+PASS, MISS = "pass", "miss"
+
+
+def gate_of(comparison: Comparison, bits: float) -> Gate | None:
+    """The gate of a comparison: of weights and activations against float32, of a quantised KV type against bf16 KV.
+
+    bits: of a KV value. None otherwise: float32 itself; a quantised KV type against float32, where the weights' cost
+    is in the figure too; and f32 or f16 against bf16 KV, which tells how far any change of the cache is magnified by
+    the roundings behind it.
+    """
+    quantised = comparison.mode.kv not in UNQUANTISED
+    if comparison.mode == REFERENCE or quantised == (comparison.against == REFERENCE):
+        return None
+    if quantised:
+        return next(gate for limit, gate in KV_GATES if bits <= limit)
+    return WEIGHTS_GATES.get(comparison.mode.weights, DEFAULT_GATE)
+
+
+def make_report(subject: Subject, settings: Settings, found: Measurement) -> dict[str, Any]:
+    """The bench's JSON object, without the names of its files. kld in nats per token, top1 a share from 0 to 1."""
+    executor = subject.config.executor
+    machine = describe_machine(choose_target() if executor == "native" else executor, subject.num_threads)
+    return {
+        "bench": "quality",
+        "date": timestamp(),
+        "machine": machine | {"cpu_shares": disturbance(found.before, found.after)},
+        "versions": describe_versions(),
+        "git": describe_git(),
+        "settings": _settings(subject, settings),
+        "interrupted": found.interrupted,
+        "rows": make_rows(subject, found.scores),
+    }
+
+
+def make_rows(subject: Subject, measured: Sequence[Scores]) -> list[dict[str, Any]]:
+    """One row for each n_ctx and comparison that has a whole window."""
+    comparisons = comparisons_of(subject.modes)
+    return [_row(subject, scores, each) for scores in measured if scores.num_windows for each in comparisons]
+
+
+def _row(subject: Subject, scores: Scores, comparison: Comparison) -> dict[str, Any]:
+    mode, against = comparison.mode, comparison.against
+    windows, windows_ref = scores.nll[mode], scores.nll[against]
+    nll, nll_ref = np.concatenate(windows), np.concatenate(windows_ref)
+    ratio = perplexity_ratio(nll, nll_ref)
+    kld = mean(np.concatenate(scores.kld[comparison]))
+    spec = subject.executors[mode].kv_spec
+    bits = spec.bits_per_value
+    gate = gate_of(comparison, bits)
+    return {
+        "weights": mode.weights,
+        "k": spec.codec,
+        "v": spec.codec,
+        "n_ctx": scores.n_ctx,
+        "windows": scores.num_windows,
+        "tokens": len(nll),
+        "against": {"weights": against.weights, "k": against.kv, "v": against.kv},
+        **_figure("ppl", perplexity(nll)),
+        **_figure("ppl_ref", perplexity(nll_ref)),
+        **_figure("ppl_ratio", ratio),
+        **_figure("kld", kld),
+        **_figure("top1", mean(np.concatenate(scores.top1[comparison]))),
+        "bits_per_value": rounded(bits),
+        "gate": None if gate is None else asdict(gate),
+        "verdict": None if gate is None else verdict(gate, ratio, kld),
+        "samples": {
+            "nll": _means(windows),
+            "nll_ref": _means(windows_ref),
+            "kld": _means(scores.kld[comparison]),
+            "top1": _means(scores.top1[comparison]),
+        },
+    }
+
+
+def verdict(gate: Gate, ratio: Estimate, kld: Estimate) -> str:
+    """PASS where both figures are within the gate."""
+    return PASS if ratio.value <= gate.ppl_ratio and kld.value <= gate.kld else MISS
+
+
+def _figure(name: str, estimate: Estimate) -> dict[str, float | None]:
+    error = None if estimate.error is None else rounded(estimate.error)
+    return {name: rounded(estimate.value), f"{name}_se": error}
+
+
+def _means(windows: Sequence[Float64]) -> list[float]:
+    return [rounded(float(each.mean())) for each in windows]
+
+
+def _settings(subject: Subject, settings: Settings) -> dict[str, Any]:
+    config = subject.config
+    return {
+        "model": config.model,
+        "name": Path(config.model).name or subject.checkpoint.spec.name,
+        "weight_format": subject.checkpoint.weight_format,
+        "text": settings.text.name,
+        "text_tokens": len(subject.tokens),
+        "bos": subject.bos is not None,
+        "n_ctx": list(settings.contexts),
+        "windows": settings.windows,
+        "scored": "positions n_ctx/2 to n_ctx - 2 of each window, each on the token that follows",
+        "reference": asdict(REFERENCE),
+        "modes": [asdict(mode) for mode in subject.modes],
+        "block_size": config.block_size,
+        "executor": config.executor,
+    }
+
+
+def make_tables(report: dict[str, Any]) -> list[Table]:
+    """The report as tables for people, one for each n_ctx, of two lines a row. top-1: share of tokens where both modes
+    have the same most likely one. KV bits: per value."""
+    tables = []
+    for n_ctx in report["settings"]["n_ctx"]:
+        rows = [row for row in report["rows"] if row["n_ctx"] == n_ctx]
+        if not rows:
+            continue
+        title = f"n_ctx {n_ctx:,}, {rows[0]['windows']:,} windows"
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+        table.add_column("weights/KV\nheld against")
+        for heading in ("PPL\n± se", "change\n± se", "KLD, nats\n± se", "top-1\n± se", "KV\nbits", "verdict\ngate"):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            table.add_row(*_cells(row))
+        tables.append(table)
+    return tables
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    mode, against = _mode(row), _mode(row["against"])
+    few, many = (".2f", ".3f") if row["ppl"] < 1000 else (".0f", ".0f")
+    ppl, bits = f"{row['ppl']:{many}}{_under(row['ppl_se'], few)}", f"{row['bits_per_value']:.4g}"
+    if mode == against:
+        return [f"{mode}\n(reference)", ppl, "", "", "", bits, ""]
+    gate = row["gate"]
+    return [
+        f"{mode}\n{against}",
+        ppl,
+        f"{row['ppl_ratio'] - 1:+.2%}{_under(row['ppl_ratio_se'], '.2%')}",
+        f"{row['kld']:.5f}{_under(row['kld_se'], '.5f')}",
+        f"{row['top1']:.1%}{_under(row['top1_se'], '.1%')}",
+        bits,
+        "" if gate is None else f"{row['verdict']}\n{100 * (gate['ppl_ratio'] - 1):+.3g}%, {gate['kld']:g}",
+    ]
+
+
+def _mode(names: dict[str, Any]) -> str:
+    k, v = names["k"], names["v"]
+    return f"{names['weights']}/{k if k == v else f'{k}, {v}'}"
+
+
+def _under(error: float | None, form: str) -> str:
+    return "" if error is None else f"\n± {error:{form}}"
+
+
+def title_of(report: dict[str, Any]) -> str:
+    """Model and text in one line."""
+    settings = report["settings"]
+    return f"{settings['name']} ({settings['weight_format']}), {settings['text_tokens']:,} tokens of {settings['text']}"
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What was cut short, and the machine, one line each."""
+    settings, machine = report["settings"], report["machine"]
+    lines = []
+    for n_ctx in settings["n_ctx"]:
+        done = next((row["windows"] for row in report["rows"] if row["n_ctx"] == n_ctx), 0)
+        if done < settings["windows"]:
+            why = "interrupted" if report["interrupted"] else "the text has no more"
+            lines.append(f"{done:,} of {settings['windows']:,} windows at n_ctx {n_ctx:,}: {why}")
+    return [*lines, f"{machine['cpu']}, {machine['num_threads']} of {machine['num_cores']} cores, {machine['target']}"]

@@ -1,0 +1,139 @@
+"""`pagemill bench quality` in the terminal. Owns options, progress, Ctrl-C and printing; measuring is
+`pagemill.bench`'s."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pagemill.base.config import OPTIONS, resolve_config
+from pagemill.base.errors import ConfigError
+from pagemill.base.units import format_seconds
+from pagemill.bench.quality import (
+    Scores,
+    Settings,
+    measure,
+    open_subject,
+    parse_contexts,
+    parse_modes,
+    total_tokens,
+)
+from pagemill.bench.quality_report import make_report, make_tables, remarks, title_of
+from pagemill.bench.quality_score import perplexity
+from pagemill.bench.report import file_stem, prepare_directory, write_json
+from pagemill.cli.bench import interrupts
+from pagemill.cli.progress import byte_progress
+from pagemill.cli.terminal import BOLD, note, paint, print_json
+
+_REFRESH_S = 0.25
+_LINE_S = 10.0
+_INTERRUPTED = 130
+_LISTS = ("dtype", "kv_cache_dtype")
+_USED = ("model", "block_size", "num_threads", "executor", *_LISTS)
+
+
+def quality(*, text: str, n_ctx: str, windows: int, output: str, as_json: bool, engine: dict[str, Any]) -> int:
+    """Measure what weight formats and KV types cost; print a table or one JSON object, write the JSON to `output`.
+
+    Returns 130 where Ctrl-C ended it; the whole windows measured by then are reported all the same.
+    """
+    arguments = dict(engine["arguments"])
+    unused = [OPTIONS[name].flag for name in arguments if name not in _USED]
+    if unused:
+        raise ConfigError(
+            f"{', '.join(unused)}: this bench runs windows of --n-ctx tokens one at a time, so this would change "
+            "nothing; leave it out"
+        )
+    lists = {name: arguments.pop(name) for name in _LISTS if name in arguments}
+    config = resolve_config(arguments, file=engine["file"], origin="command line").config
+    modes = parse_modes(lists.get("dtype", config.dtype), lists.get("kv_cache_dtype", config.kv_cache_dtype))
+    settings = Settings(Path(text), modes, parse_contexts(n_ctx), windows)
+    directory = prepare_directory(output)
+    with byte_progress() as report_bytes:
+        subject = open_subject(
+            config,
+            settings,
+            progress=report_bytes,
+            loading=lambda mode: note(f"loading {config.model}: {mode.name} …"),
+        )
+    with interrupts() as interrupted, _Display(total_tokens(subject, settings)) as display:
+        found = measure(subject, settings, display, interrupted=interrupted)
+    if not any(scores.num_windows for scores in found.scores):
+        note("interrupted before a window was measured")
+        return _INTERRUPTED
+    _publish(make_report(subject, settings, found), directory, as_json=as_json)
+    return _INTERRUPTED if found.interrupted else 0
+
+
+def _publish(report: dict[str, Any], directory: Path, *, as_json: bool) -> None:
+    path = directory / f"{file_stem('quality', report['settings']['name'], report['date'])}.json"
+    report["files"] = [str(path)]
+    write_json(path, report)
+    if as_json:
+        print_json(report)
+        return
+    print(paint(title_of(report), BOLD, sys.stdout))
+    for table in make_tables(report):
+        Console(highlight=False).print(table)
+    for line in (*remarks(report), f"written: {path}"):
+        print(line)
+
+
+class _Display:
+    """Progress with remaining time on stderr: a bar on a terminal, a line now and then elsewhere. Mutated as it goes.
+
+    num_tokens: what all modes will run together.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        self._done = 0
+        self._began_s = self._told_s = time.monotonic()
+        self._bars: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self._bars = Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+            self._bars.add_task("first window", total=num_tokens)
+
+    def __enter__(self) -> _Display:
+        self._began_s = self._told_s = time.monotonic()
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def advanced(self, num_tokens: int) -> None:
+        self._done += num_tokens
+        if self._bars is not None:
+            self._bars.advance(self._bars.task_ids[0], num_tokens)
+            if self._is_due(_REFRESH_S):
+                self._bars.refresh()
+
+    def ended(self, scores: Scores, num_windows: int) -> None:
+        text = f"n_ctx {scores.n_ctx:,}, window {scores.num_windows} of {num_windows}"
+        if self._bars is not None:
+            self._bars.update(self._bars.task_ids[0], description=text)
+        elif self._is_due(_LINE_S):
+            figures = " · ".join(
+                f"{mode.weights}/{mode.kv} {perplexity(np.concatenate(nll)).value:.2f}"
+                for mode, nll in scores.nll.items()
+            )
+            spent = time.monotonic() - self._began_s
+            left = spent / self._done * (self._num_tokens - self._done)
+            note(f"{text}: PPL {figures}; about {format_seconds(left)} left (Ctrl-C reports what is there by then)")
+
+    def _is_due(self, interval_s: float) -> bool:
+        now = time.monotonic()
+        if now - self._told_s < interval_s:
+            return False
+        self._told_s = now
+        return True

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from pagemill import LLM, SamplingParams
+from pagemill.cli import chat
+from tests.fixtures.program import run_on_terminal, run_program
+
+SMALL = ["--max-tokens", "8", "--kv-cache-memory-bytes", "4MiB"]
+GREEDY = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+
+
+@pytest.fixture
+def llm(tiny_model: str) -> Iterator[LLM]:
+    with LLM(tiny_model, kv_cache_memory_bytes="4MiB") as made:
+        yield made
+
+
+def test_piped_lines_are_answered_one_by_one_until_exit(tiny_model: str) -> None:
+    done = run_program("chat", "-m", tiny_model, *SMALL, stdin=b"Hello\n\nAnd then?\n/exit\nnever read\n")
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert done.stdout.endswith(b"\n")
+
+
+def test_the_end_of_stdin_ends_the_conversation(tiny_model: str) -> None:
+    assert run_program("chat", "-m", tiny_model, *SMALL, stdin=b"Hello").returncode == 0
+
+
+def test_a_line_beyond_the_context_is_an_error_and_the_conversation_goes_on(tiny_model: str) -> None:
+    done = run_program("chat", "-m", tiny_model, *SMALL, stdin=b"x" * 600 + b"\nHello\n")
+    assert done.returncode == 2
+    assert done.stderr.count(b"error: the prompt has") == 1
+    assert done.stdout != b""
+
+
+def test_unknown_commands_and_help(tiny_model: str) -> None:
+    done = run_program("chat", "-m", tiny_model, *SMALL, stdin=b"/help\n/wat\n/clear\n/quit\n")
+    assert b"/exit, /quit" in done.stderr
+    assert b"unknown command /wat" in done.stderr
+    assert b"forgotten" in done.stderr
+
+
+def test_history_is_part_of_the_next_prompt(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    history = [{"role": "user", "content": "Hello"}]
+    first = chat._answer(llm, history, SamplingParams(temperature=0, max_tokens=4))
+    history += [{"role": "assistant", "content": first}, {"role": "user", "content": "And?"}]
+    prompt = llm.chat_prompt(history)["prompt"]
+    assert prompt.index("Hello") < prompt.index("And?")
+    assert capsys.readouterr().out == first + "\n"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting:
+        """A stdout whose third piece of text comes with Ctrl-C. Mutated by `write`."""
+
+        num_writes = 0
+
+        def write(self, text: str) -> int:
+            self.num_writes += 1
+            if self.num_writes == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return len(text)
+
+        def flush(self) -> None:
+            pass
+
+        def isatty(self) -> bool:
+            return False
+
+    whole = llm.chat([{"role": "user", "content": "Hello"}], GREEDY)[0].outputs[0].text
+    monkeypatch.setattr("sys.stdout", Interrupting())
+    said = chat._answer(llm, [{"role": "user", "content": "Hello"}], GREEDY)
+    assert 0 < len(said) < len(whole)
+    assert whole.startswith(said)
+    assert (llm.stats().num_running, llm.stats().cache.num_active_blocks) == (0, 0)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_on_a_terminal_it_greets_and_ends_with_stdin(tiny_model: str) -> None:
+    code, printed = run_on_terminal("chat", "-m", tiny_model, *SMALL, typed=b"/help\r/exit\r")
+    assert code == 0
+    assert "512 tokens of context" in printed
+    assert "/clear" in printed
