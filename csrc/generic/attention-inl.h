@@ -39,7 +39,7 @@ PM_INLINE F scaled_score(F dot, float scale, float softcap) {
 
 // Scores of R rows against the pages [page0, page1), in log2 units; the row maxima of this split.
 template <Codec C, int R, int P>
-static void score_pages(TileState& t, const HeadPages& pages, int page, int base, int head_dim, float scale, float softcap, F (&peak)[R]) {
+static void score_pages(TileState& t, int r0, const HeadPages& pages, int page, int base, int head_dim, float scale, float softcap, F (&peak)[R]) {
     const uint8_t* k[P];
     for (int p = 0; p < P; p++) k[p] = pages.at(page + p);
     F acc[R][P];
@@ -53,7 +53,7 @@ static void score_pages(TileState& t, const HeadPages& pages, int page, int base
         for (int p = 0; p < P; p++) key[p] = load_kv<C>(k[p], d * kPage);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const F x = fset(t.q[d][r]);
+            const F x = fset(t.q[d][r0 + r]);
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++) acc[r][p] = fmla(x, key[p], acc[r][p]);
         }
@@ -64,15 +64,15 @@ static void score_pages(TileState& t, const HeadPages& pages, int page, int base
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             F s = scaled_score(acc[r][p], scale, softcap);
-            s = fselect(t.from[r] - first_position, t.to[r] - first_position, s, fset(kMasked));
+            s = fselect(t.from[r0 + r] - first_position, t.to[r0 + r] - first_position, s, fset(kMasked));
             peak[r] = fmax2(peak[r], s);
-            fstore(&t.scores[r][first_position - base], s);
+            fstore(&t.scores[r0 + r][first_position - base], s);
         }
     }
 }
 
 template <Codec C, int R, int V>
-static void weigh_values(TileState& t, const HeadPages& pages, int base, int from, int to, int dim_pad, int column) {
+static void weigh_values(TileState& t, int r0, const HeadPages& pages, int base, int from, int to, int dim_pad, int column) {
     F acc[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -87,7 +87,7 @@ static void weigh_values(TileState& t, const HeadPages& pages, int base, int fro
             for (int v = 0; v < V; v++) value[v] = load_kv<C>(values, (position % kPage) * dim_pad + column + v * kLanes);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const F p = fset(t.scores[r][position - base]);
+                const F p = fset(t.scores[r0 + r][position - base]);
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) acc[r][v] = fmla(p, value[v], acc[r][v]);
             }
@@ -96,19 +96,19 @@ static void weigh_values(TileState& t, const HeadPages& pages, int base, int fro
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) fstore(&t.split_out[r][column + v * kLanes], acc[r][v]);
+        for (int v = 0; v < V; v++) fstore(&t.split_out[r0 + r][column + v * kLanes], acc[r][v]);
 }
 
 // Positions [from, to) and pages [page0, page1) of a split that any row of the tile sees.
 struct SplitRange {
     int from, to, page0, page1;
 };
-template <int R> PM_INLINE SplitRange split_range(const TileState& t, int split) {
+template <int R> PM_INLINE SplitRange split_range(const TileState& t, int r0, int split) {
     const int base = split * kSplit;
     int from = base + kSplit, to = base;
     for (int r = 0; r < R; r++) {
-        from = t.from[r] < from ? t.from[r] : from;
-        to = t.to[r] > to ? t.to[r] : to;
+        from = t.from[r0 + r] < from ? t.from[r0 + r] : from;
+        to = t.to[r0 + r] > to ? t.to[r0 + r] : to;
     }
     from = from < base ? base : from;
     to = to > base + kSplit ? base + kSplit : to;
@@ -117,35 +117,35 @@ template <int R> PM_INLINE SplitRange split_range(const TileState& t, int split)
 
 // One split: fills split_max, split_sum, split_out of R rows.
 template <Codec C, int R>
-static __attribute__((noinline)) void attend_split(TileState& t, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+static __attribute__((noinline)) void attend_split(TileState& t, int r0, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
     const int base = split * kSplit;
-    const auto [from, to, page0, page1] = split_range<R>(t, split);
+    const auto [from, to, page0, page1] = split_range<R>(t, r0, split);
     F peak[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
     constexpr int pair = R <= 3 ? 2 : 1;
     int page = page0;
-    for (; page + pair <= page1; page += pair) score_pages<C, R, pair>(t, pages, page, base, kv.head_dim, scale, softcap, peak);
+    for (; page + pair <= page1; page += pair) score_pages<C, R, pair>(t, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
     if constexpr (pair > 1) {
-        if (page < page1) score_pages<C, R, 1>(t, pages, page, base, kv.head_dim, scale, softcap, peak);
+        if (page < page1) score_pages<C, R, 1>(t, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
     }
     for (int r = 0; r < R; r++) {
         const float top = fpeak(peak[r]);
         F sum = fzero();
         for (int position = page0 * kPage; position < page1 * kPage; position += kPage) {
-            float* s = &t.scores[r][position - base];
-            const F p = fselect(t.from[r] - position, t.to[r] - position, fexp2(fsub(fload(s), fset(top))), fzero());
+            float* s = &t.scores[r0 + r][position - base];
+            const F p = fselect(t.from[r0 + r] - position, t.to[r0 + r] - position, fexp2(fsub(fload(s), fset(top))), fzero());
             sum = fadd(sum, p);
             fstore(s, p);
         }
-        t.split_max[r] = top;
-        t.split_sum[r] = fsum(sum);
+        t.split_max[r0 + r] = top;
+        t.split_sum[r0 + r] = fsum(sum);
     }
     int column = 0;
     for (; column + kValueVectors * kLanes <= kv.dim_pad; column += kValueVectors * kLanes)
-        weigh_values<C, R, kValueVectors>(t, pages, base, from, to, kv.dim_pad, column);
+        weigh_values<C, R, kValueVectors>(t, r0, pages, base, from, to, kv.dim_pad, column);
     if constexpr (kValueVectors > 1) {
-        for (; column < kv.dim_pad; column += kLanes) weigh_values<C, R, 1>(t, pages, base, from, to, kv.dim_pad, column);
+        for (; column < kv.dim_pad; column += kLanes) weigh_values<C, R, 1>(t, r0, pages, base, from, to, kv.dim_pad, column);
     }
 }
 
@@ -160,16 +160,13 @@ PM_INLINE void merge_split(float* max, float* sum, float* out, float split_max, 
     for (int c = 0; c < dim_pad; c += kLanes) fstore(out + c, fmla(fload(split_out + c), a, fmul(fload(out + c), k)));
 }
 
-template <Codec C>
-static void attend_rows(int rows, TileState& t, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
-    switch (rows) {
-        case 1: return attend_split<C, 1>(t, pages, split, kv, scale, softcap);
-        case 2: return attend_split<C, 2>(t, pages, split, kv, scale, softcap);
-        case 3: return attend_split<C, 3>(t, pages, split, kv, scale, softcap);
-        case 4: return attend_split<C, 4>(t, pages, split, kv, scale, softcap);
-        case 5: return attend_split<C, 5>(t, pages, split, kv, scale, softcap);
-        default: return attend_split<C, 6>(t, pages, split, kv, scale, softcap);
+// One split of `rows` rows from r0 on, at most R.
+template <Codec C, int R>
+static void attend_from(int rows, TileState& t, int r0, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+    if constexpr (R > 1) {
+        if (rows < R) return attend_from<C, R - 1>(rows, t, r0, pages, split, kv, scale, softcap);
     }
+    attend_split<C, R>(t, r0, pages, split, kv, scale, softcap);
 }
 
 }  // namespace PAGEMILL_TARGET

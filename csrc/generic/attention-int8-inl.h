@@ -74,21 +74,21 @@ static void prepare_query(Int8State& s, const float* q, int dim, int dim_pad, in
 }
 
 template <int R, int P>
-static void score_pages_int8(TileState& t, const Int8State& s, const HeadPages& pages, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
+static void score_pages_int8(TileState& t, const Int8State& s, int r0, const HeadPages& pages, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
     const uint8_t* k[P];
     for (int p = 0; p < P; p++) k[p] = pages.at(page + p);
     I acc[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) acc[r][p] = iset(s.start[r]);
+        for (int p = 0; p < P; p++) acc[r][p] = iset(s.start[r0 + r]);
     for (int d = 0; d < dim_pad / 4; d++) {
         U key[P];
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) key[p] = uload(k[p] + 64 * d);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const int x = s.q[d][r];
+            const int x = s.q[d][r0 + r];
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++) acc[r][p] = idot(acc[r][p], key[p], x);
         }
@@ -99,10 +99,10 @@ static void score_pages_int8(TileState& t, const Int8State& s, const HeadPages& 
         const F ks = fload_f16(key_scales(k[p], dim_pad));
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            F y = fmul(fmul(itof(acc[r][p]), ks), fset(s.q_scale[r]));
-            y = fselect(t.from[r] - first_position, t.to[r] - first_position, scaled_score(y, scale, softcap), fset(kMasked));
+            F y = fmul(fmul(itof(acc[r][p]), ks), fset(s.q_scale[r0 + r]));
+            y = fselect(t.from[r0 + r] - first_position, t.to[r0 + r] - first_position, scaled_score(y, scale, softcap), fset(kMasked));
             peak[r] = fmax2(peak[r], y);
-            fstore(&t.scores[r][first_position - base], y);
+            fstore(&t.scores[r0 + r][first_position - base], y);
         }
     }
 }
@@ -129,7 +129,7 @@ static F weigh_run(TileState& t, Int8State& s, const HeadPages& pages, int r, in
 }
 
 template <int R, int V>
-static void weigh_values_int8(TileState& t, const Int8State& s, const HeadPages& pages, int base, int run0, int run1, int page0, int page1, int dim_pad, int column) {
+static void weigh_values_int8(TileState& t, const Int8State& s, int r0, const HeadPages& pages, int base, int run0, int run1, int page0, int page1, int dim_pad, int column) {
     F out[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -151,7 +151,7 @@ static void weigh_values_int8(TileState& t, const Int8State& s, const HeadPages&
                 for (int v = 0; v < V; v++) value[v] = uload(values + size_t(quad) * size_t(dim_pad) * 4 + 64 * v);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) {
-                    const int p = quad_at(reinterpret_cast<const int8_t*>(&s.p[r][page * kPage - base + 4 * quad]));
+                    const int p = quad_at(reinterpret_cast<const int8_t*>(&s.p[r0 + r][page * kPage - base + 4 * quad]));
 #pragma GCC unroll 4
                     for (int v = 0; v < V; v++) acc[r][v] = idot_signed(acc[r][v], p, value[v]);
                 }
@@ -160,53 +160,51 @@ static void weigh_values_int8(TileState& t, const Int8State& s, const HeadPages&
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) out[r][v] = fmla(itof(acc[r][v]), fset(s.p_scale[r][run]), out[r][v]);
+            for (int v = 0; v < V; v++) out[r][v] = fmla(itof(acc[r][v]), fset(s.p_scale[r0 + r][run]), out[r][v]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) fstore(&t.split_out[r][column + v * kLanes], out[r][v]);
+        for (int v = 0; v < V; v++) fstore(&t.split_out[r0 + r][column + v * kLanes], out[r][v]);
 }
 
 template <int R>
-static __attribute__((noinline)) void attend_split_int8(TileState& t, Int8State& s, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
-    const SplitRange range = split_range<R>(t, split);
+static __attribute__((noinline)) void attend_split_int8(TileState& t, Int8State& s, int r0, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+    const SplitRange range = split_range<R>(t, r0, split);
     const int base = split * kSplit;
     F peak[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
     constexpr int pair = kScorePages;
     int page = range.page0;
-    for (; page + pair <= range.page1; page += pair) score_pages_int8<R, pair>(t, s, pages, page, base, kv.dim_pad, scale, softcap, peak);
+    for (; page + pair <= range.page1; page += pair) score_pages_int8<R, pair>(t, s, r0, pages, page, base, kv.dim_pad, scale, softcap, peak);
     if constexpr (pair > 1) {
-        for (; page < range.page1; page++) score_pages_int8<R, 1>(t, s, pages, page, base, kv.dim_pad, scale, softcap, peak);
+        for (; page < range.page1; page++) score_pages_int8<R, 1>(t, s, r0, pages, page, base, kv.dim_pad, scale, softcap, peak);
     }
     const int run0 = (range.page0 * kPage - base) / kRun, run1 = (range.page1 * kPage - base + kRun - 1) / kRun;
     for (int r = 0; r < R; r++) {
-        t.split_max[r] = fpeak(peak[r]);
+        t.split_max[r0 + r] = fpeak(peak[r]);
         F sum = fzero();
         for (int run = run0; run < run1; run++)
-            sum = weigh_run(t, s, pages, r, run, base, range.page0, range.page1, kv.dim_pad, t.split_max[r], sum);
-        t.split_sum[r] = fsum(sum);
+            sum = weigh_run(t, s, pages, r0 + r, run, base, range.page0, range.page1, kv.dim_pad, t.split_max[r0 + r], sum);
+        t.split_sum[r0 + r] = fsum(sum);
     }
     int column = 0;
     for (; column + kValueVectors * kLanes <= kv.dim_pad; column += kValueVectors * kLanes)
-        weigh_values_int8<R, kValueVectors>(t, s, pages, base, run0, run1, range.page0, range.page1, kv.dim_pad, column);
+        weigh_values_int8<R, kValueVectors>(t, s, r0, pages, base, run0, run1, range.page0, range.page1, kv.dim_pad, column);
     if constexpr (kValueVectors > 1) {
         for (; column < kv.dim_pad; column += kLanes)
-            weigh_values_int8<R, 1>(t, s, pages, base, run0, run1, range.page0, range.page1, kv.dim_pad, column);
+            weigh_values_int8<R, 1>(t, s, r0, pages, base, run0, run1, range.page0, range.page1, kv.dim_pad, column);
     }
 }
 
-static void attend_rows_int8(int rows, TileState& t, Int8State& s, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
-    switch (rows) {
-        case 1: return attend_split_int8<1>(t, s, pages, split, kv, scale, softcap);
-        case 2: return attend_split_int8<2>(t, s, pages, split, kv, scale, softcap);
-        case 3: return attend_split_int8<3>(t, s, pages, split, kv, scale, softcap);
-        case 4: return attend_split_int8<4>(t, s, pages, split, kv, scale, softcap);
-        case 5: return attend_split_int8<5>(t, s, pages, split, kv, scale, softcap);
-        default: return attend_split_int8<6>(t, s, pages, split, kv, scale, softcap);
+// One split of `rows` rows from r0 on, at most R.
+template <int R>
+static void attend_from_int8(int rows, TileState& t, Int8State& s, int r0, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+    if constexpr (R > 1) {
+        if (rows < R) return attend_from_int8<R - 1>(rows, t, s, r0, pages, split, kv, scale, softcap);
     }
+    attend_split_int8<R>(t, s, r0, pages, split, kv, scale, softcap);
 }
 
 }  // namespace PAGEMILL_TARGET

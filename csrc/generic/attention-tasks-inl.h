@@ -4,12 +4,16 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-static void attend_any(Codec codec, int rows, TileState& t, Int8State& s, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
-    switch (codec) {
-        case Codec::int8: return attend_rows_int8(rows, t, s, pages, split, kv, scale, softcap);
-        case Codec::f32: return attend_rows<Codec::f32>(rows, t, pages, split, kv, scale, softcap);
-        case Codec::f16: return attend_rows<Codec::f16>(rows, t, pages, split, kv, scale, softcap);
-        case Codec::bf16: return attend_rows<Codec::bf16>(rows, t, pages, split, kv, scale, softcap);
+// One split of a tile, in as many rows at a time as the target has registers for.
+static void attend_tile(Codec codec, int rows, TileState& t, Int8State& s, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+    for (int r0 = 0; r0 < rows; r0 += kAttendRows) {
+        const int n = rows - r0;
+        switch (codec) {
+            case Codec::f32: attend_from<Codec::f32, kAttendRows>(n, t, r0, pages, split, kv, scale, softcap); break;
+            case Codec::f16: attend_from<Codec::f16, kAttendRows>(n, t, r0, pages, split, kv, scale, softcap); break;
+            case Codec::bf16: attend_from<Codec::bf16, kAttendRows>(n, t, r0, pages, split, kv, scale, softcap); break;
+            case Codec::int8: attend_from_int8<kAttendRows>(n, t, s, r0, pages, split, kv, scale, softcap); break;
+        }
     }
 }
 
@@ -53,7 +57,7 @@ static void run_attention_task(const AttentionCall& call, const AttentionTask& t
     const HeadPages pages{arena.base + kv.offset + size_t(task.kv_head) * size_t(arena.pages_per_block) * kv.page_bytes, arena.block_bytes,
                           kv.page_bytes, call.step->tables + size_t(task.seq) * size_t(call.step->table_stride), arena.pages_per_block};
     for (int split = task.split_from; split < task.split_to; split++) {
-        attend_any(arena.codec, task.num_rows, t, s, pages, split, kv, p.scale, p.softcap);
+        attend_tile(arena.codec, task.num_rows, t, s, pages, split, kv, p.scale, p.softcap);
         for (int r = 0; r < task.num_rows; r++) {
             if (task.partial < 0) {
                 merge_split(&t.max[r], &t.sum[r], t.out[r], t.split_max[r], t.split_sum[r], t.split_out[r], kv.dim_pad);

@@ -11,6 +11,7 @@ namespace PAGEMILL_TARGET {
 
 constexpr int kRows = 2;
 constexpr int kFloatRows = 3;
+constexpr int kAttendRows = 3;  // rows of a tile that attention computes at once
 constexpr int kScorePages = 1;
 constexpr int kValueVectors = 1;
 

@@ -11,6 +11,7 @@ namespace PAGEMILL_TARGET {
 
 constexpr int kRows = 6;        // rows of a product tile: 12 integer and 12 float accumulators
 constexpr int kFloatRows = 10;  // rows of a float product tile
+constexpr int kAttendRows = 6;  // rows of a tile that attention computes at once
 constexpr int kScorePages = 2;    // pages whose int8 scores a tile computes at once
 constexpr int kValueVectors = 4;  // vectors of a value row that attention accumulates at once
 

@@ -9,10 +9,11 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-#define PM_INLINE static inline __attribute__((always_inline))
+#define PM_INLINE static inline  // inlining 16 lanes everywhere would take minutes to compile
 
 constexpr int kRows = 1;
 constexpr int kFloatRows = 1;
+constexpr int kAttendRows = 1;  // rows of a tile that attention computes at once
 constexpr int kScorePages = 1;
 constexpr int kValueVectors = 1;
 

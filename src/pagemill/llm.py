@@ -5,6 +5,7 @@ Names and shapes are vLLM's where it has them.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,12 +203,13 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool = False,
     ) -> list[RequestOutput]:
         """Answer prompts, batched continuously. Returns one output for each, in order.
 
         prompts: a text, {"prompt": text} or {"prompt_token_ids": [...]}, or a list of these. params: for all, or one
-        for each. progress: called with (requests finished, requests, tokens generated) after each step.
+        for each. progress: True draws a line on stderr where that is a terminal; a function is called with (requests
+        finished, requests, tokens generated) after each step.
         All prompts are checked before anything runs: a wrong one raises RequestError or CapacityError that names its
         index. A request that fails later ends with finish_reason "error" and harms no other.
         """
@@ -218,7 +220,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool = False,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of them, through the model's chat template.
 
@@ -322,7 +324,8 @@ class LLM:
             raise RequestError(f'"prompt_token_ids" is a {type(token_ids).__name__}; give a list of token ids')
         return _Question(text, list(token_ids), params)
 
-    def _run(self, questions: list[_Question], progress: Progress | None) -> list[RequestOutput]:
+    def _run(self, questions: list[_Question], progress: Progress | bool) -> list[RequestOutput]:
+        report = progress if callable(progress) else _draw_line if progress and sys.stderr.isatty() else None
         inbox: deque[Delta] = deque()
         answers: dict[str, _Answer] = {}
         num_tokens = num_finished = 0
@@ -339,8 +342,8 @@ class LLM:
                     answer.add(delta)
                     num_tokens += len(delta.token_ids)
                     num_finished += answer.num_open == 0
-                if progress is not None:
-                    progress(num_finished, len(answers), num_tokens)
+                if report is not None:
+                    report(num_finished, len(answers), num_tokens)
         finally:
             for request_id in answers:
                 self._leave(request_id)
@@ -411,6 +414,12 @@ class LLM:
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
         )
+
+
+def _draw_line(num_finished: int, num_requests: int, num_tokens: int) -> None:
+    end = "\n" if num_finished == num_requests else ""
+    sys.stderr.write(f"\r{num_finished}/{num_requests} requests, {num_tokens:,} tokens{end}")
+    sys.stderr.flush()
 
 
 def _listed(prompts: object) -> Sequence[Any]:

@@ -177,6 +177,11 @@ def test_progress_counts_requests_and_tokens(llm: LLM) -> None:
     assert seen[-1] == (4, 4, 48)
 
 
+def test_progress_on_stderr_stays_off_pipes_and_files(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(PROMPTS, GREEDY, progress=True)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_chat_renders_the_template_and_reads_its_special_tokens(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     prompt = llm.chat_prompt(messages)
@@ -202,13 +207,14 @@ def test_a_malformed_conversation_is_refused_and_named(llm: LLM) -> None:
 class FailingExecutor:
     """Runs steps until the `failing`-th, which raises; then goes on. Mutated by `run`."""
 
-    def __init__(self, inner: Executor, failing: int) -> None:
+    def __init__(self, inner: Executor, failing: int, error: BaseException | None = None) -> None:
         self.inner, self.failing, self.num_steps = inner, failing, 0
+        self.error = error or MemoryError("injected")
 
     def run(self, plan: StepPlan) -> StepResult:
         self.num_steps += 1
         if self.num_steps == self.failing:
-            raise MemoryError("injected")
+            raise self.error
         return self.inner.run(plan)
 
 
@@ -241,6 +247,16 @@ def test_a_stream_raises_its_own_error(llm: LLM) -> None:
     failing = with_executor(llm.built, FailingExecutor(llm.built.executor, failing=3))
     with pytest.raises(MemoryError, match="injected"):
         list(failing.stream("Hello", GREEDY))
+
+
+def test_ctrl_c_within_a_step_leaks_nothing_and_the_engine_goes_on(llm: LLM) -> None:
+    good = tokens(llm.generate(PROMPTS, GREEDY))
+    stopped = with_executor(llm.built, FailingExecutor(llm.built.executor, failing=15, error=KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.generate(PROMPTS, GREEDY)
+    assert (stopped.stats().num_running, stopped.stats().num_waiting) == (0, 0)
+    assert stopped.stats().cache.num_free_blocks == stopped.stats().cache.num_blocks
+    assert tokens(stopped.generate(PROMPTS, GREEDY)) == good
 
 
 def test_a_closed_engine_says_so(tiny_model: Path) -> None:

@@ -1,7 +1,7 @@
 """What the engine asks of an executor in one step, and what it gets back. Frozen values, no arrays.
 
-    history of one sequence   |<------ computed ------>|<-- token_ids -->|
-                              0                      start        start + len(token_ids)
+history of one sequence   |<------ computed ------>|<-- token_ids -->|
+                          0                      start        start + len(token_ids)
 """
 
 from __future__ import annotations
