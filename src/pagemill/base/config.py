@@ -25,7 +25,7 @@ CONFIG_VARIABLE = "PAGEMILL_CONFIG"
 OTHER_VARIABLES: dict[str, str] = {
     CONFIG_VARIABLE: "TOML file with engine options.",
     "PAGEMILL_DEBUG": "1: print the whole traceback of an error.",
-    "PAGEMILL_FORCE_TARGET": "Instruction-set target of the kernels: scalar, avx2 or avx512.",
+    "PAGEMILL_FORCE_TARGET": "Instruction-set target of the kernels: scalar, avx2, avx512 or avx512_bf16.",
     "PAGEMILL_HOME": "Directory of downloaded models (default ~/.cache/pagemill).",
     "PAGEMILL_THREADS": "Kernel threads where num_threads is not set.",
 }

@@ -15,7 +15,7 @@ from pagemill.base.errors import ConfigError
 from pagemill.bench.kvcache import WITH, WITHOUT
 from pagemill.bench.kvcache_report import title_of
 
-MISSING = "no plot: matplotlib is not installed; get it with `pip install 'pagemill[bench]'`"
+MISSING = "no plot: matplotlib is not installed; get it with `pip install '.[bench]'` in a checkout"
 
 _COLOURS = {WITHOUT: "#c8553d", WITH: "#1f6f8b"}
 _INK, _FAINT = "#23272b", "#8a9299"

@@ -18,7 +18,7 @@ from pagemill.models import hub
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
 from pagemill.models.registry import build_plan
 
-_KV_CODECS = ("bf16", "f32")
+_KV_CODECS = ("bf16", "f32", "int8")
 
 
 def pull_model(*, name: str, as_json: bool) -> None:
