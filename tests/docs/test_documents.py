@@ -40,6 +40,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 # Blocks that say "not run in CI", page by page. A new one needs a reason above it and a change here.
 NOT_RUN = {
+    "README.md": 1,
     "docs/adding-a-model.md": 1,
     "docs/quickstart.md": 2,
 }

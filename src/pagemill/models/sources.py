@@ -268,8 +268,8 @@ def _import_hub() -> Any:
         import huggingface_hub
     except ImportError as error:
         raise ModelError(
-            "Models of the Hugging Face hub need the extra `hub`: pip install '.[hub]' in a checkout. Or give the path of a "
-            "model that you have."
+            "Models of the Hugging Face hub need the extra `hub`: pip install '.[hub]' in a checkout. Or give the path "
+            "of a model that you have."
         ) from error
     return huggingface_hub
 
