@@ -87,6 +87,7 @@ void Runner::reserve(int rows, int logits, int partials) {
         s.act.scale = reinterpret_cast<float*>(take(groups));
         s.act.sum = reinterpret_cast<int32_t*>(take(groups));
         s.act.scaled_sum = reinterpret_cast<float*>(take(groups));
+        s.peaks = reinterpret_cast<int32_t*>(take(n * size_t(pool_.size()) * 4));
         rows_ = int(n);
     }
     if (partials > partials_) {

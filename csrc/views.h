@@ -104,6 +104,7 @@ struct Step {
     int table_stride = 0;
     const int32_t* logit_rows = nullptr;  // [num_logits]
     float* logits = nullptr;              // [num_logits][vocab]
+    int32_t* best = nullptr;              // [num_logits] index of the largest logit, the first NaN where there is one
     std::vector<int32_t> row_seq;         // [rows]
 };
 
@@ -112,6 +113,7 @@ struct Scratch {
     float* x = nullptr;       // [rows][hidden_ld] residual stream
     float* wide = nullptr;    // [rows][wide_ld] outputs of attention_in and mlp_in products
     float* attn = nullptr;    // [rows][attn_ld]
+    int32_t* peaks = nullptr;  // [threads][rows] each worker's best column of each logit row
     float* partials = nullptr;  // [num_partials][kTileRows][2 + dim_pad]
     Activations act;
     int hidden_ld = 0, wide_ld = 0, attn_ld = 0;

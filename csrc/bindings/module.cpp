@@ -24,6 +24,7 @@ using ConstFloats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::devi
 using ConstFloats2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using MutableInts = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints2 = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 static void require(bool condition, const char* message) {
@@ -118,7 +119,7 @@ public:
         kept_.insert(kept_.end(), a.kept.begin(), a.kept.end());
     }
 
-    void step(Ints tokens, Ints positions, Ints starts, Ints2 tables, Ints logit_rows, Floats2 logits) {
+    void step(Ints tokens, Ints positions, Ints starts, Ints2 tables, Ints logit_rows, Floats2 logits, MutableInts best) {
         Step s;
         s.rows = int(tokens.size());
         s.num_seqs = int(starts.size()) - 1;
@@ -130,9 +131,11 @@ public:
         s.table_stride = int(tables.shape(1));
         s.logit_rows = logit_rows.data();
         s.logits = logits.data();
+        s.best = best.data();
         require(s.rows > 0 && int(positions.size()) == s.rows, "tokens and positions differ in length, or are empty");
         require(int(tables.shape(0)) == s.num_seqs, "one block table for each sequence");
         require(int(logits.shape(0)) == s.num_logits && int(logits.shape(1)) == model_.vocab, "logits have the wrong shape");
+        require(int(best.size()) == s.num_logits, "one best token for each row of logits");
         check_step(s);
         nb::gil_scoped_release released;
         runner_->run(s);
@@ -353,7 +356,7 @@ NB_MODULE(_native, m) {
         .def(nb::init<const std::string&, int, int, int, int>(), "target"_a, "threads"_a, "hidden"_a, "vocab"_a, "max_positions"_a)
         .def("add_matrix", &NativeModel::add_matrix, "format"_a, "n"_a, "k"_a, "packed"_a, "bias"_a.none())
         .def("set_kv", &NativeModel::set_kv, "arena"_a, "block_bytes"_a, "num_blocks"_a, "pages_per_block"_a, "codec"_a, "layers"_a)
-        .def("step", &NativeModel::step, "tokens"_a, "positions"_a, "starts"_a, "tables"_a, "logit_rows"_a, "logits"_a)
+        .def("step", &NativeModel::step, "tokens"_a, "positions"_a, "starts"_a, "tables"_a, "logit_rows"_a, "logits"_a, "best"_a)
         .def_prop_ro("target", &NativeModel::target)
         .def_prop_ro("threads", &NativeModel::threads)
         .def(

@@ -67,5 +67,31 @@ PM_INLINE F factivate(ActivationKind kind, F x) {
     return x;
 }
 
+// Index of the first largest of x[from..to), or of the first NaN.
+static int first_peak(const float* x, int from, int to) {
+    constexpr int chunk = 256;
+    int best = from;
+    float most = x[from];
+    for (int c = from; c < to; c += chunk) {
+        const int end = c + chunk < to ? c + chunk : to;
+        F peak = fset(x[c]), sum = fzero();
+        for (int i = c; i < end; i += kLanes) {
+            const F v = fselect(0, end - i, fload_first(x + i, end - i), fset(x[c]));
+            peak = fmax2(v, peak);
+            sum = fmla(v, fzero(), sum);  // NaN where a value is NaN or infinite
+        }
+        const float zero = fsum(sum);
+        if (zero == 0.0f && !(fpeak(peak) > most)) continue;
+        for (int i = c; i < end; i++) {
+            if (x[i] != x[i]) return i;
+            if (x[i] > most) {
+                most = x[i];
+                best = i;
+            }
+        }
+    }
+    return most == most ? best : from;
+}
+
 }  // namespace PAGEMILL_TARGET
 }  // namespace pagemill

@@ -195,6 +195,30 @@ static void run_head(Worker& w, const Phase& p) {
                 fstore_first(y + c, capped, model.vocab - c);
             }
         }
+        w.barrier();
+    }
+}
+
+// The largest logit of each row: every worker looks through the columns that it computed, worker 0 compares the finds.
+static void run_best(Worker& w) {
+    const Step& step = *w.ctx.step;
+    const int vocab = w.ctx.model->vocab, rows = step.num_logits;
+    int32_t* peaks = w.ctx.scratch->peaks;
+    const int panels = (vocab + kPanel - 1) / kPanel;
+    const int from = w.begin_of(panels) * kPanel, to = std::min(vocab, w.end_of(panels) * kPanel);
+    for (int i = 0; i < rows; i++) peaks[w.id * rows + i] = from < to ? first_peak(step.logits + size_t(i) * size_t(vocab), from, to) : -1;
+    w.barrier();
+    if (w.id != 0) return;
+    for (int i = 0; i < rows; i++) {
+        const float* y = step.logits + size_t(i) * size_t(vocab);
+        int best = -1;
+        for (int t = 0; t < w.ctx.threads; t++) {
+            const int found = peaks[t * rows + i];
+            if (found < 0) continue;
+            if (best < 0 || y[found] > y[best] || y[found] != y[found]) best = found;
+            if (y[best] != y[best]) break;
+        }
+        step.best[i] = best;
     }
 }
 
@@ -211,7 +235,10 @@ static void run_step(const StepContext& ctx, int worker) {
             case PhaseKind::mlp_in: run_mlp_in(w, p); break;
             case PhaseKind::mlp_out: run_out(w, p, s.wide, s.wide_ld); break;
             case PhaseKind::head:
-                if (ctx.step->num_logits > 0) run_head(w, p);
+                if (ctx.step->num_logits > 0) {
+                    run_head(w, p);
+                    run_best(w);
+                }
                 break;
         }
     }

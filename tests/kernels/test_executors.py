@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pagemill.base.kv_spec import KVSpec
+from pagemill.kernels.native import NativeExecutor
 from pagemill.kernels.reference import hadamard, quantize_heads, store
 from pagemill.kernels.target import available_targets
-from tests.fixtures.plans import Shape, batch, native, native_with_arena, reference, tokens
+from pagemill.storage.arena import Arena
+from tests.fixtures.plans import Shape, batch, build, native, native_with_arena, quantized, reference, tokens
 
 TARGETS = available_targets()
 
@@ -174,3 +177,39 @@ def test_wrong_batches_are_refused_before_memory_is_touched(message: str, change
     executor = native(Shape(layers=1), TARGETS[0])
     with pytest.raises(ValueError, match=message):
         executor.forward(replace(batch((tokens(2), 0, [0])), **change))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("vocab", [1, 33, 100, 1000])
+def test_the_largest_logit_of_each_row_is_found(target: str, threads: int, vocab: int) -> None:
+    executor, _ = native_with_arena(Shape(layers=1, vocab=vocab), target, threads=threads)
+    for count in (1, 40):
+        logits, best = executor.forward_best(batch((tokens(count, vocab), 0, [0, 1, 2]), every_row=True))
+        assert best.tolist() == logits.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bad", [(0,), (700,), (3, 700), (999,)])
+def test_the_first_nan_counts_as_largest(target: str, threads: int, bad: tuple[int, ...]) -> None:
+    """A NaN must not hide: whoever samples fails the row by it."""
+    plan, weights = build(Shape(layers=1, vocab=1000))
+    head = weights["head"].dequantize()
+    head[list(bad)] = np.nan
+    weights["head"] = quantized(head, "f32")
+    spec = KVSpec(plan.kv, 16, "f32")
+    arena = Arena.allocate(spec, 4)
+    executor = NativeExecutor(plan, weights, spec, arena.data, 4, target=target, num_threads=threads)
+    logits, best = executor.forward_best(batch((tokens(5, 1000), 0, [0]), every_row=True))
+    assert np.isnan(logits[:, list(bad)]).all()
+    assert best.tolist() == [bad[0]] * 5
+
+
+def test_equal_logits_go_to_the_lowest_index() -> None:
+    plan, weights = build(Shape(layers=1, vocab=600))
+    weights["head"] = quantized(np.zeros((600, 64), np.float32), "f32")
+    spec = KVSpec(plan.kv, 16, "f32")
+    arena = Arena.allocate(spec, 4)
+    executor = NativeExecutor(plan, weights, spec, arena.data, 4, target=TARGETS[0], num_threads=2)
+    assert executor.forward_best(batch((tokens(5, 600), 0, [0])))[1].tolist() == [0]

@@ -144,5 +144,5 @@ def test_a_full_disk_is_named(server: FakeHub, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_missing_library_is_named_with_the_extra(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModelError, match=r"pip install 'pagemill\[hub\]'"):
+    with pytest.raises(ModelError, match=r"pip install '\.\[hub\]'"):
         hub.resolve("org/one")

@@ -52,16 +52,20 @@ class SamplingRow:
     forbid: tuple[int, ...] = ()
 
 
-def sample(logits: _Logits, requests: Sequence[SamplingRow]) -> list[Sample | SampleFailure]:
+def sample(
+    logits: _Logits, requests: Sequence[SamplingRow], best: Sequence[int] | None = None
+) -> list[Sample | SampleFailure]:
     """Choose one token for each row.
 
     logits: [rows, vocab] f32, not changed. requests: one for each row, in the same order. A row with a NaN, or with no
-    token left to choose, gives SampleFailure. +inf counts as certain: such tokens share all probability.
+    token left to choose, gives SampleFailure. +inf counts as certain: such tokens share all probability. best: index
+    of each row's largest logit, or of its first NaN, where the executor has found it already.
     """
     assert logits.dtype == np.float32
     assert logits.ndim == 2
     assert logits.shape[0] == len(requests), (logits.shape, len(requests))
-    best: list[int] = np.argmax(logits, axis=1).tolist() if len(requests) else []
+    if best is None:
+        best = np.argmax(logits, axis=1).tolist() if len(requests) else []
     return [_sample_row(row, request, top) for row, request, top in zip(logits, requests, best, strict=True)]
 
 

@@ -23,8 +23,8 @@ class Runner:
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every token of the plan, then choose the next token of each sequence that samples."""
-        logits = self.model.forward(self._batches.build(plan))
-        chosen = sample(logits, [_row(s) for s in plan.sequences if s.sample])
+        logits, best = self.model.forward_best(self._batches.build(plan))
+        chosen = sample(logits, [_row(s) for s in plan.sequences if s.sample], best.tolist())
         samples = tuple(s for s in chosen if isinstance(s, Sample))
         failures = tuple(s for s in chosen if isinstance(s, SampleFailure))
         return StepResult(samples, failures)

@@ -44,6 +44,7 @@ class NativeModel:
         tables: NDArray[np.int32],
         logit_rows: NDArray[np.int32],
         logits: NDArray[np.float32],
+        best: NDArray[np.int32],
     ) -> None: ...
     @property
     def target(self) -> str: ...

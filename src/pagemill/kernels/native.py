@@ -74,6 +74,7 @@ class NativeExecutor:
         self.kv_spec = kv_spec
         self._plan = plan
         self._weights = weights
+        self._logits = np.empty((0, plan.vocab_size), np.float32)
         self._model = _native.NativeModel(target, num_threads, plan.hidden_dim, plan.vocab_size, plan.max_positions)
         layers = [
             (
@@ -109,9 +110,16 @@ class NativeExecutor:
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """Run one step; logits [num_logits, vocab] f32."""
-        logits = np.empty((len(batch.logit_rows), self._plan.vocab_size), np.float32)
-        self._model.step(batch.tokens, batch.positions, batch.starts, batch.tables, batch.logit_rows, logits)
-        return logits
+        return self.forward_best(batch)[0].copy()
+
+    def forward_best(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """The same, and the index of each row's largest logit [num_logits] i32. Good until the next call."""
+        rows = len(batch.logit_rows)
+        if rows > len(self._logits):
+            self._logits = np.empty((rows, self._plan.vocab_size), np.float32)
+        logits, best = self._logits[:rows], np.empty(rows, np.int32)
+        self._model.step(batch.tokens, batch.positions, batch.starts, batch.tables, batch.logit_rows, logits, best)
+        return logits, best
 
     def _matrix(self, ref: MatrixRef) -> int:
         if ref not in self._matrices:

@@ -236,6 +236,11 @@ class ReferenceExecutor:
             self._run(op, registers, batch)
         return registers["logits"]
 
+    def forward_best(self, batch: Batch) -> tuple[Float32, NDArray[np.int32]]:
+        """The same, and the index of each row's largest logit [num_logits] i32."""
+        logits = self.forward(batch)
+        return logits, logits.argmax(axis=1).astype(np.int32)
+
     def _tensor(self, handle: str) -> Tensor:
         """A weight, asked for once: the mapping may convert it at each access."""
         if handle not in self._tensors:
