@@ -1,5 +1,11 @@
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pagemill {
 
 namespace scalar { extern const Kernels kernels; }
@@ -7,6 +13,18 @@ namespace scalar { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512_bf16 { extern const Kernels kernels; }
+namespace amx { extern const Kernels kernels; }
+
+// AMX tiles and bfloat16 on them, and the kernel's leave to use the tile state (Linux 5.16, arch_prctl).
+static bool amx_available() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    if ((d & bf16) == 0 || (d & tile) == 0) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return granted;
+}
 #endif
 
 namespace {
@@ -22,7 +40,9 @@ std::vector<Entry> entries() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    list.push_back({&avx512_bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")});
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    list.push_back({&amx::kernels, bf16 && amx_available()});
+    list.push_back({&avx512_bf16::kernels, bf16});
     list.push_back({&avx512::kernels, avx512});
     list.push_back({&avx2::kernels, avx2});
 #endif

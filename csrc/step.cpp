@@ -64,7 +64,7 @@ void Runner::reserve(int rows, int logits, int partials) {
         for (auto& [memory, bytes] : memory_) release(memory, bytes);
         memory_.clear();
         rows_ = 0;
-        const size_t n = size_t(padded(needed, 16));
+        const size_t n = size_t(padded(needed, 16)) + 32;  // tiles of 32 rows may begin at any row
         auto take = [&](size_t bytes) {
             uint8_t* memory = allocate(bytes);
             memory_.emplace_back(memory, bytes);
@@ -88,7 +88,7 @@ void Runner::reserve(int rows, int logits, int partials) {
         s.act.sum = reinterpret_cast<int32_t*>(take(groups));
         s.act.scaled_sum = reinterpret_cast<float*>(take(groups));
         s.peaks = reinterpret_cast<int32_t*>(take(n * size_t(pool_.size()) * 4));
-        rows_ = int(n);
+        rows_ = int(n) - 32;
     }
     if (partials > partials_) {
         if (partial_memory_.first) release(partial_memory_.first, partial_memory_.second);

@@ -231,7 +231,7 @@ struct OwnedActivations {
     Activations view;
     OwnedActivations(int rows, int width) {
         view.ld = (width + 63) / 64 * 64;
-        const size_t n = size_t(rows) * size_t(view.ld), g = n / kGroup;
+        const size_t n = size_t(rows + 32) * size_t(view.ld), g = n / kGroup;  // as the step has it
         f32.resize(n); bf16.resize(n); i8.resize(n); scale.resize(g); scaled_sum.resize(g); sum.resize(g);
         view.f32 = f32.data(); view.bf16 = bf16.data(); view.i8 = i8.data();
         view.scale = scale.data(); view.scaled_sum = scaled_sum.data(); view.sum = sum.data();

@@ -170,16 +170,5 @@ static void product(const Activations& act, int r0, int r1, const Matrix& w, int
         }
 }
 
-static void run_product(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
-    switch (w.format) {
-        case Format::f32: return product<Format::f32>(act, r0, r1, w, p0, p1, out);
-        case Format::f16: return product<Format::f16>(act, r0, r1, w, p0, p1, out);
-        case Format::bf16: return product<Format::bf16>(act, r0, r1, w, p0, p1, out);
-        case Format::q4_0: return product<Format::q4_0>(act, r0, r1, w, p0, p1, out);
-        case Format::q4_1: return product<Format::q4_1>(act, r0, r1, w, p0, p1, out);
-        case Format::q8_0: return product<Format::q8_0>(act, r0, r1, w, p0, p1, out);
-    }
-}
-
 }  // namespace PAGEMILL_TARGET
 }  // namespace pagemill

@@ -225,6 +225,7 @@ static void run_best(Worker& w) {
 static void run_step(const StepContext& ctx, int worker) {
     Worker w(ctx, worker);
     const Scratch& s = *ctx.scratch;
+    enter_tiles();
     for (size_t i = 0; i < ctx.model->phases.size(); i++) {
         const Phase& p = ctx.model->phases[i];
         switch (p.kind) {
@@ -242,6 +243,7 @@ static void run_step(const StepContext& ctx, int worker) {
                 break;
         }
     }
+    leave_tiles();
 }
 
 }  // namespace PAGEMILL_TARGET

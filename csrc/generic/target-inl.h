@@ -9,6 +9,8 @@
 #include "math-inl.h"
 #include "prepare-inl.h"
 #include "product-inl.h"
+#include "amx-inl.h"
+#include "dispatch-inl.h"
 #include "attention-inl.h"
 #include "attention-int8-inl.h"
 #include "attention-tasks-inl.h"
@@ -25,7 +27,9 @@ static void quantize_rows(const float* x, int rows, int width, Activations& act)
 }
 
 static void multiply(const Activations& act, int rows, const Matrix& w, float* y) {
+    enter_tiles();
     run_product(act, 0, rows, w, 0, w.panels(), Output{y, w.n, false, 1.0f});
+    leave_tiles();
 }
 
 template <Format FMT>

@@ -25,8 +25,8 @@ CONFIG_VARIABLE = "PAGEMILL_CONFIG"
 OTHER_VARIABLES: dict[str, str] = {
     CONFIG_VARIABLE: "TOML file with engine options.",
     "PAGEMILL_DEBUG": "1: print the whole traceback of an error.",
-    "PAGEMILL_FORCE_TARGET": "Instruction-set target of the kernels: scalar, avx2, avx512 or avx512_bf16.",
-    "PAGEMILL_HOME": "Directory of downloaded models (default ~/.cache/pagemill).",
+    "PAGEMILL_FORCE_TARGET": "Instruction-set target of the kernels: scalar, avx2, avx512, avx512_bf16 or amx.",
+    "PAGEMILL_HOME": "Directory of downloaded models and of packed weights (default ~/.cache/pagemill).",
     "PAGEMILL_THREADS": "Kernel threads where num_threads is not set.",
 }
 
@@ -79,6 +79,11 @@ class EngineConfig:
         "What computes: native (the product) or reference (numpy, slow, the specification).",
         choices=("native", "reference"),
     )
+    packed_weights_cache: str = option(
+        "auto",
+        "Where weights are kept as kernels read them, for the next start: auto (beside the model, else in "
+        "PAGEMILL_HOME), off, or a directory, written with a slash (./packed).",
+    )
 
     def __post_init__(self) -> None:
         for each in OPTIONS.values():
@@ -88,6 +93,10 @@ class EngineConfig:
     def _check_ranges(self) -> None:
         if not self.model.strip():
             raise ConfigError("model is empty; give a name such as smollm2-135m, or a path")
+        cache = self.packed_weights_cache
+        if cache not in ("auto", "off") and "/" not in cache:
+            near = _suggestion(cache, ("auto", "off"))
+            raise ConfigError(f"packed_weights_cache is {cache!r};{near} give auto, off, or a directory (./packed)")
         if self.block_size % 16 or not 16 <= self.block_size <= 1024:
             raise ConfigError(f"block_size is {self.block_size}; give a multiple of 16 from 16 to 1,024")
         _check_range("max_model_len", self.max_model_len, 1, 2**24)

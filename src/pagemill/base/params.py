@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from pagemill.base.errors import RequestError
 
@@ -15,6 +17,32 @@ MAX_CHOICES = 128
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise RequestError(message)
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise RequestError(f"{name} is {value!r}; give a whole number")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, bool | str | bytes):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise RequestError(f"{name} is {value!r:.40}; give a number")
+
+
+def _listed(name: str, value: object, of: str) -> tuple[object, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} is {value!r}; give a list of {of}")
+    return tuple(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +60,7 @@ class SamplingParams:
     include_stop_str_in_output: keep the stop string at the end of the text.
     skip_special_tokens: leave special tokens out of the text.
 
-    Raises RequestError (status 400) for values out of range or contradictions.
+    Raises RequestError (status 400) for values of a wrong type, out of range or contradictory.
     """
 
     temperature: float = 1.0
@@ -52,13 +80,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop: object = self.stop
-        if isinstance(stop, str):
-            object.__setattr__(self, "stop", (stop,))
-        elif stop is None:
-            object.__setattr__(self, "stop", ())
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else _listed("stop", stop, "texts"))
+        token_ids = _listed("stop_token_ids", self.stop_token_ids, "token ids")
+        object.__setattr__(
+            self, "stop_token_ids", tuple(_whole("a token of stop_token_ids", each) for each in token_ids)
+        )
+        self._read_types()
         self._check_sampling()
         self._check_lengths()
         self._check_stops()
@@ -68,21 +95,27 @@ class SamplingParams:
         """True where the most likely token is always taken."""
         return self.temperature == 0.0
 
+    def _read_types(self) -> None:
+        """Numbers of any library become Python's; what is no number is refused here, so that no step meets it."""
+        for name in ("temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for name in ("top_k", "n", "min_tokens", "seed", "max_tokens", "logprobs"):
+            value = getattr(self, name)
+            if value is not None or name in ("top_k", "n", "min_tokens"):
+                object.__setattr__(self, name, _whole(name, value))
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            value = getattr(self, name)
+            _check(isinstance(value, bool), f"{name} is {value!r}; give True or False")
+
     def _check_sampling(self) -> None:
         t = self.temperature
-        _check(
-            math.isfinite(t) and 0.0 <= t <= 100.0,
-            f"temperature is {t}; give a number from 0 (greedy) to 100",
-        )
+        _check(0.0 <= t <= 100.0, f"temperature is {t}; give a number from 0 (greedy) to 100")
         _check(self.top_k >= -1, f"top_k is {self.top_k}; give 0 (all tokens) or a positive number")
         _check(
-            math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0,
+            0.0 < self.top_p <= 1.0,
             f"top_p is {self.top_p}; give a number above 0 and up to 1 (1 keeps all tokens)",
         )
-        _check(
-            math.isfinite(self.min_p) and 0.0 <= self.min_p <= 1.0,
-            f"min_p is {self.min_p}; give a number from 0 (off) to 1",
-        )
+        _check(0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}; give a number from 0 (off) to 1")
         if self.seed is not None:
             _check(0 <= self.seed < 2**64, f"seed is {self.seed}; give a whole number from 0 to 2^64 - 1")
 
@@ -110,7 +143,7 @@ class SamplingParams:
         for text in self.stop:
             _check(
                 isinstance(text, str) and 0 < len(text) <= 1024,
-                "a stop string is empty or longer than 1,024 characters; give 1 to 1,024 characters",
+                "a stop string is empty, no text or longer than 1,024 characters; give 1 to 1,024 characters",
             )
         for token in self.stop_token_ids:
             _check(token >= 0, f"stop_token_ids holds {token}; token ids are 0 or more")

@@ -1,0 +1,78 @@
+// Products of bfloat16 on AMX tiles (Intel SDM, TMUL): 16 rows x 16 columns x 32 k in one instruction, f32 sums. An
+// element's chain of additions is the instruction's own, whatever the rows beside it. Rows beyond the last are read (there
+// is memory) and their results dropped. Targets without AMX compile two empty functions.
+#pragma once
+
+namespace pagemill {
+namespace PAGEMILL_TARGET {
+
+#ifdef PAGEMILL_AMX
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t column_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+static void enter_tiles() {
+    TileConfig config;
+    for (int i = 0; i < 8; i++) {
+        config.column_bytes[i] = 64;
+        config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+}
+static void leave_tiles() { _tile_release(); }
+
+static bool tiles_fit(const Matrix& w) { return w.format == Format::bf16 && w.k % 32 == 0; }
+
+// Rows row..row+15 (and +16..+31 where `two`) x one panel of 32 columns into sums [32][32].
+static void tile_sums(const Activations& act, int row, bool two, const uint8_t* panel, int k, float* sums) {
+    const uint16_t* a = act.bf16 + size_t(row) * act.ld;
+    const size_t stride = size_t(act.ld) * 2;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int i = 0; i < k; i += 32, a += 32, panel += 2048) {
+        _tile_loadd(4, a, stride);
+        _tile_loadd(6, panel, 128);
+        _tile_loadd(7, panel + 64, 128);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, a + 16 * size_t(act.ld), stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    if (two) {
+        _tile_stored(2, sums + 512, 128);
+        _tile_stored(3, sums + 528, 128);
+    }
+}
+
+static void product_tiles(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
+    alignas(64) float sums[32 * 32];
+    for (int panel = p0; panel < p1; panel++)
+        for (int row = r0; row < r1; row += 32) {
+            const int rows = r1 - row < 32 ? r1 - row : 32;
+            tile_sums(act, row, rows > 16, w.data + size_t(panel) * w.panel_bytes, w.k, sums);
+            for (int m = 0; m < rows; m++) {
+                store_columns(out, w, row + m, panel * kPanel, fload(sums + 32 * m));
+                store_columns(out, w, row + m, panel * kPanel + 16, fload(sums + 32 * m + 16));
+            }
+        }
+}
+
+#else
+
+static void enter_tiles() {}
+static void leave_tiles() {}
+
+#endif
+
+}  // namespace PAGEMILL_TARGET
+}  // namespace pagemill
