@@ -5,11 +5,14 @@ Names and shapes are vLLM's where it has them.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from threading import RLock
+from threading import RLock, current_thread, main_thread
 from types import TracebackType
 from typing import Any
 
@@ -174,15 +177,22 @@ class LLM:
 
     def _attach(self, built: Built) -> None:
         self._built: Built | None = built
+        self._process_id = os.getpid()
         self._lock = RLock()
         self._inboxes: dict[str, deque[Delta]] = {}  # request id -> where its caller looks
         self._num_requests = 0
 
     @property
     def built(self) -> Built:
-        """The engine's parts. Raises RequestError once closed."""
+        """The engine's parts. Raises RequestError once closed, and in a forked process, where its threads are not."""
         if self._built is None:
             raise RequestError("this LLM is closed; make a new one", status=409)
+        if os.getpid() != self._process_id:
+            raise RequestError(
+                "this LLM was made before the process forked, which leaves its kernel threads behind; make one in each "
+                'process, or start processes by "spawn"',
+                status=409,
+            )
         return self._built
 
     @property
@@ -227,6 +237,8 @@ class LLM:
         messages: [{"role": "user", "content": "…"}, …]. Raises ModelError where the model has no template, else as
         `generate` does.
         """
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise RequestError(f"messages is a {type(messages).__name__}; give a list of dicts with role and content")
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
         prompts = []
@@ -367,10 +379,12 @@ class LLM:
         with self._lock:
             if inbox:
                 return
-            for delta in self.built.engine.step():
-                asked = self._inboxes.get(delta.request_id)
-                if asked is not None:
-                    asked.append(delta)
+            shared = any(other is not inbox for other in self._inboxes.values())
+            with _interrupt_afterwards() if shared else nullcontext():
+                for delta in self.built.engine.step():
+                    asked = self._inboxes.get(delta.request_id)
+                    if asked is not None:
+                        asked.append(delta)
 
     def _output(self, request_id: str, answer: _Answer) -> RequestOutput:
         question = answer.question
@@ -420,6 +434,23 @@ def _draw_line(num_finished: int, num_requests: int, num_tokens: int) -> None:
     end = "\n" if num_finished == num_requests else ""
     sys.stderr.write(f"\r{num_finished}/{num_requests} requests, {num_tokens:,} tokens{end}")
     sys.stderr.flush()
+
+
+@contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Hold Ctrl-C back until the block has ended: a step that others share must not lose their tokens."""
+    default = signal.default_int_handler
+    if current_thread() is not main_thread() or signal.getsignal(signal.SIGINT) is not default:
+        yield
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, default)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def _listed(prompts: object) -> Sequence[Any]:

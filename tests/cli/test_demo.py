@@ -20,7 +20,7 @@ def test_the_tour_runs_and_ends_with_a_table_of_measurements(
 
 
 @pytest.mark.model
-def test_the_tour_on_the_default_model_takes_less_than_a_minute_and_has_no_colours() -> None:
+def test_the_tour_on_the_default_model_ends_well_and_has_no_colours_in_a_pipe() -> None:
     done = run_program("demo")
     assert done.returncode == 0, done.stderr
     assert b"\x1b" not in done.stdout

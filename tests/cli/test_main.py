@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +136,31 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     with process.stderr:
         assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 0
+
+
+def test_a_full_disk_under_the_output_is_a_named_error() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "config", "schema"], stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=60
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: the disk that the output goes to is full")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_closed_streams_are_no_error() -> None:
+    script = f"{shlex.join(COMMAND)} config show <&- >&-"
+    done = subprocess.run(["bash", "-c", script], stderr=subprocess.PIPE, env=environment(), timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_output_that_the_terminals_encoding_lacks_is_replaced_and_json_escaped() -> None:
+    program = "import sys; from pagemill.cli.terminal import prepare_streams, print_json; prepare_streams(); "
+    program += "print('caf\\xe9 \\u2192'); print_json({'text': '\\u65e5'})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=environment(PYTHONIOENCODING="ascii"), timeout=60
+    )
+    assert done.stdout == b'caf? ?\n{"text": "\\u65e5"}\n'
 
 
 def test_config_show_tells_where_a_value_came_from(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +99,12 @@ def test_a_single_bad_prompt_has_no_index(llm: LLM) -> None:
 def test_prompts_of_a_wrong_type_are_refused(llm: LLM, prompts: object) -> None:
     with pytest.raises(RequestError, match="prompts is a"):
         llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("messages", [None, 5, "hello", {"role": "user", "content": "x"}])
+def test_messages_of_a_wrong_type_are_refused(llm: LLM, messages: object) -> None:
+    with pytest.raises(RequestError, match=r"messages is a .*list of dicts"):
+        llm.chat(messages, GREEDY)  # type: ignore[arg-type]
 
 
 def test_parameters_may_differ_by_prompt(llm: LLM) -> None:
@@ -259,6 +269,30 @@ def test_ctrl_c_within_a_step_leaks_nothing_and_the_engine_goes_on(llm: LLM) -> 
     assert tokens(stopped.generate(PROMPTS, GREEDY)) == good
 
 
+def test_ctrl_c_in_a_shared_step_takes_no_token_from_the_other_thread(tiny_model: Path) -> None:
+    """The signal arrives while the native step runs for both: it is raised once the step's tokens are handed out."""
+    expected: list[list[int]]
+    with LLM(str(tiny_model)) as alone:
+        expected = tokens(alone.generate(PROMPTS[0], GREEDY))
+    with LLM(str(tiny_model)) as llm:
+        other = llm.stream(PROMPTS[0], GREEDY)
+        got = list(next(other).token_ids)
+        run = llm.built.executor.run
+
+        def interrupted(plan: StepPlan) -> StepResult:
+            os.kill(os.getpid(), signal.SIGINT)
+            return run(plan)
+
+        llm.built.executor.run = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS[1], GREEDY)
+        llm.built.executor.run = run  # type: ignore[method-assign]
+        for delta in other:
+            got += delta.token_ids
+        assert [got] == expected
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_closed_engine_says_so(tiny_model: Path) -> None:
     llm = LLM(str(tiny_model), kv_cache_memory_bytes="8MiB")
     stream = llm.stream("Hello", GREEDY)
@@ -269,6 +303,24 @@ def test_a_closed_engine_says_so(tiny_model: Path) -> None:
         llm.generate("Hello", GREEDY)
     with pytest.raises(RequestError, match="closed"):
         next(stream)
+
+
+def test_a_forked_process_is_told_to_make_its_own(tiny_model: Path) -> None:
+    program = """
+import os, sys
+from pagemill import LLM, RequestError, SamplingParams
+llm = LLM(sys.argv[1], kv_cache_memory_bytes="8MiB", num_threads=2)
+llm.generate("x", SamplingParams(max_tokens=2))
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    llm.generate("x", SamplingParams(max_tokens=2))
+except RequestError as error:
+    os._exit(7 if "before the process forked" in str(error) else 1)
+"""
+    arguments = [sys.executable, "-W", "ignore", "-c", program, str(tiny_model)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(arguments, env=environment, timeout=60, check=False).returncode == 7
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

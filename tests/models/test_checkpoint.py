@@ -119,6 +119,18 @@ def test_gpt2_without_prefix_and_with_mask_buffers_opens(tmp_path: Path) -> None
     np.testing.assert_array_equal(checkpoint.tensors["embed"].dequantize(), weights["transformer.wte.weight"])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.bool_])
+def test_gpt2_with_mask_buffers_of_other_dtypes_opens(tmp_path: Path, dtype: Any) -> None:
+    weights = gpt2_weights(gpt2_config())
+    path = write_hf(tmp_path / "m", gpt2_config(), weights)
+    masks = {f"transformer.h.{i}.attn.bias": np.ones((1, 1, 8, 8), dtype) for i in range(2)}
+    save_file(weights | masks, path / "model.safetensors")
+    assert open_checkpoint(path).num_parameters == sum(array.size for array in weights.values())
+    save_file(weights | {"other.bias": np.ones(2, dtype)}, path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"the first 'other\.bias'"):
+        open_checkpoint(path)
+
+
 def test_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     path = tiny_llama(tmp_path)
     edit_tensors(path, **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})

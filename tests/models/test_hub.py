@@ -224,6 +224,14 @@ def test_an_unknown_name_is_refused_with_the_nearest(
         hub.remove(name)
 
 
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone.gguf").symlink_to("nothing")
+    for name in ("loop", "gone.gguf"):
+        with pytest.raises(ModelError, match="the link leads to no file"):
+            hub.resolve(tmp_path / name)
+
+
 def test_a_model_that_is_not_there_is_not_fetched_unasked(home: Path) -> None:
     with pytest.raises(ModelError, match=r"'tiny' is not on this machine.*pagemill models pull tiny"):
         hub.resolve("tiny", download=False)

@@ -144,6 +144,7 @@ def test_yarn_infers_what_is_left_out_as_transformers_does() -> None:
             "'high_freq_factor' is 4.0, outside",
         ),
         ({"rope_theta": 1.0}, "'rope_theta' is 1.0, outside"),
+        ({"rope_theta": 1e308}, r"'rope_theta' is 1e\+308, outside"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported: 'silu', 'swish'"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2, supported: 1"),
         ({"sliding_window": 4096}, "sliding_window is 4096, supported: none, leave it out"),

@@ -119,6 +119,22 @@ def test_a_lying_file_is_refused(tmp_path: Path, header: object, num_data_bytes:
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", ["BOOL", "U8", "I64", "F64", "F8_E4M3"])
+def test_ignored_tensors_are_left_out_whatever_their_dtype(tmp_path: Path, dtype: str) -> None:
+    header = {"a": A, "h.0.mask": entry(8, 24, [2 if dtype in ("I64", "F64") else 16], dtype)}
+    path = write(tmp_path / "m.safetensors", header, 24)
+    assert list(read_safetensors(path, ignored=r"h\.\d+\.mask")) == ["a"]
+    with pytest.raises(ModelError, match=rf"{dtype} .1 tensors., the first 'h.0.mask'"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("mask", [entry(4, 12, [8], "U8"), entry(8, 24, [8], "U8"), entry(8, 0, [8], "F99")])
+def test_ignored_tensors_must_have_a_place_of_their_own(tmp_path: Path, mask: object) -> None:
+    path = write(tmp_path / "m.safetensors", {"a": A, "mask": mask}, 16)
+    with pytest.raises(ModelError, match=r"overlap|takes 8 bytes|is empty"):
+        read_safetensors(path, ignored="mask")
+
+
 @pytest.mark.parametrize("claimed", [MAX_HEADER_BYTES + 1, 1 << 63, (1 << 64) - 1])
 def test_a_huge_header_length_is_refused_without_taking_memory(tmp_path: Path, claimed: int) -> None:
     path = write(tmp_path / "m.safetensors", {"a": A}, 8, header_bytes=claimed)

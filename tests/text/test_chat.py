@@ -275,6 +275,25 @@ def test_a_killed_process_is_started_again() -> None:
     assert render_chat("b", USER) == "b"
 
 
+@pytest.mark.parametrize("warm", [True, False])
+def test_an_interrupted_render_leaves_no_answer_for_the_next(monkeypatch: pytest.MonkeyPatch, warm: bool) -> None:
+    """Ctrl-C after the request was written, while a template renders (warm) or while the process starts."""
+    exchange = chat._exchange
+
+    def interrupted(process: Any, request: bytes, timeout_s: float) -> bytes:
+        os.write(process.stdin.fileno(), request)
+        raise KeyboardInterrupt
+
+    chat._renderer.close()
+    if warm:
+        render_chat("a", USER)
+    monkeypatch.setattr(chat, "_exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render_chat("the first", USER)
+    monkeypatch.setattr(chat, "_exchange", exchange)
+    assert render_chat("the second", USER) == "the second"
+
+
 def test_threads_share_the_process() -> None:
     def render(number: int) -> str:
         return render_chat("{{ messages[0].content }}", [{"role": "user", "content": str(number) * 50_000}])

@@ -5,12 +5,22 @@ Owns colour, error lines and JSON output. Progress bars are in `progress.py`, ta
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from typing import IO
 
 RED, BOLD, DIM, GREEN, YELLOW = "31", "1", "2", "32", "33"
+
+
+def prepare_streams() -> None:
+    """Streams that the caller closed become empty ones; characters that stdout's encoding lacks are printed as "?"."""
+    sys.stdin = sys.stdin or os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def allows_colour(stream: IO[str]) -> bool:
@@ -35,8 +45,9 @@ def note(message: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON object on stdout and nothing else."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """One JSON object on stdout and nothing else; escaped where stdout is not UTF-8."""
+    is_utf8 = (sys.stdout.encoding or "utf-8").lower().replace("_", "-") in ("utf-8", "utf8")
+    print(json.dumps(value, ensure_ascii=not is_utf8, allow_nan=False))
 
 
 def silence_stdout() -> None:

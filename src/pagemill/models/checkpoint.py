@@ -113,7 +113,7 @@ def _open_directory(path: Path) -> Checkpoint:
         )
     spec = family.spec_from_config(config, _display_name("", path.resolve().name))
     registry.check_sizes(spec, config.origin)
-    source = read_safetensors(path)
+    source = read_safetensors(path, ignored=family.NAMES.ignored)
     if spec.tied_head:
         source = {name: tensor for name, tensor in source.items() if name != "lm_head.weight"}
     expected = family.build(spec, max_positions=1).weights

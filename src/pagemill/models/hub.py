@@ -137,6 +137,10 @@ def _explain_unknown(name: str, path: Path) -> str:
             f"the model's name is empty. Give a path, org/repo of the Hugging Face hub, or: {', '.join(KNOWN_MODELS)}."
         )
     is_path = name.startswith((".", "/", "~")) or os.sep in name or name.endswith((".gguf", ".safetensors"))
+    if is_path and os.path.islink(path):
+        return (
+            f"{name!r}: the link leads to no file or directory. Check where it points, or give the path of the model."
+        )
     if is_path:
         try:
             near = [entry.name for entry in path.parent.iterdir()][:10_000]

@@ -143,7 +143,7 @@ def _rope_from_config(config: ConfigFile, head_dim: int, context: int) -> RopeSp
             "Use a checkpoint without them"
         )
     rope.refuse_unless({"partial_rotary_factor": (1.0, 1), "truncate": (True,)}, "llama")
-    base = rope.get_float("rope_theta", config.get_float("rope_theta", 10000.0), minimum=1.001)
+    base = rope.get_float("rope_theta", config.get_float("rope_theta", 10000.0), minimum=1.001, maximum=1e30)
     kind = rope.get_str("rope_type", rope.get_str("type", "default"))
     if kind not in _ROPE_TYPES:
         raise ModelError(
@@ -230,7 +230,7 @@ def spec_from_gguf(file: GGUFFile, name: str) -> ModelSpec:
 
 
 def _rope_from_gguf(file: GGUFFile, head_dim: int, context: int) -> RopeSpec:
-    base = file.get_float("llama.rope.freq_base", 10000.0, minimum=1.001)
+    base = file.get_float("llama.rope.freq_base", 10000.0, minimum=1.001, maximum=1e30)
     rotary = file.get_int("llama.rope.dimension_count", head_dim, minimum=1, maximum=head_dim)
     style: Literal["pairs"] = "pairs"
     factor = file.get_float(

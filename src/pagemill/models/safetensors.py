@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from pagemill.base.errors import ModelError
-from pagemill.kernels.tensors import BLOCK_BYTES, Tensor
+from pagemill.kernels.tensors import Tensor
 from pagemill.models.json_scanner import JsonScanner
 
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -30,30 +30,38 @@ MAX_TENSORS: Final = 1 << 16
 MAX_SHARDS: Final = 1024
 MAX_DIMS: Final = 8
 SUPPORTED_DTYPES: Final = ("F32", "F16", "BF16")
+NOTHING: Final = r"(?!)"  # matches no name
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
+# Bytes of a value, by dtype; those of other widths are known by their offsets alone.
+_DTYPE_BYTES: Final = {
+    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8,
+    "I64": 8, "F64": 8,
+}  # fmt: skip
 _SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _FETCH_AGAIN: Final = "The file is damaged or cut short: fetch it again"
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_safetensors(path: str | os.PathLike[str], *, ignored: str = NOTHING) -> dict[str, Tensor]:
     """Map a .safetensors file, or all shards of a checkpoint directory; tensor bytes are not touched.
 
-    Returns name -> Tensor (f32, f16, bf16), its data a read-only view into the map; a scalar has shape (1,). Raises
-    ModelError, naming file and tensor, when a file is missing, damaged, lies about itself, or holds other dtypes.
+    ignored: regular expression of names that are left out, whatever their dtype (masks that a checkpoint stores beside
+    its weights). Returns name -> Tensor (f32, f16, bf16), its data a read-only view into the map; a scalar has shape
+    (1,). Raises ModelError, naming file and tensor, when a file is missing, damaged, lies about itself, or holds other
+    dtypes.
     """
     path = Path(path)
     if not os.path.isdir(path):
-        return _read_file(path)
+        return _read_file(path, ignored)
     single, index = path / SINGLE_NAME, path / INDEX_NAME
     if single.exists():
-        return _read_file(single)
+        return _read_file(single, ignored)
     if index.exists():
-        return _read_shards(index)
+        return _read_shards(index, ignored)
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
-        return _read_file(found[0])
+        return _read_file(found[0], ignored)
     if found:
         raise ModelError(
             f"{path}: holds {len(found)} .safetensors files and no {INDEX_NAME} that joins them. Fetch the index too."
@@ -89,7 +97,7 @@ def _open_map(path: Path) -> mmap:
         raise ModelError(f"{path}: cannot be read: {error}. Check the path and the permissions.") from error
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path, ignored: str) -> dict[str, Tensor]:
     buffer = _open_map(path)
     header_end = _find_header_end(path, buffer)
     scanner = JsonScanner(buffer, f"{path}: header", 8, header_end)
@@ -102,11 +110,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             scanner.refuse(f"more than {MAX_TENSORS:,} tensors")
         entries.append(_read_entry(scanner, name))
     scanner.finish()
-    _check_dtypes(path, entries)
+    needed = [entry for entry in entries if not re.fullmatch(ignored, entry.name)]
+    _check_dtypes(path, needed)
     _check_places(path, entries, len(buffer) - header_end)
     file_bytes = np.frombuffer(buffer, np.uint8)
     tensors: dict[str, Tensor] = {}
-    for entry in entries:
+    for entry in needed:
         data = file_bytes[header_end + entry.begin : header_end + entry.end]
         tensors[entry.name] = Tensor(entry.dtype.lower(), entry.shape, data.reshape(math.prod(entry.shape[:-1]), -1))
     return tensors
@@ -163,7 +172,9 @@ def _check_dtypes(path: Path, entries: list[_Entry]) -> None:
 def _check_places(path: Path, entries: list[_Entry], num_data_bytes: int) -> None:
     """Refuse empty tensors, sizes that disagree with shapes, overlaps, holes, and data outside the file."""
     for entry in entries:
-        num_bytes = math.prod(entry.shape) * BLOCK_BYTES[entry.dtype.lower()][1]
+        num_bytes = math.prod(entry.shape) * _DTYPE_BYTES.get(entry.dtype, 0)
+        if entry.dtype not in _DTYPE_BYTES:
+            num_bytes = max(0, entry.end - entry.begin)
         if num_bytes == 0:
             raise ModelError(f"{path}: tensor {_shown(entry.name)}: shape {entry.shape} is empty. {_FETCH_AGAIN}.")
         if entry.end - entry.begin != num_bytes:
@@ -189,18 +200,18 @@ def _check_places(path: Path, entries: list[_Entry], num_data_bytes: int) -> Non
         )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, ignored: str) -> dict[str, Tensor]:
     shard_of = _read_weight_map(index)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(shard_of.values())):
-        for name, tensor in _read_file(index.parent / shard).items():
+        for name, tensor in _read_file(index.parent / shard, ignored).items():
             if shard_of.get(name) != shard:
                 raise ModelError(
                     f"{index.parent / shard}: tensor {_shown(name)} is not in this shard by {index.name}. The files do "
                     "not belong together: fetch all of them again."
                 )
             tensors[name] = tensor
-    missing = sorted(set(shard_of) - set(tensors))
+    missing = sorted(name for name in set(shard_of) - set(tensors) if not re.fullmatch(ignored, name))
     if missing:
         raise ModelError(
             f"{index}: {len(missing)} tensors are in no shard, the first {_shown(missing[0])}. The files do not belong "

@@ -154,6 +154,9 @@ class _Renderer:
                 timed_out = True
             except OSError:
                 pass
+            except BaseException:  # an interrupt: the answer that is still to come is not the next one's
+                self._end()
+                raise
             if line.endswith(b"\n"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
@@ -186,6 +189,9 @@ class _Renderer:
             ready = _exchange(process, json.dumps(warm_up).encode() + b"\n", _START_TIMEOUT_S)
         except (OSError, TimeoutError):
             ready = b""
+        except BaseException:
+            self._end()
+            raise
         if not ready.endswith(b"\n"):
             self._end()
             raise ConfigError(
