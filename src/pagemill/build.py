@@ -86,6 +86,7 @@ def assemble(
         max_model_len=max_model_len,
         num_threads=num_threads,
         executor=config.executor,
+        packed_weights_cache=config.packed_weights_cache,
     )
     limits = EngineLimits(
         max_model_len=max_model_len,

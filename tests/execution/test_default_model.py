@@ -36,7 +36,9 @@ PROMPTS = [
 
 def greedy(model: Path, executor: str) -> list[list[int]]:
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-    with LLM(str(model), dtype="float32", executor=executor, max_model_len=128, max_num_seqs=20) as llm:
+    with LLM(
+        str(model), dtype="float32", executor=executor, packed_weights_cache="off", max_model_len=128, max_num_seqs=20
+    ) as llm:
         return [list(out.outputs[0].token_ids) for out in llm.generate(PROMPTS, params)]
 
 

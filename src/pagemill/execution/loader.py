@@ -8,10 +8,12 @@ import numpy as np
 
 from pagemill.base.errors import ConfigError
 from pagemill.base.kv_spec import KVSpec
+from pagemill.execution.packed import PackedWeights
 from pagemill.execution.runner import Runner
 from pagemill.kernels.batch import ModelExecutor
 from pagemill.kernels.native import NativeExecutor
 from pagemill.kernels.ops import Plan
+from pagemill.kernels.plan import lower
 from pagemill.kernels.reference import ReferenceExecutor, to_bf16
 from pagemill.kernels.target import choose_target
 from pagemill.kernels.tensors import Tensor
@@ -20,6 +22,8 @@ from pagemill.models.registry import build_plan
 from pagemill.storage.arena import Arena
 
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+# Version of what `convert` computes. Bump it with every change of a bit: converted weights are kept on disk.
+CONVERSION_VERSION = 1
 
 
 def kv_codec_for(dtype: str, kv_cache_dtype: str) -> str:
@@ -60,6 +64,14 @@ class ConvertedWeights(Mapping[str, Tensor]):
         tensor = self._tensors[handle]
         return convert(tensor, self._dtype) if self._plan.weights[handle].kind == "matrix" else tensor
 
+    def format_of(self, handle: str) -> str:
+        """The format of a matrix, without converting it."""
+        return DTYPES.get(self._dtype, self._tensors[handle].format)
+
+    def rows_of(self, handle: str, begin: int, end: int) -> Tensor:
+        """Rows begin to end of a matrix, converted alone."""
+        return convert(self._tensors[handle].rows(slice(begin, end)), self._dtype)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -78,11 +90,12 @@ def load_executor(
     num_threads: int = 1,
     executor: str = "native",
     progress: Callable[[int, int], None] | None = None,
+    packed_weights_cache: str = "off",
 ) -> Runner:
     """A runner with its weights packed and its arena allocated.
 
     dtype: auto, float32, bfloat16. executor: native or reference. progress(done, total) is called while weights are
-    packed. Raises ConfigError, ModelError, CapacityError.
+    packed. packed_weights_cache: auto, off or a directory (`packed.py`). Raises ConfigError, ModelError, CapacityError.
     """
     plan = build_plan(checkpoint.spec, max_positions=max_model_len)
     spec = KVSpec(plan.kv, block_size, kv_codec)
@@ -92,6 +105,14 @@ def load_executor(
         model = ReferenceExecutor(plan, weights, spec, num_blocks)
     elif executor == "native":
         arena = Arena.allocate(spec, num_blocks)
+        packed = PackedWeights(
+            checkpoint,
+            weights,
+            (ref.weight for phase in lower(plan) for ref in phase.matrices),
+            dtype=dtype,
+            conversion_version=CONVERSION_VERSION,
+            cache=packed_weights_cache,
+        )
         model = NativeExecutor(
             plan,
             weights,
@@ -101,7 +122,9 @@ def load_executor(
             target=choose_target(),
             num_threads=num_threads,
             progress=progress,
+            matrices=packed.matrix,
         )
+        packed.keep()
     else:
         raise ConfigError(f"unknown executor {executor!r}; choose native or reference")
     return Runner(model)

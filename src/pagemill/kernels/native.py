@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from pagemill.kernels.tensors import Tensor
 FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "q4_0": 3, "q4_1": 4, "q8_0": 5}
 CODECS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3}
 PANEL = 32
+# Version of the packed layouts (csrc/pack.h). Bump it with every change of theirs: packed weights are kept on disk.
+PACKING_VERSION = 1
 
 _KINDS = {
     "embed": 0,
@@ -33,13 +36,34 @@ _ROPES = {"none": 0, "halves": 1, "pairs": 2}
 _ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedMatrix:
+    """A matrix [n, k] in the layout that products read (csrc/pack.h). data: u8 [packed_bytes], 64-byte aligned, may be
+    read-only and memory-mapped."""
+
+    format: str
+    n: int
+    k: int
+    data: NDArray[np.uint8]
+
+
+def packed_bytes(format: str, n: int, k: int) -> int:
+    """Bytes of a packed matrix [n, k]."""
+    return -(-n // PANEL) * _native.panel_bytes(FORMATS[format], k)
+
+
 def pack(tensor: Tensor) -> NDArray[np.uint8]:
     """A matrix [n, k] in the layout that products read (csrc/pack.h), u8 [panels * panel bytes], 64-byte aligned."""
     n, k = tensor.shape
-    fmt = FORMATS[tensor.format]
-    packed = _native.allocate(-(-n // PANEL) * _native.panel_bytes(fmt, k))
-    _native.pack(fmt, k, np.ascontiguousarray(tensor.data), 0, packed)
+    packed = _native.allocate(packed_bytes(tensor.format, n, k))
+    _native.pack(FORMATS[tensor.format], k, np.ascontiguousarray(tensor.data), 0, packed)
     return packed
+
+
+def pack_matrix(tensor: Tensor) -> PackedMatrix:
+    """The same, with its format and shape."""
+    n, k = tensor.shape
+    return PackedMatrix(tensor.format, n, k, pack(tensor))
 
 
 def allocate(num_bytes: int, purpose: str) -> NDArray[np.uint8]:
@@ -57,6 +81,7 @@ class NativeExecutor:
     """A plan in native code. Mutated by `forward` (the KV arena and scratch memory).
 
     weights: handle -> Tensor, matrices in their checkpoint format. arena: u8 [≥ num_blocks * kv_spec.block_bytes].
+    matrices: gives a matrix packed already, by handle; without it each is packed from `weights`.
     """
 
     def __init__(
@@ -70,6 +95,7 @@ class NativeExecutor:
         target: str,
         num_threads: int,
         progress: Callable[[int, int], None] | None = None,
+        matrices: Callable[[str], PackedMatrix] | None = None,
     ) -> None:
         self.kv_spec = kv_spec
         self._plan = plan
@@ -90,7 +116,8 @@ class NativeExecutor:
             arena, kv_spec.block_bytes, num_blocks, kv_spec.pages_per_block, CODECS[kv_spec.codec], layers
         )
         self._matrices: dict[MatrixRef, int] = {}
-        self._packed: dict[str, NDArray[np.uint8]] = {}
+        self._packed: dict[str, PackedMatrix] = {}
+        self._packed_matrix = matrices or (lambda handle: pack_matrix(weights[handle]))
         phases = lower(plan)
         for done, phase in enumerate(phases):
             self._add(phase)
@@ -123,12 +150,11 @@ class NativeExecutor:
 
     def _matrix(self, ref: MatrixRef) -> int:
         if ref not in self._matrices:
-            tensor = self._weights[ref.weight]
             if ref.weight not in self._packed:
-                self._packed[ref.weight] = pack(tensor)
-            n, k = tensor.shape
+                self._packed[ref.weight] = self._packed_matrix(ref.weight)
+            packed = self._packed[ref.weight]
             bias = self._vector(ref.bias)
-            self._matrices[ref] = self._model.add_matrix(FORMATS[tensor.format], n, k, self._packed[ref.weight], bias)
+            self._matrices[ref] = self._model.add_matrix(FORMATS[packed.format], packed.n, packed.k, packed.data, bias)
         return self._matrices[ref]
 
     def _vector(self, handle: str | None) -> NDArray[np.float32] | None:
