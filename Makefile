@@ -12,10 +12,10 @@ PARITY := build/parity-venv
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint parity bench sanitize clean
+.PHONY: help install demo test lint parity bench bench-peers sanitize clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 $(VENV)/.created:
 	@echo "creating $(VENV) with $(PYTHON)"
@@ -54,6 +54,9 @@ parity: $(VENV)/.dev ## compare with transformers, in an environment of its own
 bench: $(VENV)/.dev ## generation with and without the cache, on both models
 	$(BIN)/pagemill bench kvcache --tokens 200 --runs 3 $(ARGS)
 	$(BIN)/pagemill bench kvcache --model gpt2-medium --tokens 200 --runs 3 $(ARGS)
+
+bench-peers: $(VENV)/.dev ## speed against other engines, each set up in an environment of its own (an hour the first time)
+	$(BIN)/pagemill bench peers --peers all $(ARGS)
 
 sanitize: $(VENV)/.dev ## the native contract suite under address and undefined-behaviour sanitizers
 	@scripts/sanitize.sh $(BIN)/python $(ARGS)

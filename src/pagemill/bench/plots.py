@@ -18,21 +18,21 @@ from pagemill.bench.kvcache_report import title_of
 MISSING = "no plot: matplotlib is not installed; get it with `pip install '.[bench]'` in a checkout"
 
 _COLOURS = {WITHOUT: "#c8553d", WITH: "#1f6f8b"}
-_INK, _FAINT = "#23272b", "#8a9299"
-_STYLE: Any = {
+INK, FAINT = "#23272b", "#8a9299"
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e4e7ea",
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "svg.fonttype": "none",
     "svg.hashsalt": "pagemill",
 }
@@ -50,7 +50,7 @@ def draw_kvcache(report: dict[str, Any], stem: Path) -> list[Path]:
         from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
     except ImportError:
         return []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.8), layout="constrained")
         per_token, so_far = figure.subplots(1, 2, width_ratios=(1.5, 1.0))
         _draw_per_token(per_token, report)
@@ -60,7 +60,7 @@ def draw_kvcache(report: dict[str, Any], stem: Path) -> list[Path]:
         per_token.yaxis.set_major_formatter(lambda value, place: f"{value:,g}")
         so_far.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         figure.suptitle(title_of(report), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-        figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8, color=_FAINT)
+        figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8, color=FAINT)
         paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
         for path in paths:
             try:

