@@ -134,6 +134,26 @@ def test_weight_formats_agree_with_the_reference(target: str, fmt: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "name", ["window", "softcap", "qk_norm", "pairs", "head_dim 40", "head_dim 80, group 3", "group 7"]
+)
+def test_int8_keys_and_values_agree_with_the_reference_in_every_shape(target: str, name: str) -> None:
+    shape = SHAPES[name]
+    ours, wanted = native(shape, target, codec="int8"), reference(shape, codec="int8")
+    step = batch((tokens(70, shape.vocab), 0, [4, 2, 0, 1, 3]), every_row=True)
+    assert difference(ours.forward(step), wanted.forward(step)) < 2e-2
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", ["f16", "bf16"])
+def test_widths_that_fill_no_vector_agree_with_the_reference(target: str, fmt: str) -> None:
+    shape = Shape(format=fmt, hidden=37, ffn=51, vocab=33)
+    ours, wanted = native(shape, target), reference(shape)
+    step = batch((tokens(21, 33), 0, [0, 1]), every_row=True)
+    assert difference(ours.forward(step), wanted.forward(step)) < 2e-2
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_long_contexts_cross_splits(target: str) -> None:
     shape = Shape(layers=1, vocab=50)
     ours, wanted = native(shape, target, block_size=32, threads=1), reference(shape, block_size=32)
