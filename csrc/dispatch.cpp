@@ -15,12 +15,12 @@ namespace avx512 { extern const Kernels kernels; }
 namespace avx512_bf16 { extern const Kernels kernels; }
 namespace amx { extern const Kernels kernels; }
 
-// AMX tiles and bfloat16 on them, and the kernel's leave to use the tile state (Linux 5.16, arch_prctl).
+// AMX tiles with bytes and bfloat16, byte permutations (AVX-512 VBMI), and the kernel's leave to use the tile state (Linux 5.16, arch_prctl).
 static bool amx_available() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-    if ((d & bf16) == 0 || (d & tile) == 0) return false;
+    constexpr unsigned vbmi = 1u << 1, bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, all = bf16 | tile | int8;
+    if ((d & all) != all || (c & vbmi) == 0) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;
     static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
     return granted;

@@ -7,9 +7,14 @@
 
 namespace pagemill {
 
+struct SamplingJob;  // sampling.h
+struct SamplingScratch;
+
 struct Kernels {
     const char* name;
+    bool tiles;  // reads weights in tiles (pack.h, the .._tiles layouts)
     void (*run_step)(const StepContext& ctx, int worker);
+    void (*sample_row)(const SamplingJob& job, int row, SamplingScratch& scratch);
     // Entry points of the contract tests: the same code that the step runs.
     void (*quantize_rows)(const float* x, int rows, int width, Activations& act);
     void (*multiply)(const Activations& act, int rows, const Matrix& w, float* y);

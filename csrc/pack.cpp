@@ -8,9 +8,12 @@ namespace pagemill {
 
 static size_t chunk_bytes(Format format) {
     switch (format) {
-        case Format::q4_0: return 512 + 64;
-        case Format::q4_1: return 512 + 128;
-        case Format::q8_0: return 1024 + 64;
+        case Format::q4_0:
+        case Format::q4_0_tiles: return 512 + 64;
+        case Format::q4_1:
+        case Format::q4_1_tiles: return 512 + 128;
+        case Format::q8_0:
+        case Format::q8_0_tiles: return 1024 + 64;
         default: return 0;
     }
 }
@@ -29,9 +32,12 @@ size_t source_row_bytes(Format format, int k) {
         case Format::f32: return size_t(k) * 4;
         case Format::f16:
         case Format::bf16: return size_t(k) * 2;
-        case Format::q4_0: return size_t(k / kGroup) * 18;
-        case Format::q4_1: return size_t(k / kGroup) * 20;
-        case Format::q8_0: return size_t(k / kGroup) * 34;
+        case Format::q4_0:
+        case Format::q4_0_tiles: return size_t(k / kGroup) * 18;
+        case Format::q4_1:
+        case Format::q4_1_tiles: return size_t(k / kGroup) * 20;
+        case Format::q8_0:
+        case Format::q8_0_tiles: return size_t(k / kGroup) * 34;
     }
     return 0;
 }
@@ -42,18 +48,37 @@ static void pack_nibbles(const uint8_t* quants, int column, uint8_t* chunk) {
         std::memcpy(chunk + 64 * (2 * j + column / 16) + 4 * (column % 16), quants + 4 * j, 4);
 }
 
+static bool is_eight_bits(Format format) { return format == Format::q8_0 || format == Format::q8_0_tiles; }
+static bool has_minimum(Format format) { return format == Format::q4_1 || format == Format::q4_1_tiles; }
+
+// A column's nibble at k within a group of the tile layouts.
+static void put_code(uint8_t* chunk, int column, int k, int code) {
+    chunk[64 * (column / 4) + 2 * k + column % 4 / 2] |= uint8_t(code << 4 * (column % 2));
+}
+static int code_at(const uint8_t* chunk, int column, int k) {
+    return chunk[64 * (column / 4) + 2 * k + column % 4 / 2] >> 4 * (column % 2) & 15;
+}
+
 static void pack_group_row(Format format, const uint8_t* row, int k, int column, uint8_t* panel) {
     const size_t chunk = chunk_bytes(format), block = source_row_bytes(format, kGroup);
     for (int g = 0; g < k / kGroup; g++, row += block, panel += chunk) {
-        if (format == Format::q8_0) {
+        if (format == Format::q8_0_tiles) std::memcpy(panel + 32 * column, row + 2, kGroup);
+        if (format == Format::q8_0)
             for (int j = 0; j < kGroup; j++)
                 panel[(j / 4) * 128 + column * 4 + j % 4] = uint8_t(int8_t(row[2 + j]) + 128);
+        if (is_eight_bits(format)) {
             std::memcpy(panel + 1024 + 2 * column, row, 2);
-        } else {
-            pack_nibbles(row + (format == Format::q4_1 ? 4 : 2), column, panel);
-            std::memcpy(panel + 512 + 2 * column, row, 2);
-            if (format == Format::q4_1) std::memcpy(panel + 576 + 2 * column, row + 2, 2);
+            continue;
         }
+        const uint8_t* quants = row + (has_minimum(format) ? 4 : 2);
+        if (format == Format::q4_0 || format == Format::q4_1) pack_nibbles(quants, column, panel);
+        else
+            for (int j = 0; j < 16; j++) {
+                put_code(panel, column, j, quants[j] & 15);
+                put_code(panel, column, 16 + j, quants[j] >> 4);
+            }
+        std::memcpy(panel + 512 + 2 * column, row, 2);
+        if (has_minimum(format)) std::memcpy(panel + 576 + 2 * column, row + 2, 2);
     }
 }
 
@@ -82,13 +107,24 @@ static float half_at(const uint8_t* p) {
 }
 
 static void unpack_group(Format format, const uint8_t* chunk, int column, float* out) {
-    if (format == Format::q8_0) {
+    if (is_eight_bits(format)) {
         const float scale = half_at(chunk + 1024 + 2 * column);
-        for (int j = 0; j < kGroup; j++) out[j] = float(int(chunk[(j / 4) * 128 + column * 4 + j % 4]) - 128) * scale;
+        for (int j = 0; j < kGroup; j++) {
+            const int code = format == Format::q8_0 ? int(chunk[(j / 4) * 128 + column * 4 + j % 4]) - 128 : int8_t(chunk[32 * column + j]);
+            out[j] = float(code) * scale;
+        }
         return;
     }
     const float scale = half_at(chunk + 512 + 2 * column);
-    const float minimum = format == Format::q4_1 ? half_at(chunk + 576 + 2 * column) : 0.0f;
+    const float minimum = has_minimum(format) ? half_at(chunk + 576 + 2 * column) : 0.0f;
+    if (format == Format::q4_0_tiles || format == Format::q4_1_tiles) {
+        for (int j = 0; j < kGroup; j++) {
+            const int code = code_at(chunk, column, j);
+            const float value = float(has_minimum(format) ? code : code - 8) * scale;
+            out[j] = has_minimum(format) ? value + minimum : value;
+        }
+        return;
+    }
     for (int j = 0; j < 16; j++) {
         const int byte = chunk[64 * (2 * (j / 4) + column / 16) + 4 * (column % 16) + j % 4];
         const int low = byte & 15, high = byte >> 4;

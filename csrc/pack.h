@@ -5,6 +5,9 @@
 //   q4_0, q4_1  per group of 32 k a chunk: 8 vectors of 64 bytes, vector 2j+h = columns 16h..16h+15, each 4 bytes:
 //               low nibbles k = 4j..4j+3, high nibbles k = 16+4j..16+4j+3; then 32 x f16 scale; q4_1: 32 x f16 minimum
 //   q8_0        per group [8][32][4] u8 (value + 128), then 32 x f16 scale
+//   q4_0_tiles, q4_1_tiles  per group 8 vectors of 32 words: nibble j of word k in vector i is the code of column 4i+j at k;
+//               then the scales and minima as above
+//   q8_0_tiles  per group [32 columns][32 k] s8, then 32 x f16 scale
 // Columns beyond n are zero weights.
 #pragma once
 #include "views.h"

@@ -1,5 +1,7 @@
 #include "step.h"
 
+#include "attention_tasks.h"
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -82,11 +84,14 @@ void Runner::reserve(int rows, int logits, int partials) {
         s.attn = reinterpret_cast<float*>(take(n * size_t(s.attn_ld) * 4));
         s.act.f32 = reinterpret_cast<float*>(take(n * size_t(s.act.ld) * 4));
         s.act.bf16 = reinterpret_cast<uint16_t*>(take(n * size_t(s.act.ld) * 2));
+        s.act.tiles = reinterpret_cast<uint16_t*>(take(n * size_t(s.act.ld) * 2));
         s.act.i8 = reinterpret_cast<int8_t*>(take(n * size_t(s.act.ld)));
         const size_t groups = n * size_t(s.act.groups()) * 4;
         s.act.scale = reinterpret_cast<float*>(take(groups));
         s.act.sum = reinterpret_cast<int32_t*>(take(groups));
         s.act.scaled_sum = reinterpret_cast<float*>(take(groups));
+        s.panel_stride = size_t(padded(k, 64)) * kPanel + 4096;
+        s.panel = reinterpret_cast<uint16_t*>(take(s.panel_stride * size_t(pool_.size()) * 2));
         s.peaks = reinterpret_cast<int32_t*>(take(n * size_t(pool_.size()) * 4));
         rows_ = int(n) - 32;
     }
@@ -94,44 +99,11 @@ void Runner::reserve(int rows, int logits, int partials) {
         if (partial_memory_.first) release(partial_memory_.first, partial_memory_.second);
         partial_memory_ = {nullptr, 0};
         partials_ = 0;
-        const size_t bytes = size_t(partials) * kTileRows * (16 + size_t(dim_pad)) * 4;
+        const size_t bytes = size_t(partials) * (16 + size_t(dim_pad)) * 4;
         partial_memory_ = {allocate(bytes), bytes};
         partials_ = partials;
         scratch_.partials = reinterpret_cast<float*>(partial_memory_.first);
     }
-}
-
-void build_attention_tasks(const Step& step, const Phase& phase, int threads, AttentionTasks& out) {
-    const int group = phase.q_heads / phase.kv_heads;
-    out.group = group;
-    out.kv_heads = phase.kv_heads;
-    out.head_dim = phase.head_dim;
-    out.window = phase.window;
-    for (int seq = 0; seq < step.num_seqs; seq++) {
-        const int first_row = step.starts[seq], count = step.starts[seq + 1] - first_row, rows = count * group;
-        const int tiles = (rows + kTileRows - 1) / kTileRows, start = step.positions[first_row];
-        // Few long sequences: their splits become tasks of their own, merged afterwards in the same order.
-        const bool apart = threads > 1 && tiles * phase.kv_heads * step.num_seqs < 8 * threads;
-        for (int h = 0; h < phase.kv_heads; h++)
-            for (int t = 0; t < tiles; t++) {
-                const int r0 = int(int64_t(rows) * t / tiles), r1 = int(int64_t(rows) * (t + 1) / tiles);
-                const int lowest = start + r0 / group, highest = start + (r1 - 1) / group;
-                const int from = phase.window > 0 && lowest + 1 > phase.window ? (lowest + 1 - phase.window) / kSplit : 0;
-                const int to = highest / kSplit + 1;
-                AttentionTask task{seq, h, r0, r1 - r0, from, to, -1};
-                if (!apart || to - from < 2) {
-                    out.tasks.push_back(task);
-                    continue;
-                }
-                task.partial = out.num_partials;
-                out.merges.push_back(task);
-                for (int split = from; split < to; split++)
-                    out.tasks.push_back({seq, h, r0, r1 - r0, split, split + 1, task.partial + split - from});
-                out.num_partials += to - from;
-            }
-    }
-    auto cost = [](const AttentionTask& t) { return (t.split_to - t.split_from) * t.num_rows; };
-    std::stable_sort(out.tasks.begin(), out.tasks.end(), [&](const AttentionTask& a, const AttentionTask& b) { return cost(a) > cost(b); });
 }
 
 void Runner::run(const Step& step) {
@@ -149,7 +121,8 @@ void Runner::run(const Step& step) {
         if (found < 0) {
             found = int(ctx.task_lists.size());
             ctx.task_lists.emplace_back();
-            build_attention_tasks(step, p, pool_.size(), ctx.task_lists.back());
+            build_attention_tasks(step, p, model_.kv.pages_per_block * kPage, pool_.size(), ctx.task_lists.back());
+            shared_splits_ += ctx.task_lists.back().shared_splits;
             partials = std::max(partials, ctx.task_lists.back().num_partials);
         }
         ctx.phase_tasks[i] = found;

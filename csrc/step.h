@@ -18,6 +18,8 @@ public:
     Runner& operator=(const Runner&) = delete;
     void run(const Step& step);
     int threads() const { return pool_.size(); }
+    int64_t shared_splits() const { return shared_splits_; }  // see AttentionTasks; summed over steps and kinds of attention
+    Pool& pool() { return pool_; }  // idle between steps
 
 private:
     void reserve(int rows, int logits, int partials);
@@ -26,10 +28,9 @@ private:
     Pool pool_;
     Scratch scratch_;
     int rows_ = 0, partials_ = 0;
+    int64_t shared_splits_ = 0;
     std::vector<std::pair<uint8_t*, size_t>> memory_;
     std::pair<uint8_t*, size_t> partial_memory_{nullptr, 0};
 };
-
-void build_attention_tasks(const Step& step, const Phase& phase, int threads, AttentionTasks& out);
 
 }  // namespace pagemill

@@ -8,7 +8,7 @@
 namespace pagemill {
 
 // Weight formats. Matrices are [n, k] (y = W x), packed in panels of 32 columns of y; see pack.h for each layout.
-enum class Format : int { f32 = 0, f16 = 1, bf16 = 2, q4_0 = 3, q4_1 = 4, q8_0 = 5 };
+enum class Format : int { f32 = 0, f16 = 1, bf16 = 2, q4_0 = 3, q4_1 = 4, q8_0 = 5, q4_0_tiles = 6, q4_1_tiles = 7, q8_0_tiles = 8 };
 constexpr int kPanel = 32;      // columns of a packed panel
 constexpr int kGroup = 32;      // values that share a scale in quantised formats and in quantised activations
 constexpr int kPage = 16;       // positions in a KV page
@@ -73,6 +73,7 @@ struct Phase {
 struct Activations {
     float* f32 = nullptr;       // [rows][ld]
     uint16_t* bf16 = nullptr;   // [rows][ld], zero padded to an even width
+    uint16_t* tiles = nullptr;  // the same in tiles of 16 rows: [rows / 16][ld / 2][16][2]
     int8_t* i8 = nullptr;       // [rows][ld], groups of 32
     float* scale = nullptr;     // [rows][ld / 32]
     int32_t* sum = nullptr;     // [rows][ld / 32] sum of the group's integers
@@ -81,19 +82,30 @@ struct Activations {
     int groups() const { return ld / kGroup; }
 };
 
-// One unit of attention: up to kTileRows rows (position, head of the group) of one KV head over a run of splits.
+// Attention works on rows: one query head of one position. They are numbered as AttentionTasks::rows lists them.
+struct AttentionRow {
+    int32_t row, head;  // row of the step, head within the group
+    int32_t partial;    // slot of the first part, or -1: one task does all; KV head h has its parts num_parts * h further on
+    int32_t num_parts;  // parts are merged in order; the first may be the merged state of a run of splits
+};
+constexpr int kTileRows = 48;  // rows of a task
+
+// One unit of attention: up to kTileRows rows of one KV head over a run of splits.
 struct AttentionTask {
-    int seq, kv_head, first_row, num_rows;  // rows are numbered position * group + head within the sequence's step
+    int seq;  // whose block table is read
+    int kv_head, first_row, num_rows;
     int split_from, split_to;
-    int partial;  // index of the first partial, or -1: the task merges its own splits
+    int part;       // the part that the first split is, or -1: the task finishes its rows itself
+    int num_parts;  // one for each split, or a single one: the merged state (row's first splits only)
 };
 struct AttentionTasks {
     int group = 0, kv_heads = 0, head_dim = 0, window = 0;
+    std::vector<AttentionRow> rows;
     std::vector<AttentionTask> tasks;
-    std::vector<AttentionTask> merges;  // tiles whose splits were separate tasks
+    std::vector<AttentionTask> merges;  // rows whose parts are merged at the end
     int num_partials = 0;
+    int shared_splits = 0;  // (sequence, split) pairs that needed no reading of their own
 };
-constexpr int kTileRows = 6;
 
 struct Step {
     int rows = 0, num_seqs = 0, num_logits = 0;
@@ -114,7 +126,9 @@ struct Scratch {
     float* wide = nullptr;    // [rows][wide_ld] outputs of attention_in and mlp_in products
     float* attn = nullptr;    // [rows][attn_ld]
     int32_t* peaks = nullptr;  // [threads][rows] each worker's best column of each logit row
-    float* partials = nullptr;  // [num_partials][kTileRows][2 + dim_pad]
+    uint16_t* panel = nullptr;  // [threads][panel_stride] a panel of weights widened to bf16
+    size_t panel_stride = 0;
+    float* partials = nullptr;  // [num_partials][16 + dim_pad]: maximum, sum, 14 unused, output
     Activations act;
     int hidden_ld = 0, wide_ld = 0, attn_ld = 0;
 };

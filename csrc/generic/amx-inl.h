@@ -1,6 +1,6 @@
-// Products of bfloat16 on AMX tiles (Intel SDM, TMUL): 16 rows x 16 columns x 32 k in one instruction, f32 sums. An
-// element's chain of additions is the instruction's own, whatever the rows beside it. Rows beyond the last are read (there
-// is memory) and their results dropped. Targets without AMX compile two empty functions.
+// Products on AMX tiles (Intel SDM, TMUL): 16 x 16 results over 32 k of bfloat16 in one instruction, f32 sums. An element's
+// chain of additions is the instruction's own, whatever the rows beside it. Rows beyond the last are read (there is memory)
+// and their results dropped. Targets without AMX compile two empty functions.
 #pragma once
 
 namespace pagemill {
@@ -14,14 +14,22 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-static void enter_tiles() {
+// What stands before it in the program is in memory when tiles or their shapes are loaded: gcc 12's intrinsics do not say
+// that they read it.
+PM_INLINE void stores_before_tiles() { asm volatile("" ::: "memory"); }
+
+// Tiles 0..3 hold sums, 4..5 and 6..7 operands. one_row: a single row of activations, so that sums and its operand are
+// one column wide and can be loaded and stored without gaps.
+static void shape_tiles(bool one_row) {
     TileConfig config;
     for (int i = 0; i < 8; i++) {
-        config.column_bytes[i] = 64;
+        config.column_bytes[i] = uint16_t(one_row && (i < 4 || i >= 6) ? 4 : 64);
         config.rows[i] = 16;
     }
+    stores_before_tiles();
     _tile_loadconfig(&config);
 }
+static void enter_tiles() { shape_tiles(false); }
 static void leave_tiles() { _tile_release(); }
 
 static bool tiles_fit(const Matrix& w) { return w.format == Format::bf16 && w.k % 32 == 0; }
@@ -35,6 +43,8 @@ static void tile_sums(const Activations& act, int row, bool two, const uint8_t* 
     _tile_zero(2);
     _tile_zero(3);
     for (int i = 0; i < k; i += 32, a += 32, panel += 2048) {
+        if (!two)
+            for (int line = 0; line < 2048; line += 64) __builtin_prefetch(panel + 8192 + line);
         _tile_loadd(4, a, stride);
         _tile_loadd(6, panel, 128);
         _tile_loadd(7, panel + 64, 128);
@@ -56,6 +66,7 @@ static void tile_sums(const Activations& act, int row, bool two, const uint8_t* 
 
 static void product_tiles(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
     alignas(64) float sums[32 * 32];
+    stores_before_tiles();
     for (int panel = p0; panel < p1; panel++)
         for (int row = r0; row < r1; row += 32) {
             const int rows = r1 - row < 32 ? r1 - row : 32;

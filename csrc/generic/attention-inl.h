@@ -1,19 +1,10 @@
 // Attention over pages. A row is one query head of one position; a tile is up to kTileRows rows of one KV head, whose keys
 // and values are read once for all of them. Each row's arithmetic depends on the row and on absolute positions alone:
-// splits of 256 positions with their own maximum, merged in order.
+// splits of 256 positions with their own maximum, merged in order. Here: the state of a tile, floating-point pages.
 #pragma once
 
 namespace pagemill {
 namespace PAGEMILL_TARGET {
-
-struct TileState {
-    alignas(64) float q[256][kTileRows];
-    alignas(64) float scores[kTileRows][kSplit];
-    alignas(64) float split_out[kTileRows][256];
-    alignas(64) float out[kTileRows][256];
-    float split_max[kTileRows], split_sum[kTileRows], max[kTileRows], sum[kTileRows];
-    int from[kTileRows], to[kTileRows];  // positions that the row sees
-};
 
 struct HeadPages {  // pages of one sequence, layer and KV head
     const uint8_t* base;
@@ -23,6 +14,51 @@ struct HeadPages {  // pages of one sequence, layer and KV head
     const uint8_t* at(int page) const {
         return base + size_t(table[page / pages_per_block]) * block_bytes + size_t(page % pages_per_block) * page_bytes;
     }
+};
+
+// Pages that are attended to next: asked for while the present ones are computed, keys with keys and values with values.
+struct Ahead {
+    HeadPages pages{};
+    size_t value_offset = 0;
+    int key_page = 0, value_page = 0, end = 0, per_page = 1;
+
+    static void lines(const uint8_t* from, size_t bytes) {
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+    }
+    void keys(int count) {
+        for (count *= per_page; count > 0 && key_page < end; count--) lines(pages.at(key_page++), value_offset);
+    }
+    void values(int count) {
+        for (count *= per_page; count > 0 && value_page < end; count--)
+            lines(pages.at(value_page++) + value_offset, pages.page_bytes - value_offset);
+    }
+};
+
+constexpr int kSplitPages = kSplit / kPage;
+constexpr int kRun = 64;            // int8: positions that share a probability scale; runs begin at absolute multiples
+constexpr int kSplitRuns = kSplit / kRun;
+constexpr int kBatch = 16;          // rows of a tile that are attended at once, at most
+constexpr int kMaxDim = 256;
+
+struct TileState {
+    // The rows of a task.
+    alignas(64) float q[kMaxDim][kTileRows];                 // floating-point pages
+    alignas(64) int8_t q_bytes[kTileRows][kMaxDim];          // int8 pages, zero padded to whole 64
+    alignas(64) int32_t start[kTileRows][kLanes];            // int8: -128 * sum of q_bytes, since keys are stored unsigned
+    alignas(64) float out[kTileRows * kMaxDim];              // [row][dim_pad]
+    float q_scale[kTileRows], max[kTileRows], sum[kTileRows];
+    int from[kTileRows], to[kTileRows];                      // positions that the row sees
+    // One split of one batch of rows.
+    alignas(64) float scores[kSplitPages][kBatch][kLanes];   // then probabilities
+    alignas(64) float split_out[kBatch * kMaxDim];           // [row][dim_pad]
+    alignas(64) uint8_t p[kBatch][kSplit];                   // int8: probabilities times value scales
+    alignas(64) float p_scale[kBatch * kSplitRuns];          // int8: [row][run]
+    float split_max[kBatch], split_sum[kBatch];
+    // One split of all rows.
+    alignas(64) float key_scale[kSplitPages][kLanes], value_scale[kSplitPages][kLanes];
+    alignas(64) int8_t values[kSplitRuns][kMaxDim / kLanes][kBatch][64];  // tiles: [run][16 columns][4 positions][column, position]
+    alignas(64) int32_t sums[kSplitRuns][kBatch][kLanes];
+    Ahead ahead;
 };
 
 template <Codec C> PM_INLINE F load_kv(const uint8_t* p, int index) {
@@ -66,19 +102,20 @@ static void score_pages(TileState& t, int r0, const HeadPages& pages, int page, 
             F s = scaled_score(acc[r][p], scale, softcap);
             s = fselect(t.from[r0 + r] - first_position, t.to[r0 + r] - first_position, s, fset(kMasked));
             peak[r] = fmax2(peak[r], s);
-            fstore(&t.scores[r0 + r][first_position - base], s);
+            fstore(t.scores[page + p - base / kPage][r], s);
         }
     }
 }
 
 template <Codec C, int R, int V>
-static void weigh_values(TileState& t, int r0, const HeadPages& pages, int base, int from, int to, int dim_pad, int column) {
+static void weigh_values(TileState& t, const HeadPages& pages, int base, int from, int to, int dim_pad, int column) {
     F acc[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) acc[r][v] = fzero();
     for (int position = from; position < to;) {
+        t.ahead.values(1);
         const uint8_t* values = pages.at(position / kPage) + size_t(dim_pad) * kPage * value_bytes<C>();
         const int end = to < (position / kPage + 1) * kPage ? to : (position / kPage + 1) * kPage;
         for (; position < end; position++) {
@@ -87,7 +124,7 @@ static void weigh_values(TileState& t, int r0, const HeadPages& pages, int base,
             for (int v = 0; v < V; v++) value[v] = load_kv<C>(values, (position % kPage) * dim_pad + column + v * kLanes);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const F p = fset(t.scores[r0 + r][position - base]);
+                const F p = fset(t.scores[(position - base) / kPage][r][position % kPage]);
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) acc[r][v] = fmla(p, value[v], acc[r][v]);
             }
@@ -96,17 +133,17 @@ static void weigh_values(TileState& t, int r0, const HeadPages& pages, int base,
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) fstore(&t.split_out[r0 + r][column + v * kLanes], acc[r][v]);
+        for (int v = 0; v < V; v++) fstore(&t.split_out[r * dim_pad + column + v * kLanes], acc[r][v]);
 }
 
 // Positions [from, to) and pages [page0, page1) of a split that any row of the tile sees.
 struct SplitRange {
     int from, to, page0, page1;
 };
-template <int R> PM_INLINE SplitRange split_range(const TileState& t, int r0, int split) {
+PM_INLINE SplitRange split_range(const TileState& t, int r0, int rows, int split) {
     const int base = split * kSplit;
     int from = base + kSplit, to = base;
-    for (int r = 0; r < R; r++) {
+    for (int r = 0; r < rows; r++) {
         from = t.from[r0 + r] < from ? t.from[r0 + r] : from;
         to = t.to[r0 + r] > to ? t.to[r0 + r] : to;
     }
@@ -117,35 +154,40 @@ template <int R> PM_INLINE SplitRange split_range(const TileState& t, int r0, in
 
 // One split: fills split_max, split_sum, split_out of R rows.
 template <Codec C, int R>
-static __attribute__((noinline)) void attend_split(TileState& t, int r0, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
-    const int base = split * kSplit;
-    const auto [from, to, page0, page1] = split_range<R>(t, r0, split);
+static __attribute__((noinline)) void attend_split(TileState& t, int r0, const HeadPages& pages, SplitRange range, int base, const LayerKv& kv, float scale, float softcap) {
+    const auto [from, to, page0, page1] = range;
     F peak[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
     constexpr int pair = R <= 3 ? 2 : 1;
     int page = page0;
-    for (; page + pair <= page1; page += pair) score_pages<C, R, pair>(t, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
+    for (; page + pair <= page1; page += pair) {
+        t.ahead.keys(pair);
+        score_pages<C, R, pair>(t, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
+    }
     if constexpr (pair > 1) {
+        t.ahead.keys(1);
         if (page < page1) score_pages<C, R, 1>(t, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
     }
     for (int r = 0; r < R; r++) {
         const float top = fpeak(peak[r]);
         F sum = fzero();
         for (int position = page0 * kPage; position < page1 * kPage; position += kPage) {
-            float* s = &t.scores[r0 + r][position - base];
-            const F p = fselect(t.from[r0 + r] - position, t.to[r0 + r] - position, fexp2(fsub(fload(s), fset(top))), fzero());
+            float* s = t.scores[(position - base) / kPage][r];
+            F p = fexp2_below(fsub(fload(s), fset(top)));
+            if (t.from[r0 + r] > position || t.to[r0 + r] < position + kPage)
+                p = fselect(t.from[r0 + r] - position, t.to[r0 + r] - position, p, fzero());
             sum = fadd(sum, p);
             fstore(s, p);
         }
-        t.split_max[r0 + r] = top;
-        t.split_sum[r0 + r] = fsum(sum);
+        t.split_max[r] = top;
+        t.split_sum[r] = fsum(sum);
     }
     int column = 0;
     for (; column + kValueVectors * kLanes <= kv.dim_pad; column += kValueVectors * kLanes)
-        weigh_values<C, R, kValueVectors>(t, r0, pages, base, from, to, kv.dim_pad, column);
+        weigh_values<C, R, kValueVectors>(t, pages, base, from, to, kv.dim_pad, column);
     if constexpr (kValueVectors > 1) {
-        for (; column < kv.dim_pad; column += kLanes) weigh_values<C, R, 1>(t, r0, pages, base, from, to, kv.dim_pad, column);
+        for (; column < kv.dim_pad; column += kLanes) weigh_values<C, R, 1>(t, pages, base, from, to, kv.dim_pad, column);
     }
 }
 
@@ -162,11 +204,11 @@ PM_INLINE void merge_split(float* max, float* sum, float* out, float split_max, 
 
 // One split of `rows` rows from r0 on, at most R.
 template <Codec C, int R>
-static void attend_from(int rows, TileState& t, int r0, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+static void attend_from(int rows, TileState& t, int r0, const HeadPages& pages, SplitRange range, int base, const LayerKv& kv, float scale, float softcap) {
     if constexpr (R > 1) {
-        if (rows < R) return attend_from<C, R - 1>(rows, t, r0, pages, split, kv, scale, softcap);
+        if (rows < R) return attend_from<C, R - 1>(rows, t, r0, pages, range, base, kv, scale, softcap);
     }
-    attend_split<C, R>(t, r0, pages, split, kv, scale, softcap);
+    attend_split<C, R>(t, r0, pages, range, base, kv, scale, softcap);
 }
 
 }  // namespace PAGEMILL_TARGET

@@ -6,38 +6,11 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-constexpr int kRun = 64;  // positions that share a probability scale; runs begin at absolute multiples
-
-struct Int8State {
-    alignas(64) int32_t q[64][kTileRows];  // four signed bytes of the query, [dim/4][row]
-    alignas(64) uint8_t p[kTileRows][kSplit];
-    float p_scale[kTileRows][kSplit / kRun];
-    float q_scale[kTileRows];
-    int32_t start[kTileRows];  // -128 * sum of the query's bytes: keys are stored unsigned
-};
-
 PM_INLINE const uint16_t* key_scales(const uint8_t* page, int dim_pad) {
     return reinterpret_cast<const uint16_t*>(page + size_t(2 * kPage) * size_t(dim_pad));
 }
 PM_INLINE const uint16_t* value_scales(const uint8_t* page, int dim_pad) { return key_scales(page, dim_pad) + kPage; }
-
-// Hadamard rotation in place (orthonormal, blocks of the largest power of two that divides dim): spreads outlier channels.
-// Applied to queries and keys alike, it leaves their products as they are.
-static void hadamard(float* x, int dim) {
-    const int block = dim & -dim;
-    for (int base = 0; base < dim; base += block) {
-        float* b = x + base;
-        for (int half = 1; half < block; half *= 2)
-            for (int i = 0; i < block; i += 2 * half)
-                for (int j = i; j < i + half; j++) {
-                    const float s = b[j] + b[j + half], d = b[j] - b[j + half];
-                    b[j] = s;
-                    b[j + half] = d;
-                }
-    }
-    const float scale = 1.0f / std::sqrt(float(block));
-    for (int i = 0; i < dim; i++) x[i] *= scale;
-}
+PM_INLINE const uint8_t* page_values(const uint8_t* page, int dim_pad) { return page + size_t(kPage) * size_t(dim_pad); }
 
 // A vector of dim values as signed bytes, times the scale that is returned: max|x| / 127, rounded to f16 where it is stored.
 static float quantize_head(const float* x, int dim, int dim_pad, bool stored, int8_t* q) {
@@ -54,96 +27,136 @@ static float quantize_head(const float* x, int dim, int dim_pad, bool stored, in
     return scale;
 }
 
-static void write_head_int8(uint8_t* page, const LayerKv& kv, int slot, const float* k, const float* v) {
-    int8_t q[256];
-    uint16_t* scales = const_cast<uint16_t*>(key_scales(page, kv.dim_pad));
-    scales[slot] = f32_to_f16(quantize_head(k, kv.head_dim, kv.dim_pad, true, q));
-    for (int d = 0; d < kv.dim_pad; d++) page[(d / 4) * 64 + slot * 4 + d % 4] = uint8_t(int(q[d]) + 128);
-    scales[kPage + slot] = f32_to_f16(quantize_head(v, kv.head_dim, kv.dim_pad, true, q));
-    uint8_t* values = page + size_t(kPage) * size_t(kv.dim_pad) + size_t(slot / 4) * size_t(kv.dim_pad) * 4 + size_t(slot % 4);
-    for (int d = 0; d < kv.dim_pad; d++) values[size_t(d) * 4] = uint8_t(q[d]);
+static void prepare_query(TileState& t, const float* q, int dim, int dim_pad, int r) {
+    int8_t* bytes = t.q_bytes[r];
+    t.q_scale[r] = quantize_head(q, dim, dim_pad, false, bytes);
+    const int whole = (dim_pad + 63) / 64 * 64;
+    if (whole > dim_pad) std::memset(bytes + dim_pad, 0, size_t(whole - dim_pad));
+    I total = iset(0);
+    for (int d = 0; d < whole; d += 64) total = idot_signed(total, 0x01010101, uload(bytes + d));
+    const I start = iset(-128 * int(fsum(itof(total))));
+    std::memcpy(t.start[r], &start, sizeof start);
 }
 
-static void prepare_query(Int8State& s, const float* q, int dim, int dim_pad, int r) {
-    int8_t bytes[256];
-    s.q_scale[r] = quantize_head(q, dim, dim_pad, false, bytes);
-    int total = 0;
-    for (int d = 0; d < dim_pad; d++) total += bytes[d];
-    s.start[r] = -128 * total;
-    for (int d = 0; d < dim_pad / 4; d++) s.q[d][r] = quad_at(bytes + 4 * d);
+static void load_scales(TileState& t, const HeadPages& pages, SplitRange range, int base, int dim_pad) {
+    for (int page = range.page0; page < range.page1; page++) {
+        const uint8_t* at = pages.at(page);
+        fstore(t.key_scale[page - base / kPage], fload_f16(key_scales(at, dim_pad)));
+        fstore(t.value_scale[page - base / kPage], fload_f16(value_scales(at, dim_pad)));
+    }
+}
+
+// A page's scores of rows r0.. from their integer sums.
+PM_INLINE F score_of(const TileState& t, int r, I sum, F key_scale, float scale, float softcap) {
+    return scaled_score(fmul(fmul(itof(sum), key_scale), fset(t.q_scale[r])), scale, softcap);
+}
+PM_INLINE F seen(const TileState& t, int r, int first_position, F x, F otherwise) {
+    return fselect(t.from[r] - first_position, t.to[r] - first_position, x, otherwise);
 }
 
 template <int R, int P>
-static void score_pages_int8(TileState& t, const Int8State& s, int r0, const HeadPages& pages, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
+static void score_pages_int8(TileState& t, int r0, const HeadPages& pages, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
     const uint8_t* k[P];
     for (int p = 0; p < P; p++) k[p] = pages.at(page + p);
     I acc[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) acc[r][p] = iset(s.start[r0 + r]);
+        for (int p = 0; p < P; p++) std::memcpy(&acc[r][p], t.start[r0 + r], sizeof(I));
     for (int d = 0; d < dim_pad / 4; d++) {
         U key[P];
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) key[p] = uload(k[p] + 64 * d);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const int x = s.q[d][r0 + r];
+            const int x = quad_at(t.q_bytes[r0 + r] + 4 * d);
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++) acc[r][p] = idot(acc[r][p], key[p], x);
         }
     }
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
-        const int first_position = (page + p) * kPage;
-        const F ks = fload_f16(key_scales(k[p], dim_pad));
+        const int first_position = (page + p) * kPage, slot = page + p - base / kPage;
+        const F ks = fload(t.key_scale[slot]);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            F y = fmul(fmul(itof(acc[r][p]), ks), fset(s.q_scale[r0 + r]));
-            y = fselect(t.from[r0 + r] - first_position, t.to[r0 + r] - first_position, scaled_score(y, scale, softcap), fset(kMasked));
+            F y = score_of(t, r0 + r, acc[r][p], ks, scale, softcap);
+            y = seen(t, r0 + r, first_position, y, fset(kMasked));
             peak[r] = fmax2(peak[r], y);
-            fstore(&t.scores[r0 + r][first_position - base], y);
+            fstore(t.scores[slot][r], y);
         }
     }
 }
 
-// Probabilities of one row over a run of 64 positions, as bytes; pages outside [page0, page1) count as zero.
-static F weigh_run(TileState& t, Int8State& s, const HeadPages& pages, int r, int run, int base, int page0, int page1, int dim_pad, float top, F sum) {
-    F weighted[kRun / kPage];
-    F peak = fzero();
-    for (int j = 0; j < kRun / kPage; j++) {
-        const int page = (base + run * kRun) / kPage + j, position = page * kPage;
-        weighted[j] = fzero();
-        if (page < page0 || page >= page1) continue;
-        const int from = t.from[r] - position, to = t.to[r] - position;
-        const F p = fselect(from, to, fexp2(fsub(fload(&t.scores[r][position - base]), fset(top))), fzero());
-        sum = fadd(sum, p);
-        weighted[j] = fselect(from, to, fmul(p, fload_f16(value_scales(pages.at(page), dim_pad))), fzero());
-        peak = fmax2(peak, weighted[j]);
+// exp2(score - maximum) of one row in place, times the value scales; the peaks of its runs. Returns the sum of the lanes.
+template <bool EDGES> static float exponentiate_row(TileState& t, int r0, int r, SplitRange range, int base, float* run_peaks) {
+    const F top = fset(t.split_max[r]);
+    F sum = fzero();
+    const int slot0 = range.page0 - base / kPage, slot1 = range.page1 - base / kPage;
+    for (int slot = slot0; slot < slot1;) {
+        const int run = slot / (kRun / kPage), end = (run + 1) * (kRun / kPage) < slot1 ? (run + 1) * (kRun / kPage) : slot1;
+        F peak = fzero();
+        for (; slot < end; slot++) {
+            F p = fexp2_below(fsub(fload(t.scores[slot][r]), top));
+            const int first_position = base + slot * kPage;
+            if constexpr (EDGES) p = seen(t, r0 + r, first_position, p, fzero());
+            sum = fadd(sum, p);
+            F weighted = fmul(p, fload(t.value_scale[slot]));
+            if constexpr (EDGES) weighted = seen(t, r0 + r, first_position, weighted, fzero());
+            peak = fmax2(peak, weighted);
+            fstore(t.scores[slot][r], weighted);
+        }
+        run_peaks[run] = fpeak(peak);
     }
-    const float most = fpeak(peak);
-    s.p_scale[r][run] = most / 255.0f;
-    const F inverse = fset(most > 0.0f ? 255.0f / most : 0.0f);
-    for (int j = 0; j < kRun / kPage; j++) istore_u8(&s.p[r][run * kRun + j * kPage], fmul(weighted[j], inverse));
-    return sum;
+    return fsum(sum);
+}
+
+// Scores of `rows` rows become bytes and their scales per run; pages outside the range count as zero.
+static void weigh_rows(TileState& t, int r0, int rows, SplitRange range, int base) {
+    alignas(64) float peaks[kBatch * kSplitRuns] = {}, inverse[kBatch * kSplitRuns];
+    const int run0 = (range.page0 * kPage - base) / kRun, run1 = (range.page1 * kPage - base + kRun - 1) / kRun;
+    for (int r = 0; r < rows; r++) {
+        const bool whole = t.from[r0 + r] <= range.page0 * kPage && t.to[r0 + r] >= range.page1 * kPage;
+        float* at = peaks + r * kSplitRuns;
+        t.split_sum[r] = whole ? exponentiate_row<false>(t, r0, r, range, base, at) : exponentiate_row<true>(t, r0, r, range, base, at);
+    }
+    for (int i = 0; i < rows * kSplitRuns; i += kLanes) {
+        const F most = fload(peaks + i);
+        fstore(t.p_scale + i, fdiv(most, fset(255.0f)));
+        fstore(inverse + i, fdiv(fset(255.0f), most));
+    }
+    for (int run = run0; run < run1; run++) {
+        constexpr int pages = kRun / kPage;
+        const int slot = run * pages, page = base / kPage + slot;
+        const bool in[pages] = {page >= range.page0, page + 1 >= range.page0 && page + 1 < range.page1,
+                                page + 2 >= range.page0 && page + 2 < range.page1, page + 3 < range.page1};
+        for (int r = 0; r < rows; r++) {
+            const float factor = peaks[r * kSplitRuns + run] > 0.0f ? inverse[r * kSplitRuns + run] : 0.0f;
+            F w[pages];
+#pragma GCC unroll 4
+            for (int j = 0; j < pages; j++) w[j] = in[j] ? fmul(fload(t.scores[slot + j][r]), fset(factor)) : fzero();
+            istore_u8(t.p[r] + run * kRun, w[0], w[1], w[2], w[3]);
+        }
+    }
 }
 
 template <int R, int V>
-static void weigh_values_int8(TileState& t, const Int8State& s, int r0, const HeadPages& pages, int base, int run0, int run1, int page0, int page1, int dim_pad, int column) {
+static void weigh_values_int8(TileState& t, const HeadPages& pages, SplitRange range, int base, int dim_pad, int column) {
     F out[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) out[r][v] = fzero();
-    for (int run = run0; run < run1; run++) {
+    for (int page = range.page0; page < range.page1;) {
+        const int run = (page * kPage - base) / kRun, last = (base + (run + 1) * kRun) / kPage, end = last < range.page1 ? last : range.page1;
         I acc[R][V];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) acc[r][v] = iset(0);
-        const int first = (base + run * kRun) / kPage;
-        for (int page = first < page0 ? page0 : first; page < first + kRun / kPage && page < page1; page++) {
-            const uint8_t* values = pages.at(page) + size_t(kPage) * size_t(dim_pad) + size_t(column) * 4;
+        for (; page < end; page++) {
+            t.ahead.values(1);
+            const uint8_t* values = page_values(pages.at(page), dim_pad) + size_t(column) * 4;
 #pragma GCC unroll 4
             for (int quad = 0; quad < 4; quad++) {
                 U value[V];
@@ -151,7 +164,7 @@ static void weigh_values_int8(TileState& t, const Int8State& s, int r0, const He
                 for (int v = 0; v < V; v++) value[v] = uload(values + size_t(quad) * size_t(dim_pad) * 4 + 64 * v);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) {
-                    const int p = quad_at(reinterpret_cast<const int8_t*>(&s.p[r0 + r][page * kPage - base + 4 * quad]));
+                    const int p = quad_at(reinterpret_cast<const int8_t*>(t.p[r] + page * kPage - base + 4 * quad));
 #pragma GCC unroll 4
                     for (int v = 0; v < V; v++) acc[r][v] = idot_signed(acc[r][v], p, value[v]);
                 }
@@ -160,51 +173,49 @@ static void weigh_values_int8(TileState& t, const Int8State& s, int r0, const He
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) out[r][v] = fmla(itof(acc[r][v]), fset(s.p_scale[r0 + r][run]), out[r][v]);
+            for (int v = 0; v < V; v++) out[r][v] = fmla(itof(acc[r][v]), fset(t.p_scale[r * kSplitRuns + run]), out[r][v]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) fstore(&t.split_out[r0 + r][column + v * kLanes], out[r][v]);
+        for (int v = 0; v < V; v++) fstore(t.split_out + r * dim_pad + column + v * kLanes, out[r][v]);
 }
 
 template <int R>
-static __attribute__((noinline)) void attend_split_int8(TileState& t, Int8State& s, int r0, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
-    const SplitRange range = split_range<R>(t, r0, split);
-    const int base = split * kSplit;
+static __attribute__((noinline)) void attend_split_int8(TileState& t, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap) {
     F peak[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
     constexpr int pair = kScorePages;
     int page = range.page0;
-    for (; page + pair <= range.page1; page += pair) score_pages_int8<R, pair>(t, s, r0, pages, page, base, kv.dim_pad, scale, softcap, peak);
+    for (; page + pair <= range.page1; page += pair) {
+        t.ahead.keys(pair);
+        score_pages_int8<R, pair>(t, r0, pages, page, base, dim_pad, scale, softcap, peak);
+    }
     if constexpr (pair > 1) {
-        for (; page < range.page1; page++) score_pages_int8<R, 1>(t, s, r0, pages, page, base, kv.dim_pad, scale, softcap, peak);
+        for (; page < range.page1; page++) {
+            t.ahead.keys(1);
+            score_pages_int8<R, 1>(t, r0, pages, page, base, dim_pad, scale, softcap, peak);
+        }
     }
-    const int run0 = (range.page0 * kPage - base) / kRun, run1 = (range.page1 * kPage - base + kRun - 1) / kRun;
-    for (int r = 0; r < R; r++) {
-        t.split_max[r0 + r] = fpeak(peak[r]);
-        F sum = fzero();
-        for (int run = run0; run < run1; run++)
-            sum = weigh_run(t, s, pages, r0 + r, run, base, range.page0, range.page1, kv.dim_pad, t.split_max[r0 + r], sum);
-        t.split_sum[r0 + r] = fsum(sum);
-    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) t.split_max[r] = fpeak(peak[r]);
+    weigh_rows(t, r0, R, range, base);
     int column = 0;
-    for (; column + kValueVectors * kLanes <= kv.dim_pad; column += kValueVectors * kLanes)
-        weigh_values_int8<R, kValueVectors>(t, s, r0, pages, base, run0, run1, range.page0, range.page1, kv.dim_pad, column);
+    for (; column + kValueVectors * kLanes <= dim_pad; column += kValueVectors * kLanes)
+        weigh_values_int8<R, kValueVectors>(t, pages, range, base, dim_pad, column);
     if constexpr (kValueVectors > 1) {
-        for (; column < kv.dim_pad; column += kLanes)
-            weigh_values_int8<R, 1>(t, s, r0, pages, base, run0, run1, range.page0, range.page1, kv.dim_pad, column);
+        for (; column < dim_pad; column += kLanes) weigh_values_int8<R, 1>(t, pages, range, base, dim_pad, column);
     }
 }
 
 // One split of `rows` rows from r0 on, at most R.
 template <int R>
-static void attend_from_int8(int rows, TileState& t, Int8State& s, int r0, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
+static void attend_from_int8(int rows, TileState& t, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap) {
     if constexpr (R > 1) {
-        if (rows < R) return attend_from_int8<R - 1>(rows, t, s, r0, pages, split, kv, scale, softcap);
+        if (rows < R) return attend_from_int8<R - 1>(rows, t, r0, pages, range, base, dim_pad, scale, softcap);
     }
-    attend_split_int8<R>(t, s, r0, pages, split, kv, scale, softcap);
+    attend_split_int8<R>(t, r0, pages, range, base, dim_pad, scale, softcap);
 }
 
 }  // namespace PAGEMILL_TARGET

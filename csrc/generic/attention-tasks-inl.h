@@ -1,91 +1,161 @@
-// Attention tasks: a tile over its splits, and the merge of tiles whose splits were separate tasks.
+// Attention tasks: a tile of rows over its splits, and the merge of rows whose splits were separate tasks.
 #pragma once
 
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-// One split of a tile, in as many rows at a time as the target has registers for.
-static void attend_tile(Codec codec, int rows, TileState& t, Int8State& s, const HeadPages& pages, int split, const LayerKv& kv, float scale, float softcap) {
-    for (int r0 = 0; r0 < rows; r0 += kAttendRows) {
-        const int n = rows - r0;
-        switch (codec) {
-            case Codec::f32: attend_from<Codec::f32, kAttendRows>(n, t, r0, pages, split, kv, scale, softcap); break;
-            case Codec::f16: attend_from<Codec::f16, kAttendRows>(n, t, r0, pages, split, kv, scale, softcap); break;
-            case Codec::bf16: attend_from<Codec::bf16, kAttendRows>(n, t, r0, pages, split, kv, scale, softcap); break;
-            case Codec::int8: attend_from_int8<kAttendRows>(n, t, s, r0, pages, split, kv, scale, softcap); break;
-        }
-    }
-}
-
-PM_INLINE size_t partial_floats(int dim_pad) { return size_t(kTileRows) * (16 + size_t(dim_pad)); }
-
 struct AttentionCall {
     const KvArena* arena;
     const Step* step;
     const Phase* phase;
+    const AttentionTasks* list;
     const float* q;  // [rows][q_ld], heads side by side
     int q_ld;
     float* out;      // [rows][out_ld]
     int out_ld;
     float* partials;
+
+    const LayerKv& kv() const { return arena->layers[size_t(phase->layer)]; }
+    const AttentionRow& row(const AttentionTask& task, int r) const { return list->rows[size_t(task.first_row + r)]; }
+    // [16 + dim_pad]: maximum, sum, 14 unused, output.
+    float* partial(const AttentionTask& task, int r, int part) const {
+        const AttentionRow& at = row(task, r);
+        return partials + size_t(at.partial + task.kv_head * at.num_parts + part) * (16 + size_t(kv().dim_pad));
+    }
+    HeadPages pages(const AttentionTask& task) const {
+        return {arena->base + kv().offset + size_t(task.kv_head) * size_t(arena->pages_per_block) * kv().page_bytes, arena->block_bytes,
+                kv().page_bytes, step->tables + size_t(task.seq) * size_t(step->table_stride), arena->pages_per_block};
+    }
+    size_t value_offset() const {
+        return size_t(kPage) * size_t(kv().dim_pad) * (arena->codec == Codec::int8 ? 1 : arena->codec == Codec::f32 ? 4 : 2);
+    }
 };
 
-PM_INLINE void finish_row(const AttentionCall& call, const AttentionTask& task, int r, const float* out, float sum, int head_dim, int group) {
-    const int index = task.first_row + r, row = call.step->starts[task.seq] + index / group;
-    float* y = call.out + size_t(row) * call.out_ld + size_t(task.kv_head * group + index % group) * head_dim;
+// Up to `rows` rows from r0 on over one split, as many as the target takes at once: split_max, split_sum, split_out.
+static int attend_batch(const AttentionCall& call, TileState& t, int r0, int rows, const HeadPages& pages, int split) {
+    const LayerKv& kv = call.kv();
+    const float scale = call.phase->scale, softcap = call.phase->softcap;
+    const int base = split * kSplit;
+    int batch = rows < kAttendRows ? rows : kAttendRows;
+#ifdef PAGEMILL_AMX
+    const bool tiles = call.arena->codec == Codec::int8 && rows > kFewRows && tiles_read(kv.dim_pad);
+    if (tiles) batch = rows < kBatch ? rows : kBatch;
+#endif
+    const SplitRange range = split_range(t, r0, batch, split);
+    if (range.page0 >= range.page1) {
+        for (int r = 0; r < batch; r++) t.split_max[r] = kMasked;
+        return batch;
+    }
+#ifdef PAGEMILL_AMX
+    if (tiles) {
+        attend_split_tiles(t, r0, batch, pages, range, base, kv.dim_pad, scale, softcap);
+        return batch;
+    }
+#endif
+    switch (call.arena->codec) {
+        case Codec::f32: attend_from<Codec::f32, kAttendRows>(batch, t, r0, pages, range, base, kv, scale, softcap); break;
+        case Codec::f16: attend_from<Codec::f16, kAttendRows>(batch, t, r0, pages, range, base, kv, scale, softcap); break;
+        case Codec::bf16: attend_from<Codec::bf16, kAttendRows>(batch, t, r0, pages, range, base, kv, scale, softcap); break;
+        case Codec::int8: attend_from_int8<kAttendRows>(batch, t, r0, pages, range, base, kv.dim_pad, scale, softcap); break;
+    }
+    return batch;
+}
+
+// What all rows of a task share of a split.
+static void prepare_split(const AttentionCall& call, const AttentionTask& task, TileState& t, const HeadPages& pages, int split) {
+    if (call.arena->codec != Codec::int8) return;
+    const int dim_pad = call.kv().dim_pad;
+    const SplitRange range = split_range(t, 0, task.num_rows, split);
+    load_scales(t, pages, range, split * kSplit, dim_pad);
+#ifdef PAGEMILL_AMX
+    if (task.num_rows > kFewRows && tiles_read(dim_pad)) gather_values(t, pages, range, split * kSplit, dim_pad);
+#endif
+}
+
+static void prepare_rows_of(const AttentionCall& call, const AttentionTask& task, TileState& t) {
+    const Phase& p = *call.phase;
+    const int group = call.list->group, dim_pad = call.kv().dim_pad;
+    for (int r = 0; r < task.num_rows; r++) {
+        const AttentionRow& at = call.row(task, r);
+        const float* q = call.q + size_t(at.row) * call.q_ld + size_t(task.kv_head * group + at.head) * p.head_dim;
+        if (call.arena->codec == Codec::int8) prepare_query(t, q, p.head_dim, dim_pad, r);
+        else
+            for (int d = 0; d < p.head_dim; d++) t.q[d][r] = q[d];
+        t.to[r] = call.step->positions[at.row] + 1;
+        t.from[r] = p.window > 0 && t.to[r] > p.window ? t.to[r] - p.window : 0;
+        t.max[r] = kMasked;
+        t.sum[r] = 0.0f;
+        std::memset(t.out + r * dim_pad, 0, sizeof(float) * size_t(dim_pad));
+    }
+}
+
+PM_INLINE void store_partial(float* part, float max, float sum, const float* out, int dim_pad) {
+    part[0] = max;
+    part[1] = sum;
+    std::memcpy(part + 16, out, sizeof(float) * size_t(dim_pad));
+}
+
+PM_INLINE void finish_row(const AttentionCall& call, const AttentionTask& task, int r, const float* out, float sum) {
+    const AttentionRow& at = call.row(task, r);
+    const int head_dim = call.phase->head_dim;
+    float* y = call.out + size_t(at.row) * call.out_ld + size_t(task.kv_head * call.list->group + at.head) * head_dim;
     const F inverse = fset(1.0f / sum);
     for (int c = 0; c < head_dim; c += kLanes) fstore_first(y + c, fmul(fload(out + c), inverse), head_dim - c);
 }
 
-static void run_attention_task(const AttentionCall& call, const AttentionTask& task, TileState& t, Int8State& s) {
-    const Phase& p = *call.phase;
-    const KvArena& arena = *call.arena;
-    const LayerKv& kv = arena.layers[size_t(p.layer)];
-    const int group = p.q_heads / p.kv_heads;
-    for (int r = 0; r < task.num_rows; r++) {
-        const int index = task.first_row + r, row = call.step->starts[task.seq] + index / group;
-        const float* q = call.q + size_t(row) * call.q_ld + size_t(task.kv_head * group + index % group) * p.head_dim;
-        if (arena.codec == Codec::int8) prepare_query(s, q, p.head_dim, kv.dim_pad, r);
-        else
-            for (int d = 0; d < p.head_dim; d++) t.q[d][r] = q[d];
-        t.to[r] = call.step->positions[row] + 1;
-        t.from[r] = p.window > 0 && t.to[r] > p.window ? t.to[r] - p.window : 0;
-        t.max[r] = kMasked;
-        t.sum[r] = 0.0f;
-        std::memset(t.out[r], 0, sizeof(float) * size_t(kv.dim_pad));
-    }
-    const HeadPages pages{arena.base + kv.offset + size_t(task.kv_head) * size_t(arena.pages_per_block) * kv.page_bytes, arena.block_bytes,
-                          kv.page_bytes, call.step->tables + size_t(task.seq) * size_t(call.step->table_stride), arena.pages_per_block};
-    for (int split = task.split_from; split < task.split_to; split++) {
-        attend_tile(arena.codec, task.num_rows, t, s, pages, split, kv, p.scale, p.softcap);
-        for (int r = 0; r < task.num_rows; r++) {
-            if (task.partial < 0) {
-                merge_split(&t.max[r], &t.sum[r], t.out[r], t.split_max[r], t.split_sum[r], t.split_out[r], kv.dim_pad);
-            } else {
-                float* part = call.partials + size_t(task.partial + split - task.split_from) * partial_floats(kv.dim_pad) + size_t(r) * (16 + size_t(kv.dim_pad));
-                part[0] = t.split_max[r];
-                part[1] = t.split_sum[r];
-                std::memcpy(part + 16, t.split_out[r], sizeof(float) * size_t(kv.dim_pad));
-            }
-        }
-    }
-    if (task.partial < 0)
-        for (int r = 0; r < task.num_rows; r++) finish_row(call, task, r, t.out[r], t.sum[r], p.head_dim, group);
+// The pages that will be read after `split` of `task`: the next split's, or the first of the next task.
+static void look_ahead(const AttentionCall& call, const AttentionTask& task, int split, const AttentionTask* next, Ahead& ahead) {
+    ahead.key_page = ahead.value_page = ahead.end = 0;
+    const bool same = split + 1 < task.split_to;
+    if (!same && !next) return;
+    const AttentionTask& upcoming = same ? task : *next;
+    const int from = (same ? split + 1 : upcoming.split_from) * kSplitPages;
+    const int last = call.step->positions[call.row(upcoming, upcoming.num_rows - 1).row] / kPage + 1;
+    ahead.pages = call.pages(upcoming);
+    ahead.value_offset = call.value_offset();
+    ahead.key_page = ahead.value_page = from;
+    ahead.end = last < from + kSplitPages ? last : from + kSplitPages;
+    // A short split asks for a long one faster.
+    const int own = call.step->positions[call.row(task, task.num_rows - 1).row] / kPage + 1 - split * kSplitPages;
+    ahead.per_page = own >= kSplitPages || own <= 0 ? 1 : (ahead.end - from + own - 1) / own;
 }
 
-// A tile whose splits were separate tasks: the same merges in the same order.
-static void run_merge(const AttentionCall& call, const AttentionTask& task, TileState& t) {
-    const LayerKv& kv = call.arena->layers[size_t(call.phase->layer)];
-    const int group = call.phase->q_heads / call.phase->kv_heads;
-    for (int r = 0; r < task.num_rows; r++) {
-        t.max[r] = kMasked;
-        t.sum[r] = 0.0f;
-        std::memset(t.out[r], 0, sizeof(float) * size_t(kv.dim_pad));
-        for (int split = task.split_from; split < task.split_to; split++) {
-            const float* part = call.partials + size_t(task.partial + split - task.split_from) * partial_floats(kv.dim_pad) + size_t(r) * (16 + size_t(kv.dim_pad));
-            merge_split(&t.max[r], &t.sum[r], t.out[r], part[0], part[1], part + 16, kv.dim_pad);
+static void run_attention_task(const AttentionCall& call, const AttentionTask& task, const AttentionTask* next, TileState& t) {
+    const int dim_pad = call.kv().dim_pad;
+    prepare_rows_of(call, task, t);
+    const HeadPages pages = call.pages(task);
+    const bool apart = task.part >= 0 && task.num_parts == task.split_to - task.split_from;
+    for (int split = task.split_from; split < task.split_to; split++) {
+        look_ahead(call, task, split, next, t.ahead);
+        prepare_split(call, task, t, pages, split);
+        for (int r0 = 0; r0 < task.num_rows;) {
+            const int batch = attend_batch(call, t, r0, task.num_rows - r0, pages, split);
+            for (int r = 0; r < batch; r++) {
+                const float* out = t.split_out + r * dim_pad;
+                if (apart) store_partial(call.partial(task, r0 + r, task.part + split - task.split_from), t.split_max[r], t.split_sum[r], out, dim_pad);
+                else merge_split(&t.max[r0 + r], &t.sum[r0 + r], t.out + (r0 + r) * dim_pad, t.split_max[r], t.split_sum[r], out, dim_pad);
+            }
+            r0 += batch;
         }
-        finish_row(call, task, r, t.out[r], t.sum[r], call.phase->head_dim, group);
+    }
+    if (apart) return;
+    for (int r = 0; r < task.num_rows; r++) {
+        if (task.part < 0) finish_row(call, task, r, t.out + r * dim_pad, t.sum[r]);
+        else store_partial(call.partial(task, r, task.part), t.max[r], t.sum[r], t.out + r * dim_pad, dim_pad);
+    }
+}
+
+// Rows whose splits were separate tasks: the same merges in the same order. A merged state, merged into an empty one, is itself.
+static void run_merge(const AttentionCall& call, const AttentionTask& task, TileState& t) {
+    const int dim_pad = call.kv().dim_pad;
+    for (int r = 0; r < task.num_rows; r++) {
+        float max = kMasked, sum = 0.0f;
+        std::memset(t.out, 0, sizeof(float) * size_t(dim_pad));
+        for (int part = 0; part < call.row(task, r).num_parts; part++) {
+            const float* at = call.partial(task, r, part);
+            merge_split(&max, &sum, t.out, at[0], at[1], at + 16, dim_pad);
+        }
+        finish_row(call, task, r, t.out, sum);
     }
 }
 

@@ -4,7 +4,8 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-static void run_product(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
+static void run_product(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, uint16_t* wide, const Output& out) {
+    (void)wide;
 #ifdef PAGEMILL_AMX
     if (tiles_fit(w)) return product_tiles(act, r0, r1, w, p0, p1, out);
 #endif
@@ -15,6 +16,12 @@ static void run_product(const Activations& act, int r0, int r1, const Matrix& w,
         case Format::q4_0: return product<Format::q4_0>(act, r0, r1, w, p0, p1, out);
         case Format::q4_1: return product<Format::q4_1>(act, r0, r1, w, p0, p1, out);
         case Format::q8_0: return product<Format::q8_0>(act, r0, r1, w, p0, p1, out);
+#ifdef PAGEMILL_AMX
+        case Format::q4_0_tiles: return product_wide<Format::q4_0_tiles>(act, r0, r1, w, p0, p1, wide, out);
+        case Format::q4_1_tiles: return product_wide<Format::q4_1_tiles>(act, r0, r1, w, p0, p1, wide, out);
+        case Format::q8_0_tiles: return product_wide<Format::q8_0_tiles>(act, r0, r1, w, p0, p1, wide, out);
+#endif
+        default: return;  // refused when the matrix is added: this target does not read the layout
     }
 }
 

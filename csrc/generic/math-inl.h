@@ -10,24 +10,21 @@ constexpr float kMasked = -1e30f;  // score of a position that a row must not se
 
 // Sum and maximum of the lanes in a fixed tree.
 PM_INLINE float fsum(F x) {
-    float v[16];
-    fstore(v, x);
-    for (int w = 8; w > 0; w /= 2)
-        for (int i = 0; i < w; i++) v[i] += v[i + w];
-    return v[0];
+    x = fadd(x, fswap<8>(x));
+    x = fadd(x, fswap<4>(x));
+    x = fadd(x, fswap<2>(x));
+    return ffirst(fadd(x, fswap<1>(x)));
 }
 PM_INLINE float fpeak(F x) {
-    float v[16];
-    fstore(v, x);
-    for (int w = 8; w > 0; w /= 2)
-        for (int i = 0; i < w; i++) v[i] = v[i] > v[i + w] ? v[i] : v[i + w];
-    return v[0];
+    x = fmax2(x, fswap<8>(x));
+    x = fmax2(x, fswap<4>(x));
+    x = fmax2(x, fswap<2>(x));
+    return ffirst(fmax2(x, fswap<1>(x)));
 }
 
 // 2^x, relative error below 3e-7. Clamped at 2^-100, so that products with it stay clear of denormals, and at 2^126.
-PM_INLINE F fexp2(F x) {
+PM_INLINE F fexp2_below(F x) {  // for x <= 0
     x = fmax2(x, fset(-100.0f));
-    x = fsub(fzero(), fmax2(fsub(fzero(), x), fset(-126.0f)));
     const F n = fround(x), r = fsub(x, n);
     F p = fmla(r, fset(1.54035304e-4f), fset(1.33335581e-3f));
     p = fmla(r, p, fset(9.61812911e-3f));
@@ -36,6 +33,10 @@ PM_INLINE F fexp2(F x) {
     p = fmla(r, p, fset(6.93147181e-1f));
     p = fmla(r, p, fset(1.0f));
     return fscale2(p, n);
+}
+PM_INLINE F fexp2(F x) {
+    x = fmax2(x, fset(-100.0f));
+    return fexp2_below(fsub(fzero(), fmax2(fsub(fzero(), x), fset(-126.0f))));
 }
 PM_INLINE float exp2_scalar(float x) {
     float v[16];

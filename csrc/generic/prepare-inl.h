@@ -4,13 +4,16 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-enum Form : int { kFormF32 = 1, kFormBf16 = 2, kFormI8 = 4 };
+enum Form : int { kFormF32 = 1, kFormBf16 = 2, kFormI8 = 4, kFormTiles = 8 };
 
 static int form_of(Format format) {
     switch (format) {
         case Format::f32:
         case Format::f16: return kFormF32;
         case Format::bf16: return kFormBf16;
+        case Format::q4_0_tiles:
+        case Format::q4_1_tiles:
+        case Format::q8_0_tiles: return kFormBf16 | kFormTiles;
         default: return kFormI8;
     }
 }

@@ -8,7 +8,6 @@ struct Worker {
     const StepContext& ctx;
     const int id;
     TileState tile;
-    Int8State int8;
 
     explicit Worker(const StepContext& context, int worker) : ctx(context), id(worker) {}
     void barrier() { ctx.barrier->wait(id); }
@@ -16,12 +15,29 @@ struct Worker {
     void between_stages() { if (!ctx.by_rows) barrier(); }
     int begin_of(int count) const { return int(int64_t(count) * id / ctx.threads); }
     int end_of(int count) const { return int(int64_t(count) * (id + 1) / ctx.threads); }
+    // Rows of the step: where a thread keeps its own, they are whole tiles of 16.
+    int first_row() const { return row_before(id); }
+    int last_row() const { return row_before(id + 1); }
+    uint16_t* panel() const { return ctx.scratch->panel + size_t(id) * ctx.scratch->panel_stride; }
+
+private:
+    int row_before(int worker) const {
+        const int rows = ctx.step->rows;
+        if (!ctx.by_rows) return int(int64_t(rows) * worker / ctx.threads);
+        return std::min(rows, int(int64_t((rows + 15) / 16) * worker / ctx.threads) * 16);
+    }
 };
 
 static int forms_of(const Model& model, const Phase& p) {
     int forms = 0;
     for (int m : p.matrices) forms |= form_of(model.matrices[size_t(m)].format);
     return forms;
+}
+
+// Rows [from, to) of src through the phase's norm, as the products read them; rows: of the whole product.
+static void prepare_rows(const Phase& p, const float* src, int ld, int width, const Activations& act, int from, int to, int rows, int forms) {
+    for (int row = from; row < to; row++) prepare_row(p, src + size_t(row) * ld, width, act, row, forms);
+    if (forms & kFormTiles && rows > 1) fill_tiles(act, from, to, 0, width);
 }
 
 // All matrices of a phase side by side into y [rows][ld].
@@ -32,8 +48,8 @@ static void run_products(Worker& w, const Phase& p, int rows, float* y, int ld, 
         const Matrix& matrix = model.matrices[size_t(m)];
         const Output out{y + column, ld, accumulate, scale};
         const Activations& act = w.ctx.scratch->act;
-        if (by_rows) run_product(act, w.begin_of(rows), w.end_of(rows), matrix, 0, matrix.panels(), out);
-        else run_product(act, 0, rows, matrix, w.begin_of(matrix.panels()), w.end_of(matrix.panels()), out);
+        if (by_rows) run_product(act, w.first_row(), w.last_row(), matrix, 0, matrix.panels(), w.panel(), out);
+        else run_product(act, 0, rows, matrix, w.begin_of(matrix.panels()), w.end_of(matrix.panels()), w.panel(), out);
         column += matrix.n;
     }
 }
@@ -42,7 +58,7 @@ static void run_embed(Worker& w, const Phase& p) {
     const Model& model = *w.ctx.model;
     const Step& step = *w.ctx.step;
     const Scratch& s = *w.ctx.scratch;
-    for (int row = w.begin_of(step.rows); row < w.end_of(step.rows); row++) {
+    for (int row = w.first_row(); row < w.last_row(); row++) {
         float* x = s.x + size_t(row) * s.hidden_ld;
         unpack_row(model.matrices[size_t(p.matrices[0])], step.tokens[row], x);
         if (p.scale != 1.0f)
@@ -55,88 +71,29 @@ static void run_embed(Worker& w, const Phase& p) {
     w.between_stages();
 }
 
-static void normalize_head(float* x, const float* weight, float eps, int dim) {
-    F squares = fzero();
-    for (int c = 0; c < dim; c += kLanes) {
-        const F v = fload_first(x + c, dim - c);
-        squares = fmla(v, v, squares);
-    }
-    const F factor = fset(1.0f / std::sqrt(fsum(squares) / float(dim) + eps));
-    for (int c = 0; c < dim; c += kLanes)
-        fstore_first(x + c, fmul(fmul(fload_first(x + c, dim - c), factor), fload_first(weight + c, dim - c)), dim - c);
-}
-
-static void rotate_head(float* x, const float* table, int rotary_dim, RopeStyle style) {
-    const int half = rotary_dim / 2;
-    for (int i = 0; i < half; i++) {
-        float& a = style == RopeStyle::halves ? x[i] : x[2 * i];
-        float& b = style == RopeStyle::halves ? x[half + i] : x[2 * i + 1];
-        const float cosine = table[i], sine = table[half + i], p = a, q = b;
-        a = p * cosine - q * sine;
-        b = q * cosine + p * sine;
-    }
-}
-
-template <Codec C> static void put_value(uint8_t* page, size_t index, float x) {
-    if constexpr (C == Codec::f32) reinterpret_cast<float*>(page)[index] = x;
-    else if constexpr (C == Codec::f16) reinterpret_cast<uint16_t*>(page)[index] = f32_to_f16(x);
-    else reinterpret_cast<uint16_t*>(page)[index] = f32_to_bf16(x);
-}
-
-template <Codec C> static void write_head(uint8_t* page, const LayerKv& kv, int slot, const float* k, const float* v) {
-    for (int d = 0; d < kv.dim_pad; d++) put_value<C>(page, size_t(d) * kPage + size_t(slot), d < kv.head_dim ? k[d] : 0.0f);
-    const size_t values = size_t(kv.dim_pad) * kPage + size_t(slot) * size_t(kv.dim_pad);
-    for (int d = 0; d < kv.dim_pad; d++) put_value<C>(page, values + size_t(d), d < kv.head_dim ? v[d] : 0.0f);
-}
-
-static void write_kv_row(const KvArena& arena, const Step& step, int layer, int row, const float* k, const float* v) {
-    const LayerKv& kv = arena.layers[size_t(layer)];
-    const int position = step.positions[row], page = position / kPage;
-    const int block = step.tables[size_t(step.row_seq[size_t(row)]) * size_t(step.table_stride) + size_t(page / arena.pages_per_block)];
-    uint8_t* at = arena.base + size_t(block) * arena.block_bytes + kv.offset + size_t(page % arena.pages_per_block) * kv.page_bytes;
-    for (int h = 0; h < kv.kv_heads; h++, at += size_t(arena.pages_per_block) * kv.page_bytes) {
-        const float *kh = k + size_t(h) * size_t(kv.head_dim), *vh = v + size_t(h) * size_t(kv.head_dim);
-        if (arena.codec == Codec::int8) write_head_int8(at, kv, position % kPage, kh, vh);
-        else if (arena.codec == Codec::f32) write_head<Codec::f32>(at, kv, position % kPage, kh, vh);
-        else if (arena.codec == Codec::f16) write_head<Codec::f16>(at, kv, position % kPage, kh, vh);
-        else write_head<Codec::bf16>(at, kv, position % kPage, kh, vh);
-    }
-}
-
 static void run_attention_in(Worker& w, const Phase& p) {
     const Step& step = *w.ctx.step;
     const Scratch& s = *w.ctx.scratch;
     const Model& model = *w.ctx.model;
-    const int forms = forms_of(model, p), r0 = w.begin_of(step.rows), r1 = w.end_of(step.rows);
-    for (int row = r0; row < r1; row++) prepare_row(p, s.x + size_t(row) * s.hidden_ld, model.hidden, s.act, row, forms);
+    const int forms = forms_of(model, p), r0 = w.first_row(), r1 = w.last_row();
+    prepare_rows(p, s.x, s.hidden_ld, model.hidden, s.act, r0, r1, step.rows, forms);
     w.between_stages();
     run_products(w, p, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx.by_rows);
     w.between_stages();
-    const int q_width = p.q_heads * p.head_dim, kv_width = p.kv_heads * p.head_dim;
-    for (int row = r0; row < r1; row++) {
-        float *q = s.wide + size_t(row) * s.wide_ld, *k = q + q_width, *v = k + kv_width;
-        for (int h = 0; h < p.q_heads + p.kv_heads; h++) {
-            float* head = q + size_t(h) * size_t(p.head_dim);
-            const float* norm = h < p.q_heads ? p.q_norm : p.k_norm;
-            if (norm) normalize_head(head, norm, p.qk_eps, p.head_dim);
-            if (p.rope != RopeStyle::none)
-                rotate_head(head, p.rope_table + size_t(step.positions[row]) * size_t(p.rotary_dim), p.rotary_dim, p.rope);
-            if (model.kv.codec == Codec::int8) hadamard(head, p.head_dim);
-        }
-        write_kv_row(model.kv, step, p.layer, row, k, v);
-    }
+    for (int row = r0; row < r1; row++) finish_heads(model, step, p, row, s.wide + size_t(row) * s.wide_ld);
     w.barrier();
 }
 
 static void run_attention(Worker& w, const Phase& p, size_t phase_index) {
     const Scratch& s = *w.ctx.scratch;
     const AttentionTasks& list = w.ctx.task_lists[size_t(w.ctx.phase_tasks[phase_index])];
-    const AttentionCall call{&w.ctx.model->kv, w.ctx.step, &p, s.wide, s.wide_ld, s.attn, s.attn_ld, s.partials};
+    const AttentionCall call{&w.ctx.model->kv, w.ctx.step, &p, &list, s.wide, s.wide_ld, s.attn, s.attn_ld, s.partials};
     const int count = int(list.tasks.size());
-    for (;;) {
+    // Claimed one ahead, so that the next task's pages are on their way while this one runs.
+    for (int claimed = w.ctx.claims[phase_index].fetch_add(1, std::memory_order_relaxed); claimed < count;) {
         const int next = w.ctx.claims[phase_index].fetch_add(1, std::memory_order_relaxed);
-        if (next >= count) break;
-        run_attention_task(call, list.tasks[size_t(next)], w.tile, w.int8);
+        run_attention_task(call, list.tasks[size_t(claimed)], next < count ? &list.tasks[size_t(next)] : nullptr, w.tile);
+        claimed = next;
     }
     w.barrier();
     if (list.merges.empty()) return;
@@ -152,12 +109,14 @@ static void run_out(Worker& w, const Phase& p, const float* src, int src_ld) {
     const Model& model = *w.ctx.model;
     const int forms = forms_of(model, p), width = model.matrices[size_t(p.matrices[0])].k;
     if (w.ctx.by_rows) {
-        for (int row = w.begin_of(step.rows); row < w.end_of(step.rows); row++)
+        for (int row = w.first_row(); row < w.last_row(); row++)
             prepare_columns(p, src + size_t(row) * src_ld, width, 0, width, s.act, row, forms);
+        if (forms & kFormTiles && step.rows > 1) fill_tiles(s.act, w.first_row(), w.last_row(), 0, width);
     } else {  // few rows: the columns of each are dealt out in groups
         const int groups = (width + kGroup - 1) / kGroup;
         const int from = w.begin_of(groups) * kGroup, to = w.id + 1 == w.ctx.threads ? width : w.end_of(groups) * kGroup;
         for (int row = 0; row < step.rows; row++) prepare_columns(p, src + size_t(row) * src_ld, width, from, to, s.act, row, forms);
+        if (forms & kFormTiles && step.rows > 1) fill_tiles(s.act, 0, step.rows, from, to);
     }
     w.between_stages();
     run_products(w, p, step.rows, s.x, s.hidden_ld, true, p.scale, w.ctx.by_rows);
@@ -169,8 +128,7 @@ static void run_mlp_in(Worker& w, const Phase& p) {
     const Scratch& s = *w.ctx.scratch;
     const Model& model = *w.ctx.model;
     const int forms = forms_of(model, p);
-    for (int row = w.begin_of(step.rows); row < w.end_of(step.rows); row++)
-        prepare_row(p, s.x + size_t(row) * s.hidden_ld, model.hidden, s.act, row, forms);
+    prepare_rows(p, s.x, s.hidden_ld, model.hidden, s.act, w.first_row(), w.last_row(), step.rows, forms);
     w.between_stages();
     run_products(w, p, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx.by_rows);
     w.between_stages();
@@ -184,6 +142,7 @@ static void run_head(Worker& w, const Phase& p) {
     w.barrier();
     for (int i = w.begin_of(rows); i < w.end_of(rows); i++)
         prepare_row(p, s.x + size_t(step.logit_rows[i]) * s.hidden_ld, model.hidden, s.act, i, forms);
+    if (forms & kFormTiles && rows > 1) fill_tiles(s.act, w.begin_of(rows), w.end_of(rows), 0, model.hidden);
     w.barrier();
     run_products(w, p, rows, step.logits, model.vocab, false, p.scale, false);
     if (p.softcap > 0.0f) {

@@ -10,11 +10,16 @@
 #include "prepare-inl.h"
 #include "product-inl.h"
 #include "amx-inl.h"
+#include "wide-inl.h"
 #include "dispatch-inl.h"
 #include "attention-inl.h"
 #include "attention-int8-inl.h"
+#include "attention-amx-inl.h"
 #include "attention-tasks-inl.h"
+#include "heads-inl.h"
 #include "step-inl.h"
+#include "sampling-inl.h"
+#include "measure-inl.h"
 
 namespace pagemill {
 namespace PAGEMILL_TARGET {
@@ -24,11 +29,13 @@ static void quantize_rows(const float* x, int rows, int width, Activations& act)
         std::memcpy(act.f32 + size_t(row) * act.ld, x + size_t(row) * width, size_t(width) * sizeof(float));
         fill_forms(act, row, 0, width, width, kFormI8 | kFormBf16);
     }
+    fill_tiles(act, 0, rows, 0, width);
 }
 
 static void multiply(const Activations& act, int rows, const Matrix& w, float* y) {
+    std::vector<uint16_t> wide(size_t(w.k) * kPanel + 4096);
     enter_tiles();
-    run_product(act, 0, rows, w, 0, w.panels(), Output{y, w.n, false, 1.0f});
+    run_product(act, 0, rows, w, 0, w.panels(), wide.data(), Output{y, w.n, false, 1.0f});
     leave_tiles();
 }
 
@@ -58,7 +65,12 @@ static void integer_sums(const Activations& act, int rows, const Matrix& w, int3
 }
 
 extern const Kernels kernels;
-const Kernels kernels{PAGEMILL_TARGET_NAME, run_step, quantize_rows, multiply, integer_sums};
+#ifdef PAGEMILL_AMX
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+const Kernels kernels{PAGEMILL_TARGET_NAME, kTiles, run_step, sample_row, quantize_rows, multiply, integer_sums};
 
 }  // namespace PAGEMILL_TARGET
 }  // namespace pagemill

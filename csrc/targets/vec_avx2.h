@@ -41,6 +41,13 @@ PM_INLINE F fabs1(F x) {
     const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
 }
+template <int H> PM_INLINE F fswap(F x) {  // lane i of the result is lane i ^ H
+    if constexpr (H == 1) return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)};
+    else if constexpr (H == 2) return {_mm256_permute_ps(x.a, 0x4e), _mm256_permute_ps(x.b, 0x4e)};
+    else if constexpr (H == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+    else return {x.b, x.a};
+}
+PM_INLINE float ffirst(F x) { return _mm256_cvtss_f32(x.a); }
 PM_INLINE F fround(F x) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
@@ -110,6 +117,15 @@ PM_INLINE void istore_u8(uint8_t* p, F x) {
     const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+PM_INLINE void istore_u8(uint8_t* p, F a, F b, F c, F d) {
+    istore_u8(p, a);
+    istore_u8(p + 16, b);
+    istore_u8(p + 32, c);
+    istore_u8(p + 48, d);
+}
+PM_INLINE void store_apart(uint8_t* p, const int8_t* q) {
+    for (int i = 0; i < 16; i++) p[4 * i] = uint8_t(q[i]);
 }
 PM_INLINE void fstore_bf16(uint16_t* p, F x) {
     float v[16];

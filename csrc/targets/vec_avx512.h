@@ -34,6 +34,14 @@ PM_INLINE F fdiv(F a, F b) { return _mm512_div_ps(a, b); }
 PM_INLINE F fmla(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 PM_INLINE F fmax2(F a, F b) { return _mm512_max_ps(a, b); }
 PM_INLINE F fabs1(F a) { return _mm512_abs_ps(a); }
+// Lane i of the result is lane i ^ H.
+template <int H> PM_INLINE F fswap(F a) {
+    if constexpr (H == 1) return _mm512_permute_ps(a, 0xb1);
+    else if constexpr (H == 2) return _mm512_permute_ps(a, 0x4e);
+    else if constexpr (H == 4) return _mm512_shuffle_f32x4(a, a, 0xb1);
+    else return _mm512_shuffle_f32x4(a, a, 0x4e);
+}
+PM_INLINE float ffirst(F a) { return _mm512_cvtss_f32(a); }
 PM_INLINE F fround(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 PM_INLINE F fscale2(F a, F n) { return _mm512_scalef_ps(a, n); }
 // Lanes from..to-1 of a, the others of b.
@@ -59,6 +67,17 @@ PM_INLINE F itof(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
 // Rounds to nearest even and stores 16 signed bytes.
 PM_INLINE void istore_i8(int8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x))); }
 PM_INLINE void istore_u8(uint8_t* p, F x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x))); }
+// The same for 64 lanes in order, each 0..255.
+PM_INLINE void istore_u8(uint8_t* p, F a, F b, F c, F d) {
+    const __m512i ab = _mm512_packus_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+    const __m512i cd = _mm512_packus_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
+}
+// Byte i of q to p[4 * i]; the bytes between stay untouched.
+PM_INLINE void store_apart(uint8_t* p, const int8_t* q) {
+    _mm512_mask_storeu_epi8(p, 0x1111111111111111u, _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)q)));
+}
 PM_INLINE void fstore_bf16(uint16_t* p, F x) {
     const __m512i u = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

@@ -35,6 +35,8 @@ PM_INLINE F fdiv(F a, F b) { PM_LANES a.v[i] /= b.v[i]; return a; }
 PM_INLINE F fmla(F a, F b, F c) { PM_LANES c.v[i] += a.v[i] * b.v[i]; return c; }
 PM_INLINE F fmax2(F a, F b) { PM_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 PM_INLINE F fabs1(F a) { PM_LANES a.v[i] = std::fabs(a.v[i]); return a; }
+template <int H> PM_INLINE F fswap(F a) { F r; PM_LANES r.v[i] = a.v[i ^ H]; return r; }
+PM_INLINE float ffirst(F a) { return a.v[0]; }
 PM_INLINE F fround(F a) { PM_LANES a.v[i] = std::nearbyintf(a.v[i]); return a; }
 PM_INLINE F fscale2(F a, F n) { PM_LANES a.v[i] = float_of(bits_of(a.v[i]) + (uint32_t(int(n.v[i])) << 23)); return a; }
 PM_INLINE F fselect(int from, int to, F a, F b) { PM_LANES if (i >= from && i < to) b.v[i] = a.v[i]; return b; }
@@ -71,6 +73,15 @@ PM_INLINE void istore_u8(uint8_t* p, F x) {
         const float r = std::nearbyintf(x.v[i]);
         p[i] = uint8_t(r > 255.0f ? 255 : r < 0.0f ? 0 : int(r));
     }
+}
+PM_INLINE void istore_u8(uint8_t* p, F a, F b, F c, F d) {
+    istore_u8(p, a);
+    istore_u8(p + 16, b);
+    istore_u8(p + 32, c);
+    istore_u8(p + 48, d);
+}
+PM_INLINE void store_apart(uint8_t* p, const int8_t* q) {
+    for (int i = 0; i < 16; i++) p[4 * i] = uint8_t(q[i]);
 }
 PM_INLINE void fstore_bf16(uint16_t* p, F x) {
     PM_LANES {

@@ -20,14 +20,17 @@ if TYPE_CHECKING:
         PagemillError,
         RequestError,
     )
-    from pagemill.base.params import SamplingParams
-    from pagemill.llm import LLM, CompletionOutput, RequestOutput
+    from pagemill.base.params import CacheOptions, Retain, SamplingParams
+    from pagemill.llm import LLM, CompletionOutput, RequestOutput, Session
 
 _HOMES = {
     "LLM": "pagemill.llm",
     "RequestOutput": "pagemill.llm",
     "CompletionOutput": "pagemill.llm",
+    "Session": "pagemill.llm",
     "SamplingParams": "pagemill.base.params",
+    "CacheOptions": "pagemill.base.params",
+    "Retain": "pagemill.base.params",
     "PagemillError": "pagemill.base.errors",
     "ConfigError": "pagemill.base.errors",
     "ModelError": "pagemill.base.errors",
@@ -38,6 +41,7 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "CacheOptions",
     "CapacityError",
     "CompletionOutput",
     "ConfigError",
@@ -46,7 +50,9 @@ __all__ = [
     "PagemillError",
     "RequestError",
     "RequestOutput",
+    "Retain",
     "SamplingParams",
+    "Session",
     "__version__",
 ]
 

@@ -5,9 +5,12 @@ Owns the wiring and nothing of what runs afterwards; the arithmetic of memory is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
+from typing import Final
 
 from pagemill.base.clock import Clock, MonotonicClock
 from pagemill.base.config import EngineConfig
@@ -15,19 +18,24 @@ from pagemill.base.errors import ConfigError
 from pagemill.base.kv_spec import KVSpec
 from pagemill.base.model_spec import ModelSpec, VocabSpec
 from pagemill.base.step import Executor
+from pagemill.cache.entry import SharingConfig
+from pagemill.cache.keys import Fingerprint
 from pagemill.cache.manager import CacheManager
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.engine import Engine
+from pagemill.execution.convert import loaded_format
 from pagemill.execution.loader import kv_codec_for, kv_spec_for, load_executor
+from pagemill.kernels.target import choose_target, numerics_id
+from pagemill.kernels.tensors import BLOCK_BYTES, Tensor
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
 from pagemill.models.hub import Progress, resolve
-from pagemill.planner.machine import kernel_threads, this_machine
+from pagemill.planner.machine import kernel_threads, this_machine, thread_notice
 from pagemill.planner.memory import blocks_that_fit
 from pagemill.text.tokenizer import Tokenizer, build_tokenizer
 
 LoadProgress = Progress
 
-_F32_BYTES, _BF16_BYTES = 4, 2
+_LOG: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +80,17 @@ def assemble(
     spec = checkpoint.spec
     machine = this_machine()
     max_model_len = longest_sequence(config, spec)
-    codec = kv_codec_for(config.dtype, config.kv_cache_dtype)
+    codec = kv_codec_for(config.weights, config.kv_cache_dtype)
     kv_spec = kv_spec_for(checkpoint, codec, config.block_size)
-    weight_bytes = loaded_weight_bytes(checkpoint, config.dtype)
+    weight_bytes = loaded_weight_bytes(checkpoint, config.weights)
     num_blocks = blocks_that_fit(config, kv_spec, max_model_len, weight_bytes, machine.free_bytes)
     num_threads = kernel_threads(config, machine)
+    if (notice := thread_notice(num_threads, machine)) is not None:
+        _LOG.warning(notice)
     executor = load_executor(
         checkpoint,
         dtype=config.dtype,
+        weight_format=config.weight_format,
         kv_codec=codec,
         block_size=config.block_size,
         num_blocks=num_blocks,
@@ -95,7 +106,8 @@ def assemble(
         max_num_batched_tokens=config.max_num_batched_tokens,
         eos_token_ids=tuple(sorted(tokenizer.stop_ids)) if tokenizer is not None else checkpoint.vocab.stop_ids,
     )
-    cache = CacheManager(num_blocks, config.block_size, config.kv_cache)  # type: ignore[arg-type]
+    sharing = sharing_of(config, kv_spec) if config.enable_prefix_caching == "on" else None
+    cache = CacheManager(num_blocks, config.block_size, config.kv_cache, sharing)  # type: ignore[arg-type]
 
     def decode(token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return "" if tokenizer is None else tokenizer.decode(token_ids, skip_special=skip_special_tokens)
@@ -117,6 +129,20 @@ def assemble(
     )
 
 
+def sharing_of(config: EngineConfig, kv_spec: KVSpec) -> SharingConfig:
+    """What makes two blocks of this engine the same. Blocks do not outlive the engine, so that its weights are named by
+    a random number instead of a digest over all of them."""
+    fingerprint = Fingerprint(
+        weights=token_hex(16),
+        weight_format=config.weight_format,
+        compute_dtype=config.dtype,
+        numerics=numerics_id(choose_target()) if config.executor == "native" else config.executor,
+        codec=kv_spec.codec,
+        block_size=kv_spec.block_size,
+    )
+    return SharingConfig(config.cache_policy, fingerprint, kv_spec.block_bytes)
+
+
 def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
     """max_model_len, or the model's context. Raises ConfigError where the model cannot go so far."""
     if config.max_model_len is None:
@@ -129,8 +155,13 @@ def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
     return config.max_model_len
 
 
-def loaded_weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes of the weights once loaded: as stored, or converted where dtype asks for it."""
-    if dtype == "auto":
-        return sum(tensor.data.nbytes for tensor in checkpoint.tensors.values())
-    return checkpoint.num_parameters * (_F32_BYTES if dtype == "float32" else _BF16_BYTES)
+def loaded_weight_bytes(checkpoint: Checkpoint, weight_format: str) -> int:
+    """Bytes of the weights once loaded: as stored (auto), or converted (`EngineConfig.weights`)."""
+    if weight_format == "auto":
+        return checkpoint.num_bytes
+    return sum(_converted_bytes(tensor, weight_format) for tensor in checkpoint.tensors.values())
+
+
+def _converted_bytes(tensor: Tensor, weight_format: str) -> int:
+    values, size = BLOCK_BYTES[loaded_format(tensor, weight_format)]
+    return tensor.num_rows * tensor.shape[-1] // values * size

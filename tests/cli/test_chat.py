@@ -86,3 +86,13 @@ def test_on_a_terminal_it_greets_and_ends_with_stdin(tiny_model: str) -> None:
     assert code == 0
     assert "512 tokens of context" in printed
     assert "/clear" in printed
+
+
+def test_on_a_terminal_each_turn_tells_what_the_cache_did(tiny_model: str) -> None:
+    code, printed = run_on_terminal("chat", "-m", tiny_model, *SMALL, typed=b"Hello\rAnd then?\r/exit\r")
+    assert code == 0
+    lines = [line for line in printed.splitlines() if "prompt tokens" in line]
+    assert len(lines) == 2
+    assert "cache: 0 of" in lines[0]
+    assert "not seen recently" in lines[0]
+    assert "cache: 0 of" not in lines[1]

@@ -30,7 +30,8 @@ def test_json_is_one_object_with_the_promised_fields(capsys: pytest.CaptureFixtu
     assert found["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "cached_tokens": 0}
     assert found["timing"]["ttft_s"] > 0
     assert found["timing"]["tpot_s"] > 0
-    assert found["receipt"] is None
+    assert list(found["receipt"]) == ["cached_tokens", "computed_tokens", "tiers", "saved_s", "miss"]
+    assert found["receipt"]["miss"] == {"reason": "not seen recently", "token": 0}
 
 
 def test_streamed_text_equals_that_of_json(capsys: pytest.CaptureFixture[str], tiny_model: str) -> None:

@@ -15,10 +15,11 @@ def test_show_describes_sizes_formats_and_bytes(capsys: pytest.CaptureFixture[st
     assert found["bytes"] == 4 * found["parameters"]
     assert found["tensor_formats"]["f32"]["bytes"] == found["bytes"]
     assert found["kv_bytes_per_token"]["f32"] == 2 * found["kv_bytes_per_token"]["bf16"]
+    assert found["kv_bytes_per_token"]["f16"] == found["kv_bytes_per_token"]["bf16"]
     assert main(["models", "show", tiny_model]) == 0
     printed = capsys.readouterr().out
     assert "4 query, 2 KV, of 16" in printed
-    assert "KV cache bf16" in printed
+    assert all(f"KV cache {codec}" in printed for codec in ("f32", "f16", "bf16", "int8"))
 
 
 def test_show_prints_every_op_and_every_phase(capsys: pytest.CaptureFixture[str], tiny_model: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
@@ -100,27 +100,25 @@ def test_large_vocabularies_draw_what_the_slow_version_draws(vocab: int, params:
         assert one(logits, request).token_id == slow(logits, request)
 
 
-@given(npst.arrays(np.float32, st.integers(1, 300), elements=st.integers(-20, 20)), st.integers(1, 300))
-def test_the_k_largest_are_found_with_their_ties(logits: Logits, k: int) -> None:
-    if k < len(logits):
-        kth = sorted(logits.tolist(), reverse=True)[k - 1]
-        assert sampling._at_least_kth(logits, k).tolist() == [i for i, x in enumerate(logits) if x >= kth]
+@given(npst.arrays(np.float32, st.integers(1, 60), elements=st.floats(-60, 60, width=32)), st.floats(0.01, 100.0))
+def test_weights_are_the_exponentials_in_whole_parts(logits: Logits, temperature: float) -> None:
+    weights = sampling.weigh(logits, temperature)
+    assert int(weights[int(np.argmax(logits))]) == sampling.WHOLE
+    exponents = (logits.astype(np.float64) - float(logits.max())) / temperature
+    assert np.abs(weights / sampling.WHOLE - np.exp(exponents)).max() < 1e-6
 
 
-@given(
-    npst.arrays(np.float64, st.integers(1, 80), elements=st.floats(0.0, 1.0)),
-    st.floats(0.0, 1.0, exclude_min=True, exclude_max=True),
-)
-def test_the_nucleus_is_the_shortest_that_reaches_p(weights: NDArray[np.float64], p: float) -> None:
-    weights[0] = 1.0
-    keep = sampling._nucleus(weights, p)
-    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
-    kept = order[: int(keep.sum())]
-    assert sorted(kept) == np.flatnonzero(keep).tolist()
-    total = sum(map(Fraction, weights.tolist()))
-    rounding = Fraction(1e-12) * total
-    assert sum(Fraction(float(weights[i])) for i in kept) >= Fraction(p) * total - rounding
-    assert sum(Fraction(float(weights[i])) for i in kept[:-1]) <= Fraction(p) * total + rounding
+@settings(max_examples=50, deadline=None)
+@given(npst.arrays(np.float32, st.integers(1, 80), elements=st.floats(-12, 12, width=32)), st.floats(0.001, 0.999))
+def test_the_nucleus_is_the_shortest_that_reaches_p(logits: Logits, p: float) -> None:
+    weights = sampling.weigh(logits, 1.0).tolist()
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    wanted = Fraction(p) * sum(weights)
+    shortest = next(n for n in range(1, len(order) + 1) if sum(weights[i] for i in order[:n]) >= wanted)
+    drawn = {one(logits, row(seed=seed, top_p=p)).token_id for seed in range(64)}
+    assert drawn <= set(order[:shortest])
+    if weights[order[shortest - 1]] * 4 > sum(weights):  # the last one is missed by all draws once in 10^8
+        assert order[shortest - 1] in drawn
 
 
 # ---- distributions: fixed seeds, so these never flicker
@@ -279,7 +277,7 @@ def test_logprobs_are_those_of_the_raw_logits(logits: Logits, count: int, seed: 
     assert result.logprob.token_id == result.token_id
     assert result.logprob.rank == ranking.index(result.token_id) + 1
     for entry in (result.logprob, *result.top):
-        assert entry.logprob == pytest.approx(float(logits[entry.token_id]) - total, abs=1e-12)
+        assert entry.logprob == pytest.approx(float(logits[entry.token_id]) - total, abs=1e-6)
 
 
 def test_top_logprobs_of_a_large_vocabulary_are_the_largest() -> None:
@@ -287,7 +285,7 @@ def test_top_logprobs_of_a_large_vocabulary_are_the_largest() -> None:
     result = one(logits, row(temperature=0.0, logprobs=20))
     assert [t.token_id for t in result.top] == np.argsort(-logits, kind="stable")[:20].tolist()
     assert math.isclose(
-        math.fsum(math.exp(t.logprob) for t in result.top), float(_softmax_top(logits, 20)), rel_tol=1e-9
+        math.fsum(math.exp(t.logprob) for t in result.top), float(_softmax_top(logits, 20)), rel_tol=1e-6
     )
 
 

@@ -44,7 +44,9 @@ def test_an_answer_tells_what_api_promises(llm: LLM) -> None:
     assert output.prompt_token_ids == llm.tokenizer.encode("Hello")
     assert choice.text == llm.tokenizer.decode(choice.token_ids)
     assert (choice.index, choice.finish_reason, choice.stop_reason, len(choice.token_ids)) == (0, "length", None, 12)
-    assert (output.num_cached_tokens, output.receipt, output.error) == (0, None, None)
+    assert (output.num_cached_tokens, output.error) == (0, None)
+    assert output.receipt is not None
+    assert output.receipt.num_computed_tokens == len(output.prompt_token_ids)
     timing = output.timing
     assert timing.first_token_s is not None
     assert timing.finished_s is not None

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pagemill.base.errors import CapacityError, RequestError
 from pagemill.base.params import SamplingParams
+from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheMode
 from tests.fixtures.fake_engine import Rig
 from tests.fixtures.fake_executor import InjectedFaultError, answer
@@ -55,7 +56,8 @@ class Ask:
 def asks(draw: st.DrawFn) -> Ask:
     max_tokens = draw(st.integers(1, 14))
     return Ask(
-        prompt=tuple(draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=18))),
+        prompt=tuple(draw(st.lists(st.integers(0, 2), min_size=0, max_size=12)))
+        + tuple(draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6))),
         max_tokens=max_tokens,
         min_tokens=draw(st.integers(0, max_tokens)),
         n=draw(st.sampled_from([1, 1, 1, 2, 3])),
@@ -64,7 +66,7 @@ def asks(draw: st.DrawFn) -> Ask:
 
 
 @st.composite
-def rigs(draw: st.DrawFn, mode: CacheMode) -> Rig:
+def rigs(draw: st.DrawFn, mode: CacheMode, sharing: SharingConfig | None) -> Rig:
     """Caches from too small for anything to ample, any chunk size, any number of places."""
     return Rig(
         num_blocks=draw(st.integers(1, 24)),
@@ -75,6 +77,7 @@ def rigs(draw: st.DrawFn, mode: CacheMode) -> Rig:
         max_num_seqs=draw(st.integers(1, 5)),
         max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 7, 16, 64])),
         eos=EOS,
+        sharing=sharing,
     )
 
 
@@ -82,10 +85,11 @@ class EngineMachine(RuleBasedStateMachine):
     """Requests come, run, are aborted and fail in any order."""
 
     mode: CacheMode = "paged"
+    sharing: SharingConfig | None = None
 
     @initialize(data=st.data())
     def start(self, data: st.DataObject) -> None:
-        self.rig = data.draw(rigs(self.mode))
+        self.rig = data.draw(rigs(self.mode, self.sharing))
         self.rig.executor._fault = lambda call: self.fault_next
         self.fault_next = False
         self.asked: dict[str, Ask] = {}
@@ -170,7 +174,15 @@ class RecomputeMachine(EngineMachine):
     mode: CacheMode = "none"
 
 
+class SharingMachine(EngineMachine):
+    """Prompts of few tokens, so that most begin like another."""
+
+    sharing = SharingConfig()
+
+
 TestPagedEngine = EngineMachine.TestCase
+TestSharingEngine = SharingMachine.TestCase
+TestSharingEngine.settings = SETTINGS
 TestContiguousEngine = ContiguousMachine.TestCase
 TestRecomputeEngine = RecomputeMachine.TestCase
 TestPagedEngine.settings = SETTINGS
@@ -178,10 +190,14 @@ TestContiguousEngine.settings = SETTINGS
 TestRecomputeEngine.settings = SETTINGS
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "sharing"), [*((mode, None) for mode in MODES), ("paged", SharingConfig())], ids=[*MODES, "shared"]
+)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), asked=st.lists(asks(), min_size=1, max_size=7))
-def test_every_request_is_answered_as_if_it_were_alone(mode: CacheMode, data: st.DataObject, asked: list[Ask]) -> None:
+def test_every_request_is_answered_as_if_it_were_alone(
+    mode: CacheMode, sharing: SharingConfig | None, data: st.DataObject, asked: list[Ask]
+) -> None:
     block_size = data.draw(st.integers(1, 5))
     max_model_len = 40
     enough = -(-max_model_len // block_size)  # for one sequence of the longest length, so that none need fail
@@ -194,6 +210,7 @@ def test_every_request_is_answered_as_if_it_were_alone(mode: CacheMode, data: st
         max_num_seqs=data.draw(st.integers(1, 6)),
         max_num_batched_tokens=data.draw(st.sampled_from([1, 2, 3, 7, 16, 64])),
         eos=EOS,
+        sharing=sharing,
     )
     for index, ask in enumerate(asked):
         rig.engine.add_request(f"r{index}", ask.prompt, ask.params())

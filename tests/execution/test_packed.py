@@ -23,6 +23,7 @@ from pagemill.base.params import SamplingParams
 from pagemill.execution import loader, packed
 from pagemill.execution.packed_file import PackedFile, open_packed, write_packed
 from pagemill.kernels.native import PackedMatrix
+from pagemill.kernels.target import arithmetic_of, choose_target
 from pagemill.kernels.tensors import Tensor
 from pagemill.llm import LLM
 from pagemill.models.checkpoint import open_checkpoint
@@ -88,8 +89,9 @@ def model(tmp_path: Path) -> Path:
     return tiny_llama(tmp_path / "models", format="gguf", weight_format="q4_1")
 
 
-def packed_of(model: Path, dtype: str = "auto") -> Path:
-    return model.with_name(f"{model.name}.{dtype}.packed")
+def packed_of(model: Path, weight_format: str = "auto") -> Path:
+    tiles = weight_format in ("auto", "q8_0") and arithmetic_of(choose_target()) == "bf16"
+    return model.with_name(f"{model.name}.{weight_format}{'.tiles' * tiles}.packed")
 
 
 def same(a: Start, b: Start) -> bool:
@@ -131,12 +133,25 @@ def test_the_default_model_gives_the_same_bits(tmp_path: Path, start: Starter, m
     assert same(without, second)
 
 
-def test_files_of_two_dtypes_stand_side_by_side(model: Path, start: Starter) -> None:
-    for dtype in ("auto", "float32"):
-        start(model, dtype=dtype)
-    assert [start(model, dtype=dtype).converted for dtype in ("auto", "float32")] == [0, 0]
-    assert packed_of(model).is_file()
-    assert packed_of(model, "float32").is_file()
+def test_files_of_each_weight_format_stand_side_by_side_and_none_is_used_for_another(
+    model: Path, start: Starter
+) -> None:
+    formats = ("auto", "f32", "bf16", "q8_0")
+    expected = {each: start(model, "off", weight_format=each) for each in formats}
+    for each in formats:
+        assert start(model, weight_format=each).converted > 0
+        assert packed_of(model, each).is_file()
+    for each in formats:
+        found = start(model, weight_format=each)
+        assert (found.converted, found.notices) == (0, [])
+        assert same(found, expected[each])
+    assert not any(same(expected[a], expected[b]) for a in formats for b in formats if a < b)
+
+
+def test_a_dtype_and_its_weight_format_share_a_file(model: Path, start: Starter) -> None:
+    start(model, dtype="float32")
+    assert start(model, weight_format="f32").converted == 0
+    assert len(list(model.parent.iterdir())) == 2
 
 
 def test_off_and_the_reference_write_nothing(model: Path, start: Starter, home: Path) -> None:
@@ -242,13 +257,13 @@ def _only(handle: str, change: Callable[[PackedMatrix], PackedMatrix | None]) ->
 
 UP = "layers.1.up"
 FOREIGN: dict[str, tuple[dict[str, object], str]] = {
-    "other dtype": ({"weights": "float32"}, "another version or for another dtype"),
+    "other weight format": ({"weights": "f32"}, "another version or in another format"),
     "older layout": ({"packing": 0}, "another version"),
     "newer layout": ({"packing": 99}, "another version"),
     "other conversion": ({"conversion": 99}, "another version"),
     "matrix missing": ({"alter": _only(UP, lambda m: None)}, "not this model's matrices"),
-    "other format": ({"alter": _only(UP, lambda m: replace(m, format="f32"))}, f"{UP} has another format"),
-    "unknown format": ({"alter": _only(UP, lambda m: replace(m, format="q9_9"))}, f"{UP} has another format"),
+    "other format": ({"alter": _only(UP, lambda m: replace(m, layout="f32"))}, f"{UP} has another format"),
+    "unknown format": ({"alter": _only(UP, lambda m: replace(m, layout="q9_9"))}, f"{UP} has another format"),
     "other shape": ({"alter": _only(UP, lambda m: replace(m, n=m.k, k=m.n))}, f"{UP} has another format or shape"),
     "shorter matrix": ({"alter": _only(UP, lambda m: replace(m, data=m.data[:-64]))}, f"{UP} has another length"),
     "no bytes": ({"alter": _only(UP, lambda m: replace(m, data=m.data[:0]))}, f"{UP} has another length"),

@@ -58,7 +58,7 @@ def test_what_was_written_is_read_back_aligned_and_mapped(path: Path) -> None:
     file.check_payload()
     for entry, (handle, matrix) in zip(file.header.entries, matrices().items(), strict=True):
         found = file.matrix(entry)
-        assert (entry.handle, found.format, found.n, found.k) == (handle, matrix.format, matrix.n, matrix.k)
+        assert (entry.handle, found.layout, found.n, found.k) == (handle, matrix.layout, matrix.n, matrix.k)
         np.testing.assert_array_equal(found.data, matrix.data)
         assert found.data.ctypes.data % ALIGNMENT == 0
         assert not found.data.flags.writeable

@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from pagemill.execution.loader import CONVERSION_VERSION, convert
-from pagemill.kernels.native import PACKING_VERSION, pack_matrix, packed_bytes
+from pagemill.execution.convert import CONVERSION_VERSION, convert
+from pagemill.kernels.native import LAYOUTS, PACKING_VERSION, pack, packed_bytes
 from pagemill.kernels.tensors import BLOCK_BYTES, Tensor
 
 # One digest (its first 16 digits) a version: a change of bits needs a new version, and a new line.
@@ -20,22 +20,31 @@ PACKED = {
         "q4_0": "f2169dbcf809ecce",
         "q4_1": "22956f647259c911",
         "q8_0": "aab6537836be08ad",
+        "q4_0_tiles": "3463932c599fa4cc",
+        "q4_1_tiles": "eb350b1c061cf837",
+        "q8_0_tiles": "45cf48e02b6325eb",
     },
 }
 CONVERTED = {
     1: {
-        ("f32", "float32"): "e8d361823000c480",
-        ("f32", "bfloat16"): "76418667a7f6e94c",
-        ("f16", "float32"): "c437e812037ab513",
-        ("f16", "bfloat16"): "4dcc5f85c3cdc521",
-        ("bf16", "float32"): "39fcee1c151c899e",
-        ("bf16", "bfloat16"): "54092f92d37fce61",
-        ("q4_0", "float32"): "2586151e044994a7",
-        ("q4_0", "bfloat16"): "c1c8cbd18d5599e0",
-        ("q4_1", "float32"): "291e070c5cefdeab",
-        ("q4_1", "bfloat16"): "16062e9cde4f1f04",
-        ("q8_0", "float32"): "99b517e64a86a81d",
-        ("q8_0", "bfloat16"): "94a2ce2834175317",
+        ("f32", "f32"): "e8d361823000c480",
+        ("f32", "bf16"): "76418667a7f6e94c",
+        ("f32", "q8_0"): "7e0a223ad148354e",
+        ("f16", "f32"): "c437e812037ab513",
+        ("f16", "bf16"): "4dcc5f85c3cdc521",
+        ("f16", "q8_0"): "877dbe292d1b7b0f",
+        ("bf16", "f32"): "39fcee1c151c899e",
+        ("bf16", "bf16"): "54092f92d37fce61",
+        ("bf16", "q8_0"): "bec682d4d80047ac",
+        ("q4_0", "f32"): "2586151e044994a7",
+        ("q4_0", "bf16"): "c1c8cbd18d5599e0",
+        ("q4_0", "q8_0"): "39388fb4316a3eec",
+        ("q4_1", "f32"): "291e070c5cefdeab",
+        ("q4_1", "bf16"): "16062e9cde4f1f04",
+        ("q4_1", "q8_0"): "8ff8b06dab09521a",
+        ("q8_0", "f32"): "99b517e64a86a81d",
+        ("q8_0", "bf16"): "94a2ce2834175317",
+        ("q8_0", "q8_0"): "93ae492f6e4f170b",
     },
 }
 
@@ -53,24 +62,24 @@ def short_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("fmt", BLOCK_BYTES)
-def test_a_layout_is_the_one_that_its_version_stands_for(fmt: str) -> None:
-    packed = pack_matrix(tensor(fmt))
-    assert (packed.format, packed.n, packed.k, packed.data.nbytes) == (fmt, 70, 96, packed_bytes(fmt, 70, 96))
-    assert short_digest(packed.data.tobytes()) == PACKED[PACKING_VERSION][fmt], "bump PACKING_VERSION"
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_the_one_that_its_version_stands_for(layout: str) -> None:
+    packed = pack(tensor(layout.removesuffix("_tiles")), layout)
+    assert packed.nbytes == packed_bytes(layout, 70, 96)
+    assert short_digest(packed.tobytes()) == PACKED[PACKING_VERSION][layout], "bump PACKING_VERSION"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weight_format", ["f32", "bf16", "q8_0"])
 @pytest.mark.parametrize("fmt", BLOCK_BYTES)
-def test_a_conversion_is_the_one_that_its_version_stands_for(fmt: str, dtype: str) -> None:
-    converted = convert(tensor(fmt), dtype)
-    assert short_digest(converted.data.tobytes()) == CONVERTED[CONVERSION_VERSION][fmt, dtype], (
+def test_a_conversion_is_the_one_that_its_version_stands_for(fmt: str, weight_format: str) -> None:
+    converted = convert(tensor(fmt), weight_format)
+    assert short_digest(converted.data.tobytes()) == CONVERTED[CONVERSION_VERSION][fmt, weight_format], (
         "bump CONVERSION_VERSION"
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weight_format", ["f32", "bf16", "q8_0"])
 @pytest.mark.parametrize("fmt", BLOCK_BYTES)
-def test_rows_converted_alone_are_those_of_the_whole(fmt: str, dtype: str) -> None:
-    whole, rows = convert(tensor(fmt), dtype), convert(tensor(fmt).rows(slice(32, 64)), dtype)
+def test_rows_converted_alone_are_those_of_the_whole(fmt: str, weight_format: str) -> None:
+    whole, rows = convert(tensor(fmt), weight_format), convert(tensor(fmt).rows(slice(32, 64)), weight_format)
     np.testing.assert_array_equal(rows.data, whole.data[32:64])

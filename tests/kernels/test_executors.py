@@ -123,7 +123,7 @@ def test_an_int8_page_holds_what_the_reference_quantises(target: str) -> None:
 @pytest.mark.parametrize("fmt", ["f16", "bf16", "q4_0", "q4_1", "q8_0"])
 def test_weight_formats_agree_with_the_reference(target: str, fmt: str) -> None:
     shape = Shape(format=fmt, q_heads=4, kv_heads=2, head_dim=32)
-    ours, wanted = native(shape, target), reference(shape)
+    ours, wanted = native(shape, target), reference(shape, target=target)
     step = batch((tokens(33, shape.vocab), 0, [0, 1, 2]), every_row=True)
     # Where an activation lies on a rounding boundary, f32 noise moves it by one quantisation step; on a model this
     # small such a step shows. The integers themselves are compared exactly in test_products.

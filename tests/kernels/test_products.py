@@ -8,27 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagemill.kernels import _native, reference
-from pagemill.kernels.native import FORMATS, pack
-from pagemill.kernels.target import available_targets
+from pagemill.kernels.native import FORMATS, LAYOUTS, layout_for, pack
+from pagemill.kernels.target import arithmetic_of, available_targets, built_targets
 from tests.fixtures.plans import quantized
 
 TARGETS = available_targets()
 INTEGER = [f for f in FORMATS if f in reference.INTEGER_FORMATS]
+TILES = [layout for layout in LAYOUTS if layout not in FORMATS]
+# Every layout that a target of this machine reads.
+READ = [(t, f) for t in TARGETS for f in LAYOUTS if f in FORMATS or arithmetic_of(t) == "bf16"]
+
+
+def format_of(layout: str) -> str:
+    return layout.removesuffix("_tiles")
 
 
 def case(fmt: str, rows: int, n: int, k: int, seed: int = 0) -> tuple[np.ndarray, reference.Tensor]:
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((rows, k)) * rng.choice([0.01, 1.0, 30.0], (rows, 1))).astype(np.float32)
-    return x, quantized(rng.standard_normal((n, k), np.float32), fmt)
+    return x, quantized(rng.standard_normal((n, k), np.float32), format_of(fmt))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("n", "k"), [(32, 32), (70, 96), (1, 64), (33, 320)])
-def test_packed_rows_unpack_to_the_checkpoints_values(fmt: str, n: int, k: int) -> None:
-    _, tensor = case(fmt, 1, n, k)
-    packed, dense = pack(tensor), tensor.dequantize()
+def test_packed_rows_unpack_to_the_checkpoints_values(layout: str, n: int, k: int) -> None:
+    _, tensor = case(layout, 1, n, k)
+    packed, dense = pack(tensor, layout), tensor.dequantize()
     for row in {0, n // 2, n - 1}:
-        assert np.array_equal(_native.unpack_row(FORMATS[fmt], n, k, packed, row), dense[row])
+        assert np.array_equal(_native.unpack_row(LAYOUTS[layout], n, k, packed, row), dense[row])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -79,26 +86,58 @@ def test_stored_byte_of_minus_128_is_exact(target: str) -> None:
     assert sums.item() == 32 * 127 * 128
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 32, 32), (13, 70, 96), (31, 7, 576)])
-def test_products_agree_with_the_reference(target: str, fmt: str, rows: int, n: int, k: int) -> None:
-    x, tensor = case(fmt, rows, n, k)
-    y = _native.product(target, FORMATS[fmt], n, pack(tensor), x)
-    expected = reference.product(x, tensor)
+@pytest.mark.parametrize(("target", "layout"), READ)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 32, 32), (13, 70, 96), (31, 7, 576), (50, 33, 64)])
+def test_products_agree_with_the_reference(target: str, layout: str, rows: int, n: int, k: int) -> None:
+    x, tensor = case(layout, rows, n, k)
+    y = _native.product(target, LAYOUTS[layout], n, pack(tensor, layout), x)
+    expected = reference.product(x, tensor, arithmetic="bf16" if layout in TILES else "int8")
     scale = np.abs(x).max(axis=1, keepdims=True) * np.sqrt(k)
     assert np.all(np.abs(y - expected) <= 2e-6 * scale)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_a_rows_product_has_the_same_bits_in_any_batch(target: str, fmt: str) -> None:
-    x, tensor = case(fmt, 23, 70, 160)
-    packed = pack(tensor)
-    together = _native.product(target, FORMATS[fmt], 70, packed, x)
-    for size in (1, 2, 5, 7, 11):
-        parts = [_native.product(target, FORMATS[fmt], 70, packed, x[i : i + size]) for i in range(0, 23, size)]
+@pytest.mark.parametrize(("target", "layout"), READ)
+def test_a_rows_product_has_the_same_bits_in_any_batch(target: str, layout: str) -> None:
+    x, tensor = case(layout, 67, 70, 160)
+    packed = pack(tensor, layout)
+    together = _native.product(target, LAYOUTS[layout], 70, packed, x)
+    for size in (1, 2, 5, 7, 16, 17, 31, 33):
+        parts = [_native.product(target, LAYOUTS[layout], 70, packed, x[i : i + size]) for i in range(0, 67, size)]
         assert np.array_equal(np.concatenate(parts), together)
+
+
+@pytest.mark.skipif("amx" not in TARGETS, reason="this machine has no AMX")
+@pytest.mark.parametrize("layout", TILES)
+def test_widened_weights_give_the_bits_of_bfloat16_weights(layout: str) -> None:
+    x, tensor = case(layout, 40, 70, 192)
+    halves = (reference.to_bf16(tensor.dequantize()).view(np.uint32) >> 16).astype(np.uint16)
+    rounded = reference.Tensor("bf16", tensor.shape, halves.view(np.uint8).reshape(70, -1))
+    ours = _native.product("amx", LAYOUTS[layout], 70, pack(tensor, layout), x)
+    assert np.array_equal(ours, _native.product("amx", LAYOUTS["bf16"], 70, pack(rounded), x))
+
+
+@pytest.mark.skipif("amx" not in TARGETS, reason="this machine has no AMX")
+def test_every_8_bit_code_is_widened_exactly() -> None:
+    data = np.zeros((256, 34), np.uint8)
+    data[:, :2] = np.array([0.0371], np.float16).view(np.uint8)
+    data[:, 2] = np.arange(256)
+    tensor = reference.Tensor("q8_0", (256, 32), data)
+    y = _native.product("amx", LAYOUTS["q8_0_tiles"], 256, pack(tensor, "q8_0_tiles"), np.eye(1, 32, dtype=np.float32))
+    assert np.array_equal(y[0], reference.to_bf16(tensor.dequantize()[:, 0]))
+
+
+@pytest.mark.parametrize("target", built_targets())
+def test_the_layout_follows_the_targets_arithmetic(target: str) -> None:
+    tiles = arithmetic_of(target) == "bf16"
+    assert layout_for("q4_1", target) == ("q4_1_tiles" if tiles else "q4_1")
+    assert layout_for("bf16", target) == "bf16"
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if arithmetic_of(t) == "int8"])
+def test_a_target_refuses_a_layout_that_it_does_not_read(target: str) -> None:
+    x, tensor = case("q4_0", 2, 32, 64)
+    with pytest.raises(ValueError, match="does not read weights in tiles"):
+        _native.product(target, LAYOUTS["q4_0_tiles"], 32, pack(tensor, "q4_0_tiles"), x)
 
 
 @pytest.mark.parametrize("fmt", ["f32", "f16", "bf16"])

@@ -6,7 +6,15 @@ import pytest
 
 from pagemill.base.config import EngineConfig
 from pagemill.base.errors import ConfigError
-from pagemill.planner.machine import Machine, kernel_threads, this_machine
+from pagemill.planner.machine import (
+    Machine,
+    Processors,
+    kernel_threads,
+    last_level_cache_bytes,
+    processors,
+    this_machine,
+    thread_notice,
+)
 
 GIB_KB = 2**20
 
@@ -76,3 +84,73 @@ def test_a_wrong_number_of_threads_in_the_environment_is_refused(monkeypatch: py
     monkeypatch.setenv("PAGEMILL_THREADS", text)
     with pytest.raises(ConfigError, match=r"PAGEMILL_THREADS is .* from 1 to 256"):
         kernel_threads(EngineConfig(), Machine(0, 0, 1))
+
+
+def processor_files(tmp_path: Path, files: dict[str, str], allowed: set[int], limits: dict[str, str]) -> Processors:
+    """CPUs as the /sys files of `files` (below devices/system/cpu) and the cgroup files of `limits` tell of them."""
+    proc, cgroups, system = tmp_path / "proc", tmp_path / "cgroup", tmp_path / "sys"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/box\n")
+    (cgroups / "box").mkdir(parents=True)
+    for name, content in limits.items():
+        (cgroups / "box" / name).write_text(content)
+    for name, content in files.items():
+        path = system / "devices" / "system" / "cpu" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return processors(proc, cgroups, system, frozenset(allowed))
+
+
+def test_cores_are_counted_as_present_online_and_allowed(tmp_path: Path) -> None:
+    seen = processor_files(tmp_path, {"present": "0-7\n", "online": "0-3,6\n"}, {0, 1}, {"cpu.max": "max 100000\n"})
+    assert (seen.num_present, seen.num_online, seen.num_allowed) == (8, 5, 2)
+    assert seen.quota is None
+    assert seen.siblings == ()
+    assert seen.num_cores == 2
+
+
+def test_a_quota_is_told_in_cores(tmp_path: Path) -> None:
+    assert processor_files(tmp_path, {}, {0, 1}, {"cpu.max": "150000 100000\n"}).quota == 1.5
+
+
+def test_logical_cpus_that_share_a_core_are_found_where_both_are_allowed(tmp_path: Path) -> None:
+    lists = {f"cpu{cpu}/topology/thread_siblings_list": f"{cpu % 2},{cpu % 2 + 2}\n" for cpu in range(4)}
+    seen = processor_files(tmp_path, lists, {0, 1, 2}, {})
+    assert seen.siblings == ((0, 2),)
+    assert seen.num_cores == 2
+
+
+def test_where_the_system_tells_nothing_the_mask_counts(tmp_path: Path) -> None:
+    seen = processor_files(tmp_path, {"present": "rubbish\n"}, {3, 5, 9}, {})
+    assert (seen.num_present, seen.num_online, seen.num_allowed, seen.huge_pages) == (3, 3, 3, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("always [madvise] never\n", "madvise"), ("always madvise [never]\n", "never")]
+)
+def test_the_word_in_brackets_is_the_one_in_force(tmp_path: Path, text: str, word: str) -> None:
+    files = {"../../../kernel/mm/transparent_hugepage/enabled": text}
+    (tmp_path / "sys" / "devices" / "system" / "cpu").mkdir(parents=True)
+    assert processor_files(tmp_path, files, {0}, {}).huge_pages == word
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [(["48K", "2048K", "300M"], 300 * 2**20), (["32K"], 32 * 2**10), (["?"], None), ([], None)],
+)
+def test_the_largest_cache_is_the_last_level(tmp_path: Path, sizes: list[str], wanted: int | None) -> None:
+    for index, size in enumerate(sizes):
+        place = tmp_path / "devices" / "system" / "cpu" / "cpu0" / "cache" / f"index{index}"
+        place.mkdir(parents=True)
+        (place / "size").write_text(size + "\n")
+    assert last_level_cache_bytes(tmp_path) == wanted
+
+
+def test_only_more_threads_than_cores_are_worth_a_notice() -> None:
+    machine = Machine(free_bytes=0, total_bytes=0, num_cores=2)
+    assert thread_notice(1, machine) is None
+    assert thread_notice(2, machine) is None
+    notice = thread_notice(3, machine)
+    assert notice is not None
+    assert "3 kernel threads for 2 cores" in notice
+    assert "set num_threads (or PAGEMILL_THREADS) to 2" in notice

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pagemill.base.errors import ConfigError
@@ -31,9 +32,40 @@ OTHER_VARIABLES: dict[str, str] = {
 }
 
 
-def option(default: Any, help: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that carries what the command line and the docs print of it."""
-    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices})
+# The weight format that each dtype stands for.
+DTYPE_FORMATS: dict[str, str] = {"auto": "auto", "float32": "f32", "bfloat16": "bf16"}
+
+_NO_4_BITS = (
+    "weights are not quantised to 4 bits at load, which costs more accuracy than any mode may; give q8_0, or take a "
+    "checkpoint that is 4-bit already with auto"
+)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
+    """A dataclass field that carries what the command line and the docs print of it.
+
+    refused: values that are no choice -> why, and what to do instead.
+    """
+    return field(default=default, metadata={"help": help, "unit": unit, "choices": choices, "refused": refused})
+
+
+def weight_format_of(dtype: str, weight_format: str) -> str:
+    """The format that matrices are loaded in, auto for the checkpoint's own. Raises ConfigError where they differ."""
+    if dtype == "auto" or DTYPE_FORMATS[dtype] == weight_format:
+        return weight_format
+    if weight_format != "auto":
+        raise ConfigError(
+            f"dtype is {dtype}, which means weight_format {DTYPE_FORMATS[dtype]}, and weight_format is "
+            f"{weight_format}; set one of them to auto"
+        )
+    return DTYPE_FORMATS[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +78,13 @@ class EngineConfig:
         "Weights and arithmetic: auto follows the checkpoint's format; float32 and bfloat16 convert it.",
         choices=("auto", "float32", "bfloat16"),
     )
+    weight_format: str = option(
+        "auto",
+        "Format of the weights in memory: auto follows dtype, which names the same as f32 or bf16; q8_0 quantises to "
+        "groups of 32 signed bytes with a scale.",
+        choices=("auto", "q8_0", "bf16", "f32"),
+        refused={"q4_0": _NO_4_BITS, "q4_1": _NO_4_BITS},
+    )
     kv_cache: str = option(
         "paged",
         "How keys and values are kept: paged, contiguous (reserved to the longest length), none (recompute all).",
@@ -53,7 +92,7 @@ class EngineConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "Format of stored keys and values; auto is bf16, and f32 with dtype float32.",
+        "Format of stored keys and values; auto is int8, and f32 with weights in f32.",
         choices=("auto", "f32", "f16", "bf16", "int8"),
     )
     kv_cache_memory_bytes: int | None = option(
@@ -63,6 +102,14 @@ class EngineConfig:
         unit="bytes",
     )
     block_size: int = option(16, "Token positions in a block of the KV cache, a multiple of 16.", unit="tokens")
+    enable_prefix_caching: str = option(
+        "on",
+        "Share the keys and values of texts that begin alike (kv_cache paged): on or off.",
+        choices=("on", "off"),
+    )
+    cache_policy: str = option(
+        "lru", "Which cached block leaves first: the name of an eviction policy (lru, s3fifo, …)."
+    )  # fmt: skip
     max_model_len: int | None = option(
         None, "Longest sequence, prompt and answer together. Unset: the model's context length.", unit="tokens"
     )
@@ -88,7 +135,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for each in OPTIONS.values():
             each.check(getattr(self, each.name))
+        weight_format_of(self.dtype, self.weight_format)
         self._check_ranges()
+
+    @property
+    def weights(self) -> str:
+        """The format that matrices are loaded in, from dtype and weight_format; auto for the checkpoint's own."""
+        return weight_format_of(self.dtype, self.weight_format)
 
     def _check_ranges(self) -> None:
         if not self.model.strip():
@@ -118,6 +171,7 @@ class Option:
     help: str
     unit: str
     choices: tuple[str, ...]
+    refused: Mapping[str, str]
 
     @property
     def flag(self) -> str:
@@ -156,6 +210,8 @@ class Option:
         if not isinstance(value, expected) or isinstance(value, bool):
             raise ConfigError(f"{self.name} is {value!r}; give {self._accepted()}")
         if self.choices and value not in self.choices:
+            if value in self.refused:
+                raise ConfigError(f"{self.name} is {value!r}: {self.refused[str(value)]}")
             near = _suggestion(str(value), self.choices)
             raise ConfigError(f"{self.name} is {value!r};{near} choose one of {', '.join(self.choices)}")
 
@@ -179,7 +235,7 @@ def _options() -> dict[str, Option]:
         kind, _, rest = str(each.type).partition(" | ")
         meta = each.metadata
         table[each.name] = Option(
-            each.name, kind, rest == "None", each.default, meta["help"], meta["unit"], meta["choices"]
+            each.name, kind, rest == "None", each.default, meta["help"], meta["unit"], meta["choices"], meta["refused"]
         )
     return table
 

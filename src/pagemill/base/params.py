@@ -147,3 +147,56 @@ class SamplingParams:
             )
         for token in self.stop_token_ids:
             _check(token >= 0, f"stop_token_ids holds {token}; token ids are 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Retain:
+    """Prompt positions start .. end-1 leave the cache after those of a lower priority (0 to 100, unset is 50), for
+    `ttl_s` seconds from when they are stored or hit (None: for good). Raises RequestError for values out of range."""
+
+    start: int
+    end: int
+    priority: int = 80
+    ttl_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end", "priority"):
+            object.__setattr__(self, name, _whole(f"{name} of a retained range", getattr(self, name)))
+        _check(0 <= self.start < self.end, f"a retained range is {self.start} to {self.end}; give 0 <= start < end")
+        _check(0 <= self.priority <= 100, f"priority is {self.priority}; give a whole number from 0 to 100")
+        if self.ttl_s is not None:
+            object.__setattr__(self, "ttl_s", _number("ttl_s", self.ttl_s))
+            _check(0 < self.ttl_s < 1e9, f"ttl_s is {self.ttl_s}; give seconds above 0, or None")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """What a request asks of the prefix cache.
+
+    tenant: whose cache it is; comes from the identity of the caller, never from the caller's wish. salt: narrows it to
+    requests with the same salt (vLLM's cache_salt); empty is not unset. public: a namespace that the operator declared
+    and that all tenants share. bypass: read nothing, leave nothing. retain: ranges of the prompt with a priority.
+    Raises RequestError for values of a wrong type.
+    """
+
+    tenant: str = "default"
+    salt: str | None = None
+    public: str | None = None
+    bypass: bool = False
+    retain: tuple[Retain, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.tenant, str) and 0 < len(self.tenant) <= 256, "tenant: give a name of 1 to 256 letters")
+        for name in ("salt", "public"):
+            value = getattr(self, name)
+            _check(
+                value is None or (isinstance(value, str) and len(value) <= 1024),
+                f"{name} is {value!r:.40}; give a text of at most 1,024 letters, or None",
+            )
+        _check(isinstance(self.bypass, bool), f"bypass is {self.bypass!r}; give True or False")
+        retain = _listed("retain", self.retain, "ranges (Retain)")
+        _check(all(isinstance(each, Retain) for each in retain), "retain: give a list of Retain")
+        object.__setattr__(self, "retain", retain)
+
+
+DEFAULT_CACHE_OPTIONS = CacheOptions()

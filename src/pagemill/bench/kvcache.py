@@ -80,8 +80,10 @@ class Subject:
     @property
     def dtype(self) -> str:
         """The weights' format, or what the checkpoint's was converted to."""
-        dtype = self.built.config.dtype
-        return ("bfloat16" if self.random else "checkpoint") if dtype == "auto" else dtype
+        weights = self.built.config.weights
+        if weights == "auto":
+            return "bfloat16" if self.random else "checkpoint"
+        return {"f32": "float32", "bf16": "bfloat16"}.get(weights, weights)
 
 
 @dataclass(slots=True)
@@ -145,7 +147,8 @@ def open_subject(config: EngineConfig, settings: Settings, *, progress: Progress
         )
     if config.max_model_len is None:
         config = replace(config, max_model_len=longest)
-    built = assemble(replace(config, kv_cache="paged"), checkpoint, tokenizer)
+    # Nothing is shared: both engines count the blocks as theirs, and each round is to compute its prompt.
+    built = assemble(replace(config, kv_cache="paged", enable_prefix_caching="off"), checkpoint, tokenizer)
     engines = {WITH: LLM.from_built(built), WITHOUT: second_engine(built, "none")}
     return Subject(built, engines, prompt, random)
 
@@ -229,9 +232,9 @@ def _open(name: str, progress: Progress | None) -> Checkpoint:
 
 
 def _draw(config: EngineConfig) -> Checkpoint:
-    """A shape with seeded random weights in the format of `config.dtype`. Raises CapacityError."""
+    """A shape with seeded random weights in f32 or bf16, as `config` loads them. Raises CapacityError."""
     spec = shape(config.model)
-    weight_format, value_bytes = ("f32", 4) if config.dtype == "float32" else ("bf16", 2)
+    weight_format, value_bytes = ("f32", 4) if config.weights == "f32" else ("bf16", 2)
     num_parameters = sum(math.prod(each.shape) for each in build_plan(spec, max_positions=1).weights.values())
     need, free = 2 * num_parameters * value_bytes, this_machine().free_bytes
     if need > free:

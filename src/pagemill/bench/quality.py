@@ -4,15 +4,14 @@ llama.cpp's procedure (tools/perplexity): the text is tokenised once and cut int
 alone from position 0; the logits of positions n_ctx/2 … n_ctx - 2 are scored on the token that follows. Where the model
 wants a BOS, it takes the place of each window's first token.
 
-Owns modes, what each is compared with, windows, and the interleaving. Arithmetic on logits is `quality_score`'s, the
-report `quality_report`'s.
+Owns executors, windows, and the interleaving. Modes and what each is held against are `quality_modes`', arithmetic on
+logits is `quality_score`'s, the report `quality_report`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,9 +20,10 @@ from numpy.typing import NDArray
 
 from pagemill.base.config import EngineConfig
 from pagemill.base.errors import CapacityError, ConfigError, ModelError
-from pagemill.base.kv_spec import KV_VALUE_BYTES, KVSpec
-from pagemill.base.units import format_bytes, parse_count
+from pagemill.base.kv_spec import KVSpec
+from pagemill.base.units import format_bytes
 from pagemill.bench.machine import CpuCounters, read_counters
+from pagemill.bench.quality_modes import WEIGHTS, Comparison, Mode, comparisons_of, modes_to_run
 from pagemill.bench.quality_score import (
     Float32,
     Float64,
@@ -33,57 +33,32 @@ from pagemill.bench.quality_score import (
     same_top1,
 )
 from pagemill.build import loaded_weight_bytes, tokenizer_of
-from pagemill.execution.loader import DTYPES, kv_codec_for, kv_spec_for, load_executor
+from pagemill.execution.loader import kv_spec_for, load_executor
 from pagemill.kernels.batch import Batch, ModelExecutor
+from pagemill.kernels.reference import ReferenceExecutor
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
 from pagemill.models.hub import Progress, resolve
 from pagemill.planner.machine import kernel_threads, this_machine
 
 MIN_CONTEXT = 4
 MAX_WINDOWS = 1_000_000
-UNQUANTISED = ("f32", "f16", "bf16")
 
 # Positions run at once, so that the logits in memory stay small whatever n_ctx: chunks give the bits of one piece.
 _CHUNK = 128
 _SCORED_ROWS = 32
-_AUTO = "auto"
 
 Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class Mode:
-    """One way to compute: weights as `--dtype` names them, keys and values as `--kv-cache-dtype` does."""
-
-    weights: str
-    kv: str
-
-    @property
-    def name(self) -> str:
-        """Both in a few words."""
-        return f"{self.weights}, KV {self.kv}"
-
-
-REFERENCE = Mode("float32", "f32")
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A mode and the mode whose probabilities it is held against."""
-
-    mode: Mode
-    against: Mode
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     """What to measure. modes: in the order asked for. contexts: n_ctx, tokens of a window. windows: at the most, from
-    the beginning of the text. Raises ConfigError for numbers that cannot be."""
+    the beginning of the text, for each n_ctx or one number for all. Raises ConfigError for numbers that cannot be."""
 
     text: Path
     modes: tuple[Mode, ...]
     contexts: tuple[int, ...] = (512,)
-    windows: int = 40
+    windows: tuple[int, ...] = (40,)
 
     def __post_init__(self) -> None:
         assert self.modes
@@ -92,48 +67,22 @@ class Settings:
                 f"--n-ctx is {', '.join(map(str, self.contexts)) or 'empty'}; give tokens of a window, at least "
                 f"{MIN_CONTEXT}, such as 512 or 512,4096"
             )
-        if not 1 <= self.windows <= MAX_WINDOWS:
-            raise ConfigError(f"--windows is {self.windows}; give a number of windows from 1 to {MAX_WINDOWS:,}")
+        if len(set(self.contexts)) != len(self.contexts):
+            raise ConfigError(f"--n-ctx names {', '.join(map(str, self.contexts))}; give each number once")
+        if not self.windows or not all(1 <= each <= MAX_WINDOWS for each in self.windows):
+            given = ", ".join(map(str, self.windows)) or "empty"
+            raise ConfigError(f"--windows is {given}; give a number of windows from 1 to {MAX_WINDOWS:,}")
+        if len(self.windows) not in (1, len(self.contexts)):
+            raise ConfigError(
+                f"--windows gives {len(self.windows)} numbers for {len(self.contexts)} of --n-ctx; give one for each, "
+                "or one for all"
+            )
 
-
-def parse_modes(dtypes: str, kv_cache_dtypes: str) -> tuple[Mode, ...]:
-    """Every combination of two lists separated by commas, each once. KV "auto" is the dtype's own by a fixed rule.
-
-    Raises ConfigError that lists unknown names and those that are known.
-    """
-    weights = _names("--dtype", dtypes, (_AUTO, *DTYPES))
-    codecs = _names("--kv-cache-dtype", kv_cache_dtypes, (_AUTO, *KV_VALUE_BYTES))
-    modes = [Mode(dtype, kv_codec_for(dtype, codec)) for dtype in weights for codec in codecs]
-    return tuple(dict.fromkeys(modes))
-
-
-def parse_contexts(text: str) -> tuple[int, ...]:
-    """Numbers of tokens such as "512" or "512,4K". Raises ConfigError."""
-    try:
-        return tuple(dict.fromkeys(parse_count(each) for each in _items(text)))
-    except ConfigError as error:
-        raise ConfigError(f"--n-ctx: {error}") from None
-
-
-def modes_to_run(asked: Iterable[Mode]) -> tuple[Mode, ...]:
-    """The modes asked for and those they are held against: float32 first, bf16 KV before a quantised KV."""
-    modes = [REFERENCE]
-    for mode in asked:
-        if mode.kv not in UNQUANTISED:
-            modes.append(Mode(mode.weights, "bf16"))
-        modes.append(mode)
-    return tuple(dict.fromkeys(modes))
-
-
-def comparisons_of(modes: Sequence[Mode]) -> tuple[Comparison, ...]:
-    """Every mode against float32, and every KV type against bf16 KV in the same weights where that runs too."""
-    comparisons = []
-    for mode in modes:
-        comparisons.append(Comparison(mode, REFERENCE))
-        plain = Mode(mode.weights, "bf16")
-        if plain in modes and mode not in (plain, REFERENCE):
-            comparisons.append(Comparison(mode, plain))
-    return tuple(comparisons)
+    @property
+    def windows_of(self) -> dict[int, int]:
+        """Windows asked for, by n_ctx."""
+        each = self.windows if len(self.windows) > 1 else self.windows * len(self.contexts)
+        return dict(zip(self.contexts, each, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,23 +203,39 @@ def open_subject(
             "lower --n-ctx"
         )
     num_threads = kernel_threads(config, this_machine())
-    specs = {mode: kv_spec_for(checkpoint, mode.kv, config.block_size) for mode in modes_to_run(settings.modes)}
+    specs = {mode: kv_spec_for(checkpoint, mode.codec, config.block_size) for mode in modes_to_run(settings.modes)}
     _check_memory(checkpoint, specs, longest)
     executors: dict[Mode, ModelExecutor] = {}
     for mode, spec in specs.items():
         loading(mode)
-        executors[mode] = load_executor(
-            checkpoint,
-            dtype=mode.weights,
-            kv_codec=mode.kv,
-            block_size=config.block_size,
-            num_blocks=spec.num_blocks(longest),
-            max_model_len=longest,
-            num_threads=num_threads,
-            executor=config.executor,
-        ).model
+        executors[mode] = _share_weights(mode, spec, executors, longest) or _load(
+            mode, checkpoint, config, longest, num_threads
+        )
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     return Subject(checkpoint, config, tokens, bos, executors, num_threads)
+
+
+def _load(mode: Mode, checkpoint: Checkpoint, config: EngineConfig, longest: int, num_threads: int) -> ModelExecutor:
+    return load_executor(
+        checkpoint,
+        weight_format=WEIGHTS[mode.weights],
+        kv_codec=mode.codec,
+        block_size=config.block_size,
+        num_blocks=-(-longest // config.block_size),
+        max_model_len=longest,
+        num_threads=num_threads,
+        executor="reference" if mode.apart else config.executor,
+    ).model
+
+
+def _share_weights(
+    mode: Mode, spec: KVSpec, executors: Mapping[Mode, ModelExecutor], longest: int
+) -> ModelExecutor | None:
+    """An executor in numpy beside the first one of the same weights; None where there is none yet."""
+    first = executors.get(replace(mode, kv="f32"))
+    if mode.apart and isinstance(first, ReferenceExecutor):
+        return first.with_kv(spec, spec.num_blocks(longest), rounding=mode.rounding)
+    return None
 
 
 def read_text(path: Path) -> str:
@@ -285,7 +250,7 @@ def read_text(path: Path) -> str:
 
 def total_tokens(subject: Subject, settings: Settings) -> int:
     """Tokens that the whole measurement runs, modes added up."""
-    per_mode = sum(subject.num_windows(each, settings.windows) * (each - 1) for each in settings.contexts)
+    per_mode = sum(subject.num_windows(n_ctx, each) * (n_ctx - 1) for n_ctx, each in settings.windows_of.items())
     return per_mode * len(subject.modes)
 
 
@@ -299,10 +264,10 @@ def measure(
     """
     found = Measurement(before=read_counters())
     comparisons = comparisons_of(subject.modes)
-    for n_ctx in settings.contexts:
+    for n_ctx, wanted in settings.windows_of.items():
         scores = Scores(n_ctx)
         found.scores.append(scores)
-        num_windows = subject.num_windows(n_ctx, settings.windows)
+        num_windows = subject.num_windows(n_ctx, wanted)
         for index in range(num_windows):
             window = _run_window(subject, comparisons, subject.window(n_ctx, index), watcher, interrupted)
             if window is None:
@@ -367,35 +332,25 @@ def _score_rows(score: WindowScore, logits: Mapping[Mode, Float32], targets: Int
         logp = {mode: log_softmax(each[rows]) for mode, each in logits.items()}
         for mode, nll in score.nll.items():
             nll.append(negative_log_likelihood(logp[mode], targets[rows]))
+        p = {against: np.exp(logp[against]) for against in dict.fromkeys(each.against for each in score.kld)}
         for comparison, kld in score.kld.items():
-            kld.append(divergence(logp[comparison.against], logp[comparison.mode]))
+            kld.append(divergence(p[comparison.against], logp[comparison.against], logp[comparison.mode]))
         for comparison, top1 in score.top1.items():
             top1.append(same_top1(logp[comparison.against], logp[comparison.mode]))
 
 
 def _check_memory(checkpoint: Checkpoint, specs: Mapping[Mode, KVSpec], longest: int) -> None:
-    weights = sum(loaded_weight_bytes(checkpoint, mode.weights) for mode in specs)
-    cache = sum(spec.num_blocks(longest) * spec.block_bytes for spec in specs.values())
+    # The reference keeps one copy as stored and one in f32 for all its modes of the same weights, and its KV in f32.
+    f32 = loaded_weight_bytes(checkpoint, "f32")
+    weights = sum(loaded_weight_bytes(checkpoint, WEIGHTS[mode.weights]) for mode in specs if not mode.apart)
+    weights += 2 * f32 * len({mode.weights for mode in specs if mode.apart})
+    held = (replace(spec, codec="f32") if mode.apart else spec for mode, spec in specs.items())
+    cache = sum(spec.num_blocks(longest) * spec.block_bytes for spec in held)
     logits = len(specs) * 4 * checkpoint.spec.vocab_size * (_CHUNK + 4 * _SCORED_ROWS)
     free = this_machine().free_bytes
     if weights + cache + logits > free:
         raise CapacityError(
             f"not enough memory: {len(specs)} modes side by side need {format_bytes(weights)} of weights + "
             f"{format_bytes(cache)} of KV cache + {format_bytes(logits)} of logits, and {format_bytes(free)} are free; "
-            "give fewer modes (--dtype, --kv-cache-dtype), or a lower --n-ctx"
+            "give fewer modes (--dtype, --weight-format, --kv-cache-dtype, --apart), or a lower --n-ctx"
         )
-
-
-def _items(text: str) -> list[str]:
-    return [each.strip() for each in text.split(",") if each.strip()]
-
-
-def _names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
-    items = tuple(dict.fromkeys(_items(text)))
-    unknown = [each for each in items if each not in known]
-    if unknown or not items:
-        near = [match for each in unknown for match in get_close_matches(each, known, n=1)]
-        hint = f" did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
-        problem = f"unknown {', '.join(map(repr, unknown))};{hint}" if unknown else "the list is empty;"
-        raise ConfigError(f"{flag}: {problem} give one or more of {', '.join(known)}, separated by commas")
-    return items

@@ -15,18 +15,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pagemill.bench.machine import describe_git, describe_machine, describe_versions, disturbance
-from pagemill.bench.quality import (
-    REFERENCE,
-    UNQUANTISED,
-    Comparison,
-    Measurement,
-    Scores,
-    Settings,
-    Subject,
-    comparisons_of,
-)
+from pagemill.bench.quality import Measurement, Scores, Settings, Subject
+from pagemill.bench.quality_modes import PARTS, REFERENCE, UNQUANTISED, Comparison, Mode, comparisons_of
 from pagemill.bench.quality_score import Estimate, Float64, mean, perplexity, perplexity_ratio
 from pagemill.bench.report import rounded, timestamp
+from pagemill.execution.loader import kv_spec_for
 from pagemill.kernels.target import choose_target
 
 
@@ -50,9 +43,11 @@ def gate_of(comparison: Comparison, bits: float) -> Gate | None:
     """The gate of a comparison: of weights and activations against float32, of a quantised KV type against bf16 KV.
 
     bits: of a KV value. None otherwise: float32 itself; a quantised KV type against float32, where the weights' cost
-    is in the figure too; and f32 or f16 against bf16 KV, which tells how far any change of the cache is magnified by
-    the roundings behind it.
+    is in the figure too; f32 or f16 against bf16 KV, which tells how far any change of the cache is magnified by the
+    roundings behind it; and single parts of a KV type.
     """
+    if comparison.mode.kv in PARTS or (comparison.mode.apart and comparison.against.kv != "bf16"):
+        return None
     quantised = comparison.mode.kv not in UNQUANTISED
     if comparison.mode == REFERENCE or quantised == (comparison.against == REFERENCE):
         return None
@@ -89,17 +84,14 @@ def _row(subject: Subject, scores: Scores, comparison: Comparison) -> dict[str, 
     nll, nll_ref = np.concatenate(windows), np.concatenate(windows_ref)
     ratio = perplexity_ratio(nll, nll_ref)
     kld = mean(np.concatenate(scores.kld[comparison]))
-    spec = subject.executors[mode].kv_spec
-    bits = spec.bits_per_value
+    bits = (bits_per_value(subject, mode.k) + bits_per_value(subject, mode.v)) / 2
     gate = gate_of(comparison, bits)
     return {
-        "weights": mode.weights,
-        "k": spec.codec,
-        "v": spec.codec,
+        **_names(subject, mode),
         "n_ctx": scores.n_ctx,
         "windows": scores.num_windows,
         "tokens": len(nll),
-        "against": {"weights": against.weights, "k": against.kv, "v": against.kv},
+        "against": _names(subject, against),
         **_figure("ppl", perplexity(nll)),
         **_figure("ppl_ref", perplexity(nll_ref)),
         **_figure("ppl_ratio", ratio),
@@ -114,6 +106,24 @@ def _row(subject: Subject, scores: Scores, comparison: Comparison) -> dict[str, 
             "kld": _means(scores.kld[comparison]),
             "top1": _means(scores.top1[comparison]),
         },
+    }
+
+
+def bits_per_value(subject: Subject, codec: str) -> float:
+    """Bits of a stored number in a codec, everything of a block counted."""
+    return kv_spec_for(subject.checkpoint, codec, subject.config.block_size).bits_per_value
+
+
+def _names(subject: Subject, mode: Mode) -> dict[str, str]:
+    """A mode in JSON. kv: as asked; k, v, probabilities: what keys, values, queries with probabilities are rounded
+    to."""
+    return {
+        "weights": mode.weights,
+        "kv": mode.kv,
+        "k": mode.k,
+        "v": mode.v,
+        "probabilities": mode.probabilities,
+        "executor": "reference" if mode.apart else subject.config.executor,
     }
 
 
@@ -141,7 +151,7 @@ def _settings(subject: Subject, settings: Settings) -> dict[str, Any]:
         "text_tokens": len(subject.tokens),
         "bos": subject.bos is not None,
         "n_ctx": list(settings.contexts),
-        "windows": settings.windows,
+        "windows": list(settings.windows_of.values()),
         "scored": "positions n_ctx/2 to n_ctx - 2 of each window, each on the token that follows",
         "reference": asdict(REFERENCE),
         "modes": [asdict(mode) for mode in subject.modes],
@@ -160,7 +170,7 @@ def make_tables(report: dict[str, Any]) -> list[Table]:
             continue
         title = f"n_ctx {n_ctx:,}, {rows[0]['windows']:,} windows"
         table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-        table.add_column("weights/KV\nheld against")
+        table.add_column("weights/KV\nheld against", no_wrap=True)
         for heading in ("PPL\n± se", "change\n± se", "KLD, nats\n± se", "top-1\n± se", "KV\nbits", "verdict\ngate"):
             table.add_column(heading, justify="right")
         for row in rows:
@@ -188,8 +198,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _mode(names: dict[str, Any]) -> str:
-    k, v = names["k"], names["v"]
-    return f"{names['weights']}/{k if k == v else f'{k}, {v}'}"
+    return f"{names['weights']}/{names['kv']}{'*' * (names['executor'] == 'reference')}"
 
 
 def _under(error: float | None, form: str) -> str:
@@ -206,9 +215,13 @@ def remarks(report: dict[str, Any]) -> list[str]:
     """What was cut short, and the machine, one line each."""
     settings, machine = report["settings"], report["machine"]
     lines = []
-    for n_ctx in settings["n_ctx"]:
+    for n_ctx, windows in zip(settings["n_ctx"], settings["windows"], strict=True):
         done = next((row["windows"] for row in report["rows"] if row["n_ctx"] == n_ctx), 0)
-        if done < settings["windows"]:
+        if done < windows:
             why = "interrupted" if report["interrupted"] else "the text has no more"
-            lines.append(f"{done:,} of {settings['windows']:,} windows at n_ctx {n_ctx:,}: {why}")
+            lines.append(f"{done:,} of {windows:,} windows at n_ctx {n_ctx:,}: {why}")
+    if any(row["executor"] == "reference" for row in report["rows"]):
+        lines.append(
+            "* by the reference in numpy; int8-k, -v, -qp: only keys, values, queries and probabilities in int8"
+        )
     return [*lines, f"{machine['cpu']}, {machine['num_threads']} of {machine['num_cores']} cores, {machine['target']}"]

@@ -37,10 +37,11 @@ def negative_log_likelihood(logp: Float64, targets: NDArray[np.int32]) -> Float6
     return -chosen
 
 
-def divergence(reference: Float64, other: Float64) -> Float64:
-    """KL(reference ‖ other) of each row in nats: log-probabilities [rows, vocab] twice -> [rows]."""
-    terms: Float64 = np.exp(reference)
-    terms *= reference - other
+def divergence(p: Float64, reference: Float64, other: Float64) -> Float64:
+    """KL(reference ‖ other) of each row in nats: the reference's probabilities p = exp(reference) and both
+    log-probabilities, [rows, vocab] each -> [rows]."""
+    terms: Float64 = reference - other
+    terms *= p
     total: Float64 = terms.sum(axis=1)
     return total
 

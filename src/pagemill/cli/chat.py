@@ -71,10 +71,12 @@ def _read_line(interactive: bool) -> str | None:
 def _answer(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> str:
     """Stream one answer; what has been said when Ctrl-C comes is what stays in the history."""
     said: list[str] = []
+    receipt = None
     stream = llm.stream(llm.chat_prompt(history), params)
     with _interrupts() as interrupted:
         for delta in stream:
             said.append(delta.text)
+            receipt = delta.receipt
             sys.stdout.write(delta.text)
             sys.stdout.flush()
             if interrupted:
@@ -82,6 +84,8 @@ def _answer(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> 
                 break
         stream.close()
     print()
+    if receipt is not None and sys.stderr.isatty():
+        note(str(receipt))
     return "".join(said)
 
 

@@ -37,6 +37,8 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer;
 PeerPython = Annotated[
     str | None, typer.Option(help="Python that has this peer already.", metavar="PATH", show_default=False)
 ]
+Quick = Annotated[bool, typer.Option("--quick", help="Few small rows, to try it out.")]
+Output = Annotated[str, typer.Option(help="Directory for JSON and plots.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's own end of text.")]
 
 
@@ -129,6 +131,35 @@ def chat(
 
 
 @app.command(rich_help_panel="This machine")
+def simulate(
+    ctx: typer.Context,
+    trace: Annotated[
+        str, typer.Argument(help="A trace (Mooncake JSONL, agent sessions, Azure CSV), or a load: chat, agents, …")
+    ],
+    policy: Annotated[str, typer.Option(help="Eviction policies, separated by commas.")] = "lru,gittins,adaptive",
+    blocks: Annotated[str, typer.Option(help="Sizes of the cache in blocks, separated by commas.")] = "1000,10000",
+    session_gap: Annotated[str, typer.Option(help="Mean time between starts of agent sessions.")] = "60",
+    seed: Annotated[int, typer.Option(help="Seed of session starts and generated loads.")] = 0,
+    output: Annotated[str | None, typer.Option(help="Also write the JSON to this file.", metavar="FILE")] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw the curves: a .png or .svg file.", metavar="FILE")] = None,
+    json: Json = False,
+) -> None:
+    """Replay a trace over eviction policies, without a model: hit ratios by policy and size beside the optimum."""
+    _act(
+        ctx,
+        "simulate",
+        trace=trace,
+        policies=policy,
+        blocks=blocks,
+        session_gap=session_gap,
+        seed=seed,
+        json_file=output,
+        plot=plot,
+        as_json=json,
+    )
+
+
+@app.command(rich_help_panel="This machine")
 def doctor(ctx: typer.Context, json: Json = False) -> None:
     """What this machine can do, what is wrong with it and how to mend it."""
     _act(ctx, "doctor", as_json=json)
@@ -208,14 +239,25 @@ def bench_quality(
     ctx: typer.Context,
     text: Annotated[str, typer.Option(help="UTF-8 text to predict, such as a test split.", metavar="FILE")],
     n_ctx: Annotated[str, typer.Option(help="Tokens of a window, or several numbers as 512,4096.")] = "512",
-    windows: Annotated[int, typer.Option(help="Windows to run, from the beginning of the text, at the most.")] = 40,
+    windows: Annotated[
+        str, typer.Option(help="Windows to run, from the beginning of the text; as 40,10 one number for each --n-ctx.")
+    ] = "40",
+    apart: Annotated[
+        str,
+        typer.Option(
+            help="Weights for which keys, values, and queries with probabilities are also put in int8 one at a time, "
+            "in numpy (slow), as float32.",
+            metavar="WEIGHTS",
+        ),
+    ] = "",
     output: Annotated[str, typer.Option(help="Directory for JSON.")] = "bench-results",
     json: Json = False,
     engine: dict[str, Any] | None = None,
 ) -> None:
     """Perplexity and KL divergence of weights and KV types against the engine's own float32, by llama.cpp's procedure.
 
-    --dtype and --kv-cache-dtype take several names, separated by commas; every combination is run.
+    --dtype, --weight-format and --kv-cache-dtype take several names, separated by commas; each weights of the first two
+    is run with each KV type.
     """
     _act(
         ctx,
@@ -223,6 +265,7 @@ def bench_quality(
         text=text,
         n_ctx=n_ctx,
         windows=windows,
+        apart=apart,
         output=output,
         as_json=json,
         engine=engine,
@@ -253,7 +296,8 @@ def bench_peers(
 ) -> None:
     """Speed against other engines on this machine, each in an environment of its own, in one interleaved run.
 
-    --peers llama.cpp:BF16 takes one form of the weights; --dtype several names, separated by commas, for Pagemill.
+    --peers llama.cpp:BF16 takes one form of the weights; --dtype and --weight-format take several names, separated by
+    commas, for Pagemill.
     """
     pythons = {
         "llama.cpp": python_llama,
@@ -274,6 +318,56 @@ def bench_peers(
         as_json=json,
         engine=engine,
     )
+
+
+@bench_app.command("roofline")
+@engine_options
+def bench_roofline(
+    ctx: typer.Context,
+    rounds: Annotated[int, typer.Option(help="Samples of each peak and step, taken in turns; the best counts.")] = 7,
+    quick: Quick = False,
+    output: Output = "bench-results",
+    json: Json = False,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """What this machine can read and multiply at most, and what share of it prefill and decoding reach.
+
+    --model takes a shape's name too (llama-1b), with random weights.
+    """
+    _act(ctx, "bench.roofline", rounds=rounds, quick=quick, output=output, as_json=json, engine=engine)
+
+
+@bench_app.command("growth")
+@engine_options
+def bench_growth(
+    ctx: typer.Context,
+    rounds: Annotated[int, typer.Option(help="Samples of each step, taken in turns; the fastest counts.")] = 5,
+    quick: Quick = False,
+    output: Output = "bench-results",
+    json: Json = False,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """Decoding by batch size and context, with KV in bf16 and int8: how much a step grows with every token kept.
+
+    Without --model: the default model, then llama-1b with random weights. --kv-cache-dtype takes one type alone.
+    """
+    _act(ctx, "bench.growth", rounds=rounds, quick=quick, output=output, as_json=json, engine=engine)
+
+
+@bench_app.command("step")
+@engine_options
+def bench_step(
+    ctx: typer.Context,
+    streams: Annotated[str, typer.Option(help="Sequences that decode together, one run for each number.")] = "1,32,256",
+    steps: Annotated[int, typer.Option(help="Steps that are timed in each run.")] = 100,
+    sampled: Annotated[bool, typer.Option("--sampled", help="Draw with top-p and 5 logprobs, not greedily.")] = False,
+    output: Output = "bench-results",
+    json: Json = False,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """Where the time of a decode step goes: native call, schedule, batch, sampling, commit, deltas, rest."""
+    given = {"streams": streams, "num_steps": steps, "sampled": sampled, "output": output}
+    _act(ctx, "bench.step", **given, as_json=json, engine=engine)
 
 
 @config_app.command("show")

@@ -64,6 +64,7 @@ def run(*, engine: dict[str, Any]) -> None:
             question = llm.chat_prompt([{"role": "user", "content": QUESTION}])
         answer = _timed(llm, question, NUM_ANSWER_TOKENS, echo=True)
         num_tokens = _affordable_tokens(llm)
+        cold, warm = _cold_and_warm(llm)
         _title(f"The cache on: {num_tokens} tokens, each reading the keys and values of those before it")
         with_cache = _timed(llm, STORY, num_tokens, echo=True, ignore_eos=True)
         _title(f"Several prompts at once: {len(TOPICS)} stories of {NUM_BATCH_TOKENS} tokens")
@@ -77,7 +78,7 @@ def run(*, engine: dict[str, Any]) -> None:
     same = "the same tokens" if without_cache.token_ids == with_cache.token_ids else "OTHER TOKENS (report this)"
     _say(f"{num_tokens} tokens in {format_seconds(without_cache.total_s)}: {same}")
     print()
-    _print_table(answer, with_cache, without_cache, alone_rate, batch_rate)
+    _print_table(answer, with_cache, without_cache, alone_rate, batch_rate, (cold, warm))
     _say(f"all of it took {format_seconds(time.perf_counter() - began)}")
 
 
@@ -123,7 +124,23 @@ def _rate(llm: LLM, topics: Sequence[str]) -> float:
     return sum(len(each.outputs[0].token_ids) for each in answers) / elapsed
 
 
-def _print_table(answer: Timed, on: Timed, off: Timed, alone_rate: float, batch_rate: float) -> None:
+def _cold_and_warm(llm: LLM) -> tuple[float, float]:
+    """Seconds to the first token of a long prompt, the first time and the second."""
+    num_prompt = min(384, llm.built.max_model_len - 8)
+    _title(f"A prompt of {num_prompt} tokens, read for the first time and found again")
+    vocab_size = llm.built.spec.vocab_size
+    ids = {"prompt_token_ids": [(11 + 7 * index % 991) % vocab_size for index in range(num_prompt)]}
+    seconds = []
+    for _ in range(2):
+        [found] = llm.generate(ids, SamplingParams(temperature=0, max_tokens=1))
+        seconds.append(found.timing.ttft_s or 0.0)
+        _say(f"first token after {format_seconds(seconds[-1])}. {found.receipt or 'nothing is shared'}")
+    return seconds[0], seconds[1]
+
+
+def _print_table(
+    answer: Timed, on: Timed, off: Timed, alone_rate: float, batch_rate: float, prompt: tuple[float, float]
+) -> None:
     table = Table(title="measured on this machine, just now", title_justify="left", pad_edge=False)
     table.add_column("what")
     for heading in ("cache off", "cache on", "ratio"):
@@ -136,6 +153,14 @@ def _print_table(answer: Timed, on: Timed, off: Timed, alone_rate: float, batch_
     row(f"time per token, tokens 2-{_ENDS}", median(off.seconds[1:_ENDS]), median(on.seconds[1:_ENDS]))
     row(f"time per token, tokens {last - _ENDS + 1}-{last}", median(off.seconds[-_ENDS:]), median(on.seconds[-_ENDS:]))
     row(f"{last} tokens in all", off.total_s, on.total_s)
+    table.add_section()
+    cold, warm = prompt
+    table.add_row(
+        "first token, prompt cold and warm",
+        format_seconds(cold),
+        format_seconds(warm),
+        f"{cold / max(warm, 1e-9):.1f}×",
+    )
     table.add_section()
     table.add_row("first token of the answer", "", format_seconds(answer.seconds[0]), "")
     table.add_row("streamed answer", "", f"{1 / answer.tpot_s:.0f} tok/s", "")

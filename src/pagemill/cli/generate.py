@@ -70,7 +70,7 @@ def describe(answer: RequestOutput) -> dict[str, Any]:
             "cached_tokens": answer.num_cached_tokens,
         },
         "timing": {"ttft_s": answer.timing.ttft_s, "tpot_s": answer.tpot_s},
-        "receipt": answer.receipt,
+        "receipt": None if answer.receipt is None else answer.receipt.describe(),
     }
     if first.logprobs is not None:
         found["logprobs"] = _logprobs(first)
@@ -107,10 +107,10 @@ def _print_choice(choice: CompletionOutput, *, several: bool) -> None:
 
 
 def _stream(llm: LLM, text: str, params: SamplingParams) -> None:
-    num_tokens, marks = 0, None
+    num_tokens, marks, receipt = 0, None, None
     for delta in llm.stream(text, params):
         num_tokens += len(delta.token_ids)
-        marks = delta.marks
+        marks, receipt = delta.marks, delta.receipt
         sys.stdout.write(delta.text)
         sys.stdout.flush()
     print()
@@ -120,3 +120,5 @@ def _stream(llm: LLM, text: str, params: SamplingParams) -> None:
     if num_tokens > 1:
         line += f", then {(num_tokens - 1) / (marks.finished_s - marks.first_token_s):.1f} tokens/s"
     note(line)
+    if receipt is not None:
+        note(str(receipt))

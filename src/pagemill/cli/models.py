@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pagemill.base.kv_spec import KV_VALUE_BYTES
 from pagemill.base.units import format_bytes
 from pagemill.cli.progress import byte_progress
 from pagemill.cli.terminal import print_json
@@ -18,7 +19,7 @@ from pagemill.models import hub
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
 from pagemill.models.registry import build_plan
 
-_KV_CODECS = ("bf16", "f32", "int8")
+_KV_CODECS = tuple(KV_VALUE_BYTES)
 
 
 def pull_model(*, name: str, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 import pagemill
-from pagemill.base.config import resolve_config
+from pagemill.base.config import EngineConfig, resolve_config
 from pagemill.base.errors import ConfigError
 from pagemill.bench.peers_catalog import (
     PAGEMILL,
@@ -79,12 +79,13 @@ def peers(
     if idle:
         raise ConfigError(f"a Python is given for {', '.join(idle)}, which --peers does not name; add it there")
     arguments = dict(engine["arguments"])
-    modes = [each.strip() for each in arguments.pop("dtype", "").split(",") if each.strip()] or [None]
-    configs = [
-        resolve_config({**arguments, **({"dtype": mode} if mode else {})}, file=engine["file"], origin="command line")
-        for mode in modes
-    ]
-    config = configs[0].config
+    lists = {name: arguments.pop(name, "") for name in ("dtype", "weight_format")}
+    modes = [{name: each.strip()} for name, text in lists.items() for each in text.split(",") if each.strip()]
+    configs: dict[str, EngineConfig] = {}
+    for mode in modes or [{}]:
+        config = resolve_config({**arguments, **mode}, file=engine["file"], origin="command line").config
+        configs.setdefault(config.weights, config)  # float32 and f32 are one
+    config = next(iter(configs.values()))
     works = QUICK_WORKS if quick else WORKS
     directory = prepare_directory(output)
     with byte_progress(quiet=as_json) as report_bytes:
@@ -94,7 +95,7 @@ def peers(
     given = {name: value for name, value in arguments.items() if name not in ("model", "num_threads")}
     if engine["file"] is not None:
         given["config_file"] = str(engine["file"])
-    ours = [_pagemill(each.config.dtype, checkpoint, given) for each in configs]
+    ours = [_pagemill(each, checkpoint, given) for each in configs.values()]
     others, absent = _contestants(asked, chosen, checkpoint)
     if not others:
         raise ConfigError(
@@ -123,11 +124,13 @@ def _check_lengths(checkpoint: Checkpoint, works: tuple[Work, ...]) -> None:
         )
 
 
-def _pagemill(dtype: str, checkpoint: Checkpoint, given: dict[str, Any]) -> Contestant:
+def _pagemill(config: EngineConfig, checkpoint: Checkpoint, given: dict[str, Any]) -> Contestant:
+    weights = {"dtype": config.dtype, "weight_format": config.weight_format}
+    mode = config.dtype if config.weight_format == "auto" else config.weight_format
     command = (sys.executable, str(SCRIPTS / "run_pagemill.py"))
     source = str(Path(pagemill.__file__).parents[1])
     path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
-    return Contestant(PAGEMILL, dtype, command, str(checkpoint.path), {**given, "dtype": dtype}, python_path=path)
+    return Contestant(PAGEMILL, mode, command, str(checkpoint.path), {**given, **weights}, python_path=path)
 
 
 def _contestants(

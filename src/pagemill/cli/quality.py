@@ -20,10 +20,9 @@ from pagemill.bench.quality import (
     Settings,
     measure,
     open_subject,
-    parse_contexts,
-    parse_modes,
     total_tokens,
 )
+from pagemill.bench.quality_modes import parse_apart, parse_counts, parse_modes
 from pagemill.bench.quality_report import make_report, make_tables, remarks, title_of
 from pagemill.bench.quality_score import perplexity
 from pagemill.bench.report import file_stem, prepare_directory, write_json
@@ -34,11 +33,13 @@ from pagemill.cli.terminal import BOLD, note, paint, print_json
 _REFRESH_S = 0.25
 _LINE_S = 10.0
 _INTERRUPTED = 130
-_LISTS = ("dtype", "kv_cache_dtype")
+_LISTS = ("dtype", "weight_format", "kv_cache_dtype")
 _USED = ("model", "block_size", "num_threads", "executor", *_LISTS)
 
 
-def quality(*, text: str, n_ctx: str, windows: int, output: str, as_json: bool, engine: dict[str, Any]) -> int:
+def quality(
+    *, text: str, n_ctx: str, windows: str, apart: str, output: str, as_json: bool, engine: dict[str, Any]
+) -> int:
     """Measure what weight formats and KV types cost; print a table or one JSON object, write the JSON to `output`.
 
     Returns 130 where Ctrl-C ended it; the whole windows measured by then are reported all the same.
@@ -52,8 +53,14 @@ def quality(*, text: str, n_ctx: str, windows: int, output: str, as_json: bool, 
         )
     lists = {name: arguments.pop(name) for name in _LISTS if name in arguments}
     config = resolve_config(arguments, file=engine["file"], origin="command line").config
-    modes = parse_modes(lists.get("dtype", config.dtype), lists.get("kv_cache_dtype", config.kv_cache_dtype))
-    settings = Settings(Path(text), modes, parse_contexts(n_ctx), windows)
+    named = "dtype" in lists or "weight_format" in lists
+    modes = parse_modes(
+        lists.get("dtype", ""),
+        lists.get("kv_cache_dtype", config.kv_cache_dtype),
+        lists.get("weight_format", "" if named else config.weights),
+    )
+    contexts, counts = parse_counts("--n-ctx", n_ctx), parse_counts("--windows", windows)
+    settings = Settings(Path(text), (*modes, *parse_apart(apart)), contexts, counts)
     directory = prepare_directory(output)
     with byte_progress() as report_bytes:
         subject = open_subject(

@@ -1,12 +1,14 @@
 """Random numbers that depend on nothing but their key: no state, no order of calls, no batch.
 
 Philox4x64-10, a counter-based generator: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3"
-(SC 2011). Key = (seed, choice); counter = (position, purpose, 0, 0).
+(SC 2011). Key = (seed, choice); counter = (position, purpose, 0, 0). `csrc/sampling.cpp` has the same for the native
+sampler.
 """
 
 from __future__ import annotations
 
 SAMPLING = 0  # purpose: the choice of a token
+RANDOM_BITS = 53
 
 _MASK = 2**64 - 1
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
@@ -25,7 +27,11 @@ def philox4x64(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return c0, c1, c2, c3
 
 
+def random_bits(seed: int, choice: int, position: int, purpose: int = SAMPLING) -> int:
+    """RANDOM_BITS random bits, the same for the same four whole numbers of 0 .. 2^64 - 1."""
+    return philox4x64((position, purpose, 0, 0), (seed, choice))[0] >> (64 - RANDOM_BITS)
+
+
 def uniform(seed: int, choice: int, position: int, purpose: int = SAMPLING) -> float:
-    """A number in [0, 1) with 53 random bits, the same for the same four whole numbers of 0 .. 2^64 - 1."""
-    word = philox4x64((position, purpose, 0, 0), (seed, choice))[0]
-    return float(word >> 11) * 2.0**-53
+    """The same bits as a number in [0, 1)."""
+    return float(random_bits(seed, choice, position, purpose)) * 2.0**-RANDOM_BITS

@@ -6,12 +6,14 @@ knows nothing of sequences, steps or stops (`forbid` says what must not be chose
 
 The cuts mean what they mean in vLLM, in the order of its V0 sampler:
 * top-k keeps every token whose logit is at least the k-th largest, so ties with the k-th stay.
-* top-p sums the probabilities that top-k left, most likely first (ties: lower id first), and keeps the shortest
-  beginning that reaches p, never less than one token.
-* min-p drops what is less likely than min_p × the most likely token.
+* top-p sums the weights that top-k left, largest logit first (ties: lower id first), and keeps the shortest beginning
+  that reaches p of them, never less than one token.
+* min-p drops what weighs less than min_p × the largest logit's weight.
 
-Weights are exp((logit - largest) ÷ temperature) in f64, row by row, so a row's token depends on its own logits and key
-only. Log-probabilities are those of the raw logits: before forbid, temperature and cuts.
+A weight is exp((logit - largest) ÷ temperature) in whole 2^-40ths: an f32 polynomial without fused operations, rounded.
+Whole numbers make every sum exact, so neither the order of summation nor threads, batch or instruction set can change a
+token. This module is the specification; `csrc/generic/sampling-inl.h` chooses the same tokens without sorting.
+Log-probabilities are those of the raw logits, before forbid, temperature and cuts, good to 1e-6.
 """
 
 from __future__ import annotations
@@ -25,15 +27,22 @@ from numpy.typing import NDArray
 
 from pagemill.base.params import MAX_LOGPROBS, SamplingParams
 from pagemill.base.step import Sample, SampleFailure, TokenLogprob
-from pagemill.decoding.random import uniform
+from pagemill.decoding.random import RANDOM_BITS, random_bits
 
 _Logits = NDArray[np.float32]
-_Weights = NDArray[np.float64]
-_Ids = NDArray[np.intp]
+_Weights = NDArray[np.int64]
 
-_STRIPE = 512  # weights that are added before they are cumulated
-_BITS_OF_ONE = 0x3FF0_0000_0000_0000  # 1.0 in f64
-_CLASS_SHIFT = 46  # weights are classed by exponent and 6 bits of mantissa
+WHOLE = 2**40  # the weight of the largest logit
+
+_LOG2_E = 1.4426950408889634
+_F32_MAX = float(np.finfo(np.float32).max)
+_LEAST_EXPONENT = np.float32(-64.0)  # below 2^-41 a weight is 0 anyway
+_ROUNDER = np.float32(1.5 * 2**23)  # adding and taking it away rounds an f32 to a whole number
+# 2^x for |x| ≤ 1/2, the highest power first; relative error below 2e-7.
+_EXP2 = tuple(np.float32(c) for c in (0.00132647087, 0.00967151113, 0.0555073395, 0.240222424, 0.693147004, 1.0))
+
+NOT_A_NUMBER = "the model computed NaN as logit of token {token}; its weights are damaged"
+NOTHING_LEFT = "every token is forbidden or has a logit of -inf; forbid fewer tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +81,7 @@ def sample(
 def _sample_row(row: _Logits, request: SamplingRow, best: int) -> Sample | SampleFailure:
     """row: [vocab] f32; best: its argmax, which is the first NaN where there is one."""
     if math.isnan(row[best]):
-        return SampleFailure(
-            request.seq_id, f"the model computed NaN as logit of token {best}; its weights are damaged"
-        )
+        return SampleFailure(request.seq_id, NOT_A_NUMBER.format(token=best))
     params = request.params
     allowed = row
     if request.forbid:
@@ -83,100 +90,63 @@ def _sample_row(row: _Logits, request: SamplingRow, best: int) -> Sample | Sampl
         if best in request.forbid:
             best = int(np.argmax(allowed))
     if allowed[best] == -np.inf:
-        return SampleFailure(request.seq_id, "every token is forbidden or has a logit of -inf; forbid fewer tokens")
-    token = best if params.greedy else _draw(allowed, request, float(allowed[best]))
+        return SampleFailure(request.seq_id, NOTHING_LEFT)
+    token = best if params.greedy else _draw(allowed, request)
     if params.logprobs is None:
         return Sample(request.seq_id, token)
     return _with_logprobs(row, request.seq_id, token, params.logprobs)
 
 
-def _draw(row: _Logits, request: SamplingRow, largest: float) -> int:
+def _draw(row: _Logits, request: SamplingRow) -> int:
     """One token of a row [vocab] f32 by temperature, cuts and the row's random number."""
     params = request.params
-    ids: _Ids | None = None  # None: all tokens
-    logits = row
+    weights = weigh(row, params.temperature)
+    ranking = np.argsort(-row, kind="stable")
+    keep = np.ones(row.shape[0], dtype=np.bool_)
     if 0 < params.top_k < row.shape[0]:
-        ids = _at_least_kth(row, params.top_k)
-        logits = row[ids]
-    weights = _weights(logits, largest, params.temperature)
-    keep: NDArray[np.bool_] | None = None
+        keep = row >= row[ranking[params.top_k - 1]]
+        ranking = ranking[keep[ranking]]
     if params.top_p < 1.0:
-        keep = _nucleus(weights, params.top_p)
+        reached = np.cumsum(weights[ranking])
+        wanted = _share(int(reached[-1]), params.top_p)
+        keep[ranking[int(np.searchsorted(reached, wanted)) + 1 :]] = False
     if params.min_p > 0.0:
-        likely = weights >= params.min_p
-        keep = likely if keep is None else keep & likely
-    if keep is not None:
-        kept = np.flatnonzero(keep)
-        weights = weights[kept]
-        ids = kept if ids is None else ids[kept]
-    index = _inverse_cdf(weights, uniform(request.seed, request.choice, request.position))
-    return index if ids is None else int(ids[index])
+        keep &= weights >= math.ceil(params.min_p * WHOLE)
+    reached = np.cumsum(np.where(keep, weights, 0))
+    number = random_bits(request.seed, request.choice, request.position)
+    return int(np.searchsorted(reached, number * int(reached[-1]) >> RANDOM_BITS, side="right"))
 
 
-def _weights(logits: _Logits, largest: float, temperature: float) -> _Weights:
-    """exp((logit - largest) ÷ temperature), f64; where the largest is +inf: 1 for +inf, 0 for the rest."""
-    if largest == math.inf:
-        return np.where(logits == np.inf, 1.0, 0.0)
-    scaled = logits.astype(np.float64)
-    scaled -= largest
+def weigh(row: _Logits, temperature: float) -> _Weights:
+    """Weights [vocab] i64 of a row [vocab] f32 without NaN whose largest logit is above -inf; the largest's is WHOLE.
+
+    Where the largest is +inf: WHOLE for +inf, 0 for the rest.
+    """
+    largest = row.max()
+    if largest == np.inf:
+        return np.where(row == np.inf, WHOLE, 0)
+    rate = np.float32(min(_LOG2_E / temperature, _F32_MAX))
     with np.errstate(over="ignore"):  # -inf: as unlikely as it gets
-        scaled /= temperature
-    return np.exp(scaled, out=scaled)
+        exponent = np.maximum((row - largest) * rate, _LEAST_EXPONENT)
+    whole = (exponent + _ROUNDER) - _ROUNDER
+    rest = exponent - whole
+    power = np.full_like(rest, _EXP2[0])
+    for coefficient in _EXP2[1:]:
+        power = power * rest + coefficient
+    weights: _Weights = np.rint(np.ldexp(power, whole.astype(np.int32)).astype(np.float64) * WHOLE).astype(np.int64)
+    return weights
 
 
-def _at_least_kth(row: _Logits, k: int) -> _Ids:
-    """Ids, ascending, of all values that are at least the k-th largest of a row [vocab] f32; 0 < k < vocab."""
-    return np.flatnonzero(row >= np.partition(row, -k)[-k])
-
-
-def _nucleus(weights: _Weights, p: float) -> NDArray[np.bool_]:
-    """Which of the weights [n] f64, at most 1, are in the shortest beginning, heaviest first, that reaches p of all.
-
-    What weighs less than (1 - p) ÷ n of the total weighs, together, less than may be left out: half of that bound is a
-    safe floor. The rest is counted by classes of weight, so that only the class where p is reached must be sorted.
-    """
-    total = float(weights.sum())
-    wanted = p * total
-    heavy = np.flatnonzero(weights >= 0.5 * (1.0 - p) * total / weights.shape[0])
-    values = weights[heavy]
-    classes = (_BITS_OF_ONE - values.view(np.int64)) >> _CLASS_SHIFT  # positive f64 are ordered as their bits
-    reached = np.cumsum(np.bincount(classes, weights=values))
-    last = min(int(np.searchsorted(reached, wanted)), reached.shape[0] - 1)
-    edge = np.flatnonzero(classes == last)
-    edge = edge[np.argsort(-values[edge], kind="stable")]
-    missing = wanted - (float(reached[last - 1]) if last else 0.0)
-    count = int(np.searchsorted(np.cumsum(values[edge]), missing)) + 1
-    keep = np.zeros(weights.shape[0], dtype=np.bool_)
-    keep[heavy[classes < last]] = True
-    keep[heavy[edge[:count]]] = True
-    return keep
-
-
-def _inverse_cdf(weights: _Weights, number: float) -> int:
-    """The index whose stretch of the cumulated weights [n] f64 holds `number` (in [0, 1)) of the total.
-
-    Cumulated by stripes first, since a sum of a stripe is several times faster than cumulating it.
-    """
-    whole = weights.shape[0] // _STRIPE * _STRIPE
-    stripes = np.append(weights[:whole].reshape(-1, _STRIPE).sum(axis=1), weights[whole:].sum())
-    reached = np.cumsum(stripes)
-    target = number * float(reached[-1])
-    stripe = int(np.searchsorted(reached, target, side="right"))
-    if stripe == reached.shape[0]:  # the product was rounded up to the total
-        return int(np.flatnonzero(weights)[-1])
-    start = stripe * _STRIPE
-    inside = weights[start : start + _STRIPE]
-    rest = target - (float(reached[stripe - 1]) if stripe else 0.0)
-    index = int(np.searchsorted(np.cumsum(inside), rest, side="right"))
-    return start + (index if index < inside.shape[0] else int(np.flatnonzero(inside)[-1]))
+def _share(total: int, p: float) -> int:
+    """What the nucleus must reach: p of the total, rounded up, at least 1."""
+    return min(total, max(1, math.ceil(p * float(total))))
 
 
 def _with_logprobs(row: _Logits, seq_id: int, token: int, count: int) -> Sample:
     """The chosen token and the `count` most likely ones (ties: lower id first), from raw logits [vocab] f32."""
     assert count <= MAX_LOGPROBS
     largest = float(row.max())
-    weights = _weights(row, largest, 1.0)
-    log_total = math.log(float(weights.sum()))
+    log_total = math.log(float(weigh(row, 1.0).sum()) / WHOLE)
 
     def logprob(index: int) -> float:
         if largest == math.inf:
@@ -185,9 +155,10 @@ def _with_logprobs(row: _Logits, seq_id: int, token: int, count: int) -> Sample:
 
     value = row[token]
     rank = 1 + int(np.count_nonzero(row > value)) + int(np.count_nonzero(row[:token] == value))
-    chosen = TokenLogprob(token, logprob(token), rank)
-    if count == 0:
-        return Sample(seq_id, token, chosen)
-    near = _at_least_kth(row, count) if count < row.shape[0] else np.arange(row.shape[0])
-    best = near[np.argsort(-row[near], kind="stable")][:count].tolist()
-    return Sample(seq_id, token, chosen, tuple(TokenLogprob(t, logprob(t), i) for i, t in enumerate(best, start=1)))
+    top = np.argsort(-row, kind="stable")[:count].tolist()
+    return Sample(
+        seq_id,
+        token,
+        TokenLogprob(token, logprob(token), rank),
+        tuple(TokenLogprob(each, logprob(each), i) for i, each in enumerate(top, start=1)),
+    )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagemill.base.errors import CapacityError, ConfigError, RequestError
-from pagemill.base.params import SamplingParams
+from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
 from pagemill.cache.manager import CacheManager
 from pagemill.engine.request import Request
 
@@ -53,16 +53,24 @@ class Admission:
         self._cache = cache
 
     def admit(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, seed: int, arrival_s: float
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        arrival_s: float,
+        cache: CacheOptions = DEFAULT_CACHE_OPTIONS,
     ) -> Request:
         """The checked request. `seed` is used where `params` brings none.
 
-        Raises RequestError (status 400) for an empty or too long prompt and for ids outside the vocabulary, and
-        CapacityError where the whole cache is too small for it.
+        Raises RequestError (status 400) for an empty or too long prompt, ids outside the vocabulary and retained ranges
+        outside the prompt, (403) for a namespace that is not to be had, and CapacityError where the whole cache, or the
+        tenant's part, is too small for it.
         """
         tokens = self._check_prompt(prompt)
         self._check_stop_ids(params)
         self._check_cache(len(prompt))
+        self._check_options(len(prompt), cache)
         return Request(
             request_id=request_id,
             prompt_token_ids=tokens,
@@ -71,6 +79,7 @@ class Admission:
             max_tokens=self._max_tokens(len(prompt), params),
             stop_token_ids=self._stop_ids(params),
             arrival_s=arrival_s,
+            cache=cache,
         )
 
     def _check_prompt(self, prompt: Sequence[int]) -> array[int]:
@@ -117,6 +126,17 @@ class Admission:
                 f"the prompt's {num_prompt_tokens:,} tokens need {need:,} blocks and the whole KV cache has {size} "
                 f"({cache.num_blocks * cache.block_size:,} tokens); shorten the prompt or raise kv_cache_memory_bytes"
             )
+
+    def _check_options(self, num_prompt_tokens: int, options: CacheOptions) -> None:
+        for each in options.retain:
+            if each.end > num_prompt_tokens:
+                raise RequestError(
+                    f"a retained range is {each.start} to {each.end} and the prompt has {num_prompt_tokens:,} tokens; "
+                    f"end it at {num_prompt_tokens:,} at the most"
+                )
+        error = self._cache.cap_error(num_prompt_tokens, options)
+        if error is not None:
+            raise error
 
     def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """As asked, cut at the context's end. Without a wish also at the end of the cache, whose last position may be

@@ -6,17 +6,21 @@ One thread owns an engine. Whatever fails, fails as the last delta of the reques
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pagemill.base.errors import RequestError
-from pagemill.base.params import SamplingParams
-from pagemill.base.step import StepResult
-from pagemill.cache.manager import CacheManager, CacheStats
+from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
+from pagemill.base.step import StepPlan, StepResult
+from pagemill.base.transfer import Moves
+from pagemill.cache.entry import CacheStats
+from pagemill.cache.manager import CacheManager
 from pagemill.engine.admission import Admission, EngineLimits, derive_seed
 from pagemill.engine.output import Delta, FinishReason, Output, check_answers
 from pagemill.engine.ports import Clock, Decode, Executor
+from pagemill.engine.receipt import PrefillRate, Receipt
 from pagemill.engine.request import Marks, Request, Sequence
 from pagemill.engine.scheduler import Schedule, Scheduler
 
@@ -37,11 +41,12 @@ class Engine:
     """Continuous batching over one executor and one cache. Mutated by `add_request`, `step` and `abort`.
 
     decode: token ids and skip_special_tokens to text. seed: from which requests without a seed get theirs.
+    on_stage: called at the end of "schedule", "commit" and "deltas" with that name, for profiles; None costs nothing.
     """
 
     __slots__ = (
         "_admission", "_cache", "_clock", "_executor", "_next_seq_id", "_num_computed_tokens", "_num_requests",
-        "_num_steps", "_output", "_scheduler", "_seed", "_unfinished",
+        "_num_steps", "_output", "_rate", "_scheduler", "_seed", "_unfinished", "on_stage",
     )  # fmt: skip
 
     def __init__(
@@ -60,11 +65,13 @@ class Engine:
         self._admission = Admission(limits, cache)
         self._scheduler = Scheduler(limits, cache)
         self._output = Output(decode)
+        self._rate = PrefillRate()
         self._unfinished: dict[str, list[Sequence]] = {}
         self._num_requests = 0
         self._next_seq_id = 0
         self._num_steps = 0
         self._num_computed_tokens = 0
+        self.on_stage: Callable[[str], None] | None = None
 
     @property
     def limits(self) -> EngineLimits:
@@ -88,9 +95,16 @@ class Engine:
             cache=self._cache.stats(),
         )
 
-    def check_request(self, prompt_token_ids: Ordered[int], params: SamplingParams) -> None:
+    @property
+    def cache(self) -> CacheManager:
+        """The KV cache, whose thread is the engine's."""
+        return self._cache
+
+    def check_request(
+        self, prompt_token_ids: Ordered[int], params: SamplingParams, cache: CacheOptions = DEFAULT_CACHE_OPTIONS
+    ) -> None:
         """Raise what `add_request` would raise for this prompt (RequestError, CapacityError), and change nothing."""
-        self._admission.admit("", prompt_token_ids, params, 0, 0.0)
+        self._admission.admit("", prompt_token_ids, params, 0, 0.0, cache)
 
     def add_request(
         self,
@@ -98,18 +112,22 @@ class Engine:
         prompt_token_ids: Ordered[int],
         params: SamplingParams,
         arrival_s: float | None = None,
+        cache: CacheOptions = DEFAULT_CACHE_OPTIONS,
     ) -> Request:
         """Queue a request; its answer comes out of `step` as deltas, `params.n` choices of them.
 
-        arrival_s: on the engine's clock, None for now. Raises RequestError for a wrong request or an id in use, and
-        CapacityError for a prompt that no emptying of the cache would let in; the engine is unchanged then.
+        arrival_s: on the engine's clock, None for now. cache: whose blocks it may share, and how. Raises RequestError
+        for a wrong request or an id in use, and CapacityError for a prompt that no emptying of the cache would let in;
+        the engine is unchanged then.
         """
         if request_id in self._unfinished:
             raise RequestError(f"request id {request_id!r} is in use; give each request its own", status=409)
         arrival_s = self._clock.now() if arrival_s is None else arrival_s
         seed = derive_seed(self._seed, self._num_requests)
-        request = self._admission.admit(request_id, prompt_token_ids, params, seed, arrival_s)
+        request = self._admission.admit(request_id, prompt_token_ids, params, seed, arrival_s, cache)
         sequences = [self._sequence(request, choice) for choice in range(params.n)]
+        for sequence in sequences[1:]:
+            sequence.first = sequences[0]
         self._num_requests += 1
         self._unfinished[request_id] = sequences
         for sequence in sequences:
@@ -120,52 +138,106 @@ class Engine:
     def abort(self, request_id: str) -> list[Delta]:
         """End a request in whatever state and free its blocks. Returns the last delta of each choice still open;
         none where the request is unknown or has just finished."""
-        return self._end(self._unfinished.get(request_id, ()), "abort")
+        deltas = self._end(self._unfinished.get(request_id, ()), "abort")
+        if not self._unfinished:
+            self._settle_idle()
+        return deltas
+
+    def settle(self) -> None:
+        """Make the moves that wait, such as wipes of dropped blocks, without a step. Costs nothing where none wait."""
+        for _ in range(2):  # a copy may be the last to hold what a purge dropped
+            if moves := self._cache.moves():
+                self._executor.run(StepPlan((), moves))
+                self._cache.moved(moves)
+
+    def _settle_idle(self) -> None:
+        """The same where nobody can be told of a failure: moves that fail wait for the next step, which makes them
+        before their blocks are used."""
+        with suppress(Exception):
+            self.settle()
+
+    def resize_cache(self, num_blocks: int) -> None:
+        """Have a KV cache of so many blocks, sequences alive: those beyond a smaller size are copied to where room is.
+
+        Raises CapacityError where sequences and pins use more or memory is short, and ConfigError where tenants' floors
+        need more; nothing is lost then.
+        """
+        self.settle()
+        if num_blocks > self._cache.num_blocks:
+            self._executor.resize(num_blocks)
+            self._cache.set_num_blocks(num_blocks)
+            return
+        moves = self._cache.vacate(num_blocks)
+        if moves:
+            self._executor.run(StepPlan((), moves))
+            self._cache.moved(Moves(moves.wipes))
+        self._cache.set_num_blocks(num_blocks)
+        self._executor.resize(num_blocks)
+        self.settle()
 
     def step(self) -> list[Delta]:
         """Run one step. Returns what it added, in the plan's order; possibly nothing, for a chunk of a prompt."""
-        schedule = self._scheduler.plan(self._clock.now())
+        begin_s = self._clock.now()
+        schedule = self._scheduler.plan(begin_s)
         deltas = [delta for sequence, error in schedule.failed for delta in self._end([sequence], "error", error)]
+        self._reach("schedule")
         if not schedule.rows:
+            self._settle_idle()
             return deltas
         self._num_steps += 1
         try:
             result = self._executor.run(schedule.step)
+            self._cache.moved(schedule.step.moves)
             self._commit(schedule, result)
         except Exception as error:
             return deltas + self._fail(schedule.rows, error)
-        return deltas + self._deltas(schedule, result)
+        self._reach("commit")
+        self._rate.saw(schedule.step, self._clock.now() - begin_s)
+        deltas += self._deltas(schedule, result)
+        self._reach("deltas")
+        if not self._unfinished:
+            self._settle_idle()
+        return deltas
+
+    def _reach(self, stage: str) -> None:
+        if self.on_stage is not None:
+            self.on_stage(stage)
 
     def _commit(self, schedule: Schedule, result: StepResult) -> None:
-        asked = [row for row, s in zip(schedule.rows, schedule.step.sequences, strict=True) if s.sample]
-        check_answers(asked, result)
+        check_answers([step.seq_id for step in schedule.step.sequences if step.sample], result)
+        commit = self._cache.commit
+        num_tokens = 0
         for step in schedule.step.sequences:
-            self._cache.commit(step.seq_id, step.end)
-        self._num_computed_tokens += schedule.step.num_tokens
+            count = len(step.token_ids)
+            commit(step.seq_id, step.start + count)
+            num_tokens += count
+        self._num_computed_tokens += num_tokens
 
     def _deltas(self, schedule: Schedule, result: StepResult) -> list[Delta]:
         """What each sampled row tells. A row without a token, or whose text cannot be made, fails its own request."""
         now_s = self._clock.now()
-        deltas = []
+        deltas: list[Delta] = []
         samples = iter(result.samples)
         failures = {failure.seq_id: failure.reason for failure in result.failures}
+        make_delta = self._output.delta
         for sequence, step in zip(schedule.rows, schedule.step.sequences, strict=True):
             if not step.sample:
                 continue
-            if sequence.seq_id in failures:
+            if failures and sequence.seq_id in failures:
                 deltas += self._fail([sequence], RequestError(failures[sequence.seq_id], status=500))
                 continue
             sample = next(samples)
             if sequence.status == "finished":  # a choice of a request that has failed in this loop
                 continue
             try:
-                delta = self._output.delta(sequence, sample, now_s)
+                delta = make_delta(sequence, sample, now_s)
             except Exception as error:
                 deltas += self._fail([sequence], error)
                 continue
-            deltas.append(delta)
-            if delta.finished:
+            if delta.finish_reason is not None:
+                delta = self._with_receipt(sequence, delta)
                 self._forget(sequence)
+            deltas.append(delta)
         return deltas
 
     def _fail(self, sequences: Iterable[Sequence], error: Exception) -> list[Delta]:
@@ -179,9 +251,22 @@ class Engine:
         deltas = []
         now_s = self._clock.now()
         for sequence in list(sequences):
-            deltas.append(self._output.ending(sequence, reason, now_s, error))
+            deltas.append(self._with_receipt(sequence, self._output.ending(sequence, reason, now_s, error)))
             self._forget(sequence)
         return deltas
+
+    def _with_receipt(self, sequence: Sequence, delta: Delta) -> Delta:
+        """The last delta of a choice, saying what the cache did for it."""
+        receipt = self.receipt_of(sequence)
+        if receipt is None:
+            return delta
+        return delta._replace(num_cached_tokens=receipt.num_cached_tokens, receipt=receipt)
+
+    def receipt_of(self, sequence: Sequence) -> Receipt | None:
+        """What the cache did for a sequence; None where it shares nothing or has not entered."""
+        if sequence.lookup is None or self._cache.shared is None:
+            return None
+        return self._rate.receipt(sequence.request.num_prompt_tokens, sequence.lookup)
 
     def _forget(self, sequence: Sequence) -> None:
         """Blocks, text and place of a sequence that has ended; its request's when it was the last choice."""

@@ -6,7 +6,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Literal
 
-from pagemill.base.params import SamplingParams
+from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
+from pagemill.cache.receipt import Lookup
 
 Status = Literal["waiting", "running", "finished"]
 
@@ -17,7 +18,7 @@ class Request:
 
     prompt_token_ids: `array('i')`, not written after admission. max_tokens: tokens generated at the most, cut to fit.
     seed: the caller's, or one derived from the engine's. stop_token_ids: ids that end the text, the model's own
-    end-of-text ids included unless ignored. arrival_s: on the engine's clock.
+    end-of-text ids included unless ignored. arrival_s: on the engine's clock. cache: whose blocks it may share.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Request:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     arrival_s: float
+    cache: CacheOptions = DEFAULT_CACHE_OPTIONS
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -53,7 +55,8 @@ class Sequence:
     """One choice of a request on its way. Mutated by the scheduler (status, marks) and by the output (tokens, marks).
 
     tokens: `array('i')`, prompt and then generated ids. How many of them are computed is the cache's to say.
-    num_preemptions: how often its blocks were taken for an earlier sequence.
+    num_preemptions: how often its blocks were taken for an earlier sequence. lookup: what its first entry found in the
+    cache. first: choice 0 of the same request, whose prompt the others wait for and share.
     """
 
     seq_id: int
@@ -63,6 +66,8 @@ class Sequence:
     marks: Marks
     status: Status = "waiting"
     num_preemptions: int = 0
+    lookup: Lookup | None = None
+    first: Sequence | None = None
 
     @property
     def num_generated(self) -> int:

@@ -63,6 +63,7 @@ class Scheduler:
 
         Nobody enters unless each that runs has a row, so that those who decode never outnumber the budget.
         """
+        self._cache.advance(now_s)
         if self._cache.mode == "none":
             return self._plan_recompute(now_s)
         failed: list[tuple[Sequence, CapacityError]] = []
@@ -83,7 +84,7 @@ class Scheduler:
             budget -= self._add_chunk(sequence, budget, rows, steps)
         while budget and self._can_admit(failed):
             budget -= self._add_chunk(self._admit(now_s), budget, rows, steps)
-        return Schedule(StepPlan(tuple(steps)), tuple(rows), tuple(failed))
+        return Schedule(StepPlan(tuple(steps), self._cache.moves()), tuple(rows), tuple(failed))
 
     def _plan_recompute(self, now_s: float) -> Schedule:
         """Mode none: every row is a whole history from position 0. The earliest always runs, whatever its length; the
@@ -116,6 +117,9 @@ class Scheduler:
             sequence = running[index]
             seq_id, num_tokens = sequence.seq_id, len(sequence.tokens)
             if cache.num_committed(seq_id) == num_tokens:  # computed, but an interrupt lost the sample: once more
+                if not cache.can_resize(seq_id, num_tokens - 1):
+                    self._preempt(running[-1])
+                    continue
                 cache.resize(seq_id, num_tokens - 1)
             if cache.can_resize(seq_id, num_tokens):
                 cache.resize(seq_id, num_tokens)
@@ -138,7 +142,7 @@ class Scheduler:
     def _fail(self, sequence: Sequence) -> tuple[Sequence, CapacityError]:
         cache, num_tokens = self._cache, len(sequence.tokens)
         need = max(cache.blocks_for(num_tokens), cache.blocks_to_open(num_tokens, self._limits.max_model_len))
-        error = CapacityError(
+        error = self._cache.cap_error(num_tokens, sequence.request.cache) or CapacityError(
             f"the sequence has {num_tokens:,} tokens and needs {need:,} blocks of the KV cache, which has "
             f"{cache.num_blocks:,} of {cache.block_size} tokens in all; lower max_tokens or raise kv_cache_memory_bytes"
         )
@@ -151,13 +155,23 @@ class Scheduler:
         nobody runs never will, and fails."""
         while self.waiting and len(self.running) < self._limits.max_num_seqs:
             head = self.waiting[0]
+            if self._awaits_prompt(head):
+                return False
             spare = self._num_to_grow(head) + sum(map(self._num_to_grow, self.running)) if self.running else 0
-            if self._cache.can_open(len(head.tokens), self._limits.max_model_len, spare):
+            longest, options = self._limits.max_model_len, head.request.cache
+            if self._cache.can_open(len(head.tokens), longest, spare, head.tokens, options):
                 return True
             if self.running:
                 return False
             failed.append(self._fail(head))
         return False
+
+    def _awaits_prompt(self, sequence: Sequence) -> bool:
+        """True for a further choice while the first is reading the prompt that both will share."""
+        first = sequence.first
+        if first is None or self._cache.shared is None or sequence.request.cache.bypass or first.status != "running":
+            return False
+        return self._cache.num_committed(first.seq_id) < sequence.request.num_prompt_tokens
 
     def _num_to_grow(self, sequence: Sequence) -> int:
         """1 where the sequence may need more blocks than its known tokens do, else 0."""
@@ -166,8 +180,13 @@ class Scheduler:
         return int(self._cache.blocks_for(sequence.request.longest) > self._cache.blocks_for(len(sequence.tokens)))
 
     def _admit(self, now_s: float) -> Sequence:
-        sequence = self.waiting[0]
-        self._cache.open(sequence.seq_id, len(sequence.tokens), self._limits.max_model_len)
+        sequence, cache = self.waiting[0], self._cache
+        first, longest = sequence.first, self._limits.max_model_len
+        if first is not None and first.status == "running":
+            cache.publish_tail(first.seq_id)
+        lookup = cache.open(sequence.seq_id, len(sequence.tokens), longest, sequence.tokens, sequence.request.cache)
+        if sequence.lookup is None:
+            sequence.lookup = lookup
         self.waiting.popleft()
         self.running.append(sequence)
         sequence.status = "running"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pagemill.base.step import SequenceStep, StepPlan
 from pagemill.kernels.batch import Batch
 
+Int32 = NDArray[np.int32]
+
 
 class BatchBuilder:
-    """Builds one batch per step. Mutated by `build`: the table array is kept between steps and grows when needed.
+    """Builds one batch per step. Mutated by `build`: the arrays are kept between steps and grow when needed, and a
+    block table is copied where it differs from what its row held.
 
     block_size: positions per block.
     """
@@ -18,37 +24,60 @@ class BatchBuilder:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._tables = np.zeros((1, 8), np.int32)
+        self._held: list[array[int]] = []  # what each row of _tables holds
+        self._single = (np.arange(2, dtype=np.int32), np.zeros(1, np.int32))
 
     def build(self, plan: StepPlan) -> Batch:
-        """Rows in the plan's order. logit_rows: the last row of each sequence that samples."""
+        """Rows in the plan's order. logit_rows: the last row of each sequence that samples.
+
+        The arrays are good until the next call.
+        """
         sequences = plan.sequences
-        rows = plan.num_tokens
-        tokens, positions = np.empty(rows, np.int32), np.empty(rows, np.int32)
-        starts = np.zeros(len(sequences) + 1, np.int32)
-        logit_rows: list[int] = []
         tables = self._table_array(sequences)
+        counts = [len(s.token_ids) for s in sequences]
+        if max(counts) == 1 and False not in [s.sample for s in sequences]:
+            tokens = np.array([s.token_ids[0] for s in sequences], np.int32)
+            positions = np.array([s.start for s in sequences], np.int32)
+            starts, logit_rows = self._single_rows(len(sequences))
+            return Batch(tokens, positions, starts, tables, logit_rows)
+        return self._build_mixed(sequences, counts, tables)
+
+    def _build_mixed(self, sequences: Sequence[SequenceStep], counts: list[int], tables: Int32) -> Batch:
+        starts = np.zeros(len(sequences) + 1, np.int32)
+        np.cumsum(counts, out=starts[1:])
+        rows = int(starts[-1])
+        tokens, positions = np.empty(rows, np.int32), np.empty(rows, np.int32)
+        logit_rows: list[int] = []
         at = 0
-        for i, sequence in enumerate(sequences):
-            count = len(sequence.token_ids)
+        for sequence, count in zip(sequences, counts, strict=True):
             if count == 1:
                 tokens[at], positions[at] = sequence.token_ids[0], sequence.start
             else:
                 tokens[at : at + count] = sequence.token_ids
                 positions[at : at + count] = np.arange(sequence.start, sequence.start + count, dtype=np.int32)
             at += count
-            starts[i + 1] = at
-            num_blocks = self._num_blocks(sequence)
-            tables[i, :num_blocks] = sequence.block_table[:num_blocks]
             if sequence.sample:
                 logit_rows.append(at - 1)
         return Batch(tokens, positions, starts, tables, np.array(logit_rows, np.int32))
 
-    def _num_blocks(self, sequence: SequenceStep) -> int:
-        return -(-sequence.end // self._block_size)
+    def _single_rows(self, count: int) -> tuple[Int32, Int32]:
+        """starts and logit_rows of `count` sequences of one row each."""
+        starts, rows = self._single
+        if len(rows) < count:
+            starts, rows = self._single = np.arange(2 * count + 1, dtype=np.int32), np.arange(2 * count, dtype=np.int32)
+        return starts[: count + 1], rows[:count]
 
-    def _table_array(self, sequences: tuple[SequenceStep, ...]) -> NDArray[np.int32]:
-        longest = max(self._num_blocks(s) for s in sequences)
-        if self._tables.shape[0] < len(sequences) or self._tables.shape[1] < longest:
-            shape = (max(len(sequences), self._tables.shape[0]), max(2 * longest, self._tables.shape[1]))
+    def _table_array(self, sequences: Sequence[SequenceStep]) -> Int32:
+        tables = [s.block_table for s in sequences]
+        longest = max(map(len, tables))
+        if len(self._tables) < len(tables) or self._tables.shape[1] < longest:
+            shape = (max(len(tables), len(self._tables)), max(2 * longest, self._tables.shape[1]))
             self._tables = np.zeros(shape, np.int32)
-        return self._tables[: len(sequences)]
+            self._held = []
+        held = self._held
+        held += [array("i")] * (len(tables) - len(held))
+        for row, table in enumerate(tables):
+            if table != held[row]:
+                self._tables[row, : len(table)] = table
+                held[row] = array("i", table)
+        return self._tables[: len(tables)]

@@ -1,36 +1,43 @@
-"""From an opened checkpoint to a running executor: weight conversion by dtype, KV geometry, native or reference."""
+"""From an opened checkpoint to a running executor: the format of each weight, KV geometry, native or reference.
+
+Owns which format is wanted; the arithmetic of conversion is `convert.py`'s, packing `packed.py`'s.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
-import numpy as np
-
+from pagemill.base.config import OPTIONS, weight_format_of
 from pagemill.base.errors import ConfigError
 from pagemill.base.kv_spec import KVSpec
+from pagemill.execution.convert import CONVERSION_VERSION, convert, loaded_format
 from pagemill.execution.packed import PackedWeights
 from pagemill.execution.runner import Runner
 from pagemill.kernels.batch import ModelExecutor
 from pagemill.kernels.native import NativeExecutor
 from pagemill.kernels.ops import Plan
 from pagemill.kernels.plan import lower
-from pagemill.kernels.reference import ReferenceExecutor, to_bf16
-from pagemill.kernels.target import choose_target
+from pagemill.kernels.reference import ReferenceExecutor
+from pagemill.kernels.target import arithmetic_of, choose_target
 from pagemill.kernels.tensors import Tensor
 from pagemill.models.checkpoint import Checkpoint
 from pagemill.models.registry import build_plan
 from pagemill.storage.arena import Arena
 
-DTYPES = {"float32": "f32", "bfloat16": "bf16"}
-# Version of what `convert` computes. Bump it with every change of a bit: converted weights are kept on disk.
-CONVERSION_VERSION = 1
+_LOG: Final = logging.getLogger(__name__)
+_MAX_LISTED: Final = 4
 
 
-def kv_codec_for(dtype: str, kv_cache_dtype: str) -> str:
-    """The resident codec: as asked, or by the fixed rule of "auto": f32 with dtype float32, else bf16."""
+def kv_codec_for(weight_format: str, kv_cache_dtype: str) -> str:
+    """The resident codec: as asked, or by the fixed rule of "auto": f32 with weights in f32, else int8.
+
+    weight_format: as asked, "auto" for the checkpoint's own (`EngineConfig.weights`).
+    """
     if kv_cache_dtype != "auto":
         return kv_cache_dtype
-    return "f32" if dtype == "float32" else "bf16"
+    return "f32" if weight_format == "f32" else "int8"
 
 
 def kv_spec_for(checkpoint: Checkpoint, codec: str, block_size: int) -> KVSpec:
@@ -38,39 +45,30 @@ def kv_spec_for(checkpoint: Checkpoint, codec: str, block_size: int) -> KVSpec:
     return KVSpec(build_plan(checkpoint.spec, max_positions=1).kv, block_size, codec)
 
 
-def convert(tensor: Tensor, dtype: str) -> Tensor:
-    """A matrix in the weight format of a dtype: "auto" keeps the checkpoint's."""
-    wanted = DTYPES.get(dtype)
-    if dtype == "auto" or tensor.format == wanted:
-        return tensor
-    if wanted is None:
-        raise ConfigError(f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
-    values = tensor.dequantize()
-    if wanted == "f32":
-        return Tensor.from_array(values)
-    halves = (to_bf16(values).view(np.uint32) >> 16).astype(np.uint16)
-    return Tensor("bf16", tensor.shape, halves.reshape(tensor.num_rows, -1).view(np.uint8))
-
-
 class ConvertedWeights(Mapping[str, Tensor]):
     """A checkpoint's tensors by handle, matrices converted when they are asked for, so that no second copy is kept."""
 
-    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], dtype: str) -> None:
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], weight_format: str) -> None:
         self._plan = plan
         self._tensors = tensors
-        self._dtype = dtype
+        self._weight_format = weight_format
 
     def __getitem__(self, handle: str) -> Tensor:
         tensor = self._tensors[handle]
-        return convert(tensor, self._dtype) if self._plan.weights[handle].kind == "matrix" else tensor
+        return convert(tensor, self._weight_format) if self._plan.weights[handle].kind == "matrix" else tensor
 
     def format_of(self, handle: str) -> str:
         """The format of a matrix, without converting it."""
-        return DTYPES.get(self._dtype, self._tensors[handle].format)
+        return loaded_format(self._tensors[handle], self._weight_format)
 
     def rows_of(self, handle: str, begin: int, end: int) -> Tensor:
         """Rows begin to end of a matrix, converted alone."""
-        return convert(self._tensors[handle].rows(slice(begin, end)), self._dtype)
+        return convert(self._tensors[handle].rows(slice(begin, end)), self._weight_format)
+
+    def matrices_not_in(self, format: str) -> list[str]:
+        """Handles of the matrices that are loaded in another format."""
+        handles = (handle for handle, each in self._plan.weights.items() if each.kind == "matrix")
+        return [handle for handle in handles if self.format_of(handle) != format]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -83,6 +81,7 @@ def load_executor(
     checkpoint: Checkpoint,
     *,
     dtype: str = "auto",
+    weight_format: str = "auto",
     kv_codec: str = "bf16",
     block_size: int = 16,
     num_blocks: int,
@@ -94,22 +93,33 @@ def load_executor(
 ) -> Runner:
     """A runner with its weights packed and its arena allocated.
 
-    dtype: auto, float32, bfloat16. executor: native or reference. progress(done, total) is called while weights are
-    packed. packed_weights_cache: auto, off or a directory (`packed.py`). Raises ConfigError, ModelError, CapacityError.
+    dtype, weight_format: as in EngineConfig. executor: native or reference. progress(done, total) is called while
+    weights are packed. packed_weights_cache: auto, off or a directory (`packed.py`). Raises ConfigError, ModelError,
+    CapacityError.
     """
+    OPTIONS["dtype"].check(dtype)
+    OPTIONS["weight_format"].check(weight_format)
+    weight_format = weight_format_of(dtype, weight_format)
     plan = build_plan(checkpoint.spec, max_positions=max_model_len)
     spec = KVSpec(plan.kv, block_size, kv_codec)
-    weights = ConvertedWeights(plan, checkpoint.tensors, dtype)
+    weights = ConvertedWeights(plan, checkpoint.tensors, weight_format)
+    if weight_format == "q8_0" and (others := weights.matrices_not_in("q8_0")):
+        _LOG.warning(
+            f"{len(others)} matrices stay in bf16, their rows are no multiple of 32 numbers as q8_0 needs: "
+            f"{', '.join(others[:_MAX_LISTED])}{', …' * (len(others) > _MAX_LISTED)}"
+        )
     model: ModelExecutor
     if executor == "reference":
-        model = ReferenceExecutor(plan, weights, spec, num_blocks)
+        model = ReferenceExecutor(plan, weights, spec, num_blocks, arithmetic=arithmetic_of(choose_target()))
     elif executor == "native":
         arena = Arena.allocate(spec, num_blocks)
+        target = choose_target()
         packed = PackedWeights(
             checkpoint,
             weights,
             (ref.weight for phase in lower(plan) for ref in phase.matrices),
-            dtype=dtype,
+            weight_format=weight_format,
+            target=target,
             conversion_version=CONVERSION_VERSION,
             cache=packed_weights_cache,
         )
@@ -119,7 +129,7 @@ def load_executor(
             spec,
             arena.data,
             num_blocks,
-            target=choose_target(),
+            target=target,
             num_threads=num_threads,
             progress=progress,
             matrices=packed.matrix,

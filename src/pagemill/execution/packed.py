@@ -26,7 +26,7 @@ import numpy as np
 from pagemill.base.errors import ConfigError, IntegrityError, ModelError
 from pagemill.base.units import format_bytes
 from pagemill.execution.packed_file import FileStamp, PackedFile, PackedKey, open_packed, write_packed
-from pagemill.kernels.native import PACKING_VERSION, PANEL, PackedMatrix, pack_matrix, packed_bytes
+from pagemill.kernels.native import PACKING_VERSION, PANEL, PackedMatrix, layout_for, pack_matrix, packed_bytes
 from pagemill.kernels.tensors import Tensor
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
 from pagemill.models.store import models_dir
@@ -55,9 +55,10 @@ class PackedWeights:
     """Packed matrices of one checkpoint: from a file where there is a good one, else packed as they are asked for.
 
     Mutated by `matrix`, which keeps what it packed until `keep`. checkpoint: a file or directory on disk; one made in
-    memory is packed and not kept. handles: all matrices that will be asked for. dtype, conversion_version: what
-    `weights` converts to and which version of that arithmetic. cache: "auto" (beside the checkpoint, else in
-    `$PAGEMILL_HOME/packed`), "off", or a directory. Raises ConfigError where `cache` names something else.
+    memory is packed and not kept. handles: all matrices that will be asked for. weight_format, conversion_version:
+    what `weights` converts to and which version of that arithmetic. target: whose layouts are wanted. cache: "auto"
+    (beside the checkpoint, else in `$PAGEMILL_HOME/packed`), "off", or a directory. Raises ConfigError where `cache`
+    names something else.
     """
 
     def __init__(
@@ -66,16 +67,21 @@ class PackedWeights:
         weights: MatrixWeights,
         handles: Iterable[str],
         *,
-        dtype: str,
+        weight_format: str,
+        target: str,
         conversion_version: int,
         cache: str,
     ) -> None:
         self._checkpoint = checkpoint
         self._weights = weights
         self._handles = dict.fromkeys(handles)
-        self._key = PackedKey("", dtype, PACKING_VERSION, conversion_version)
+        self._target = target
+        formats = {weights.format_of(handle) for handle in self._handles}
+        tiles = any(layout_for(each, target) != each for each in formats)
+        name = f"{weight_format}.tiles" if tiles else weight_format
+        self._key = PackedKey("", name, PACKING_VERSION, conversion_version)
         self._packed: dict[str, PackedMatrix] = {}
-        self._candidates = _candidates(checkpoint, dtype, cache)
+        self._candidates = _candidates(checkpoint, name, cache)
         self._stamps: tuple[FileStamp, ...] = ()
         self._to_write = False
         self.file: PackedFile | None = None
@@ -90,7 +96,7 @@ class PackedWeights:
     def matrix(self, handle: str) -> PackedMatrix:
         """One matrix, packed: a view of the file, or packed now."""
         if handle not in self._packed:
-            self._packed[handle] = pack_matrix(self._weights[handle])
+            self._packed[handle] = pack_matrix(self._weights[handle], self._target)
         return self._packed[handle]
 
     def keep(self) -> None:
@@ -143,7 +149,7 @@ class PackedWeights:
         if file.owner not in (os.geteuid(), 0, self._checkpoint.path.stat().st_uid):
             raise IntegrityError("they belong to another user")
         if replace(file.header.key, checkpoint="") != self._key:
-            raise IntegrityError("they were made by another version or for another dtype")
+            raise IntegrityError("they were made by another version or in another format")
         self._check_entries(file)
         return file
 
@@ -165,9 +171,10 @@ class PackedWeights:
             raise IntegrityError("they are not this model's matrices")
         for entry in entries:
             n, k = self._checkpoint.tensors[entry.handle].shape
-            if (entry.format, entry.n, entry.k) != (self._weights.format_of(entry.handle), n, k):
+            layout = layout_for(self._weights.format_of(entry.handle), self._target)
+            if (entry.layout, entry.n, entry.k) != (layout, n, k):
                 raise IntegrityError(f"{entry.handle} has another format or shape")
-            if entry.num_bytes != packed_bytes(entry.format, n, k):
+            if entry.num_bytes != packed_bytes(layout, n, k):
                 raise IntegrityError(f"{entry.handle} has another length")
 
     def _check_panels(self, file: PackedFile) -> None:
@@ -175,7 +182,8 @@ class PackedWeights:
         for entry in file.header.entries:
             panel = crc32(entry.handle.encode()) % -(-entry.n // PANEL)
             begin = panel * PANEL
-            expected = pack_matrix(self._weights.rows_of(entry.handle, begin, min(entry.n, begin + PANEL))).data
+            rows = self._weights.rows_of(entry.handle, begin, min(entry.n, begin + PANEL))
+            expected = pack_matrix(rows, self._target).data
             found = file.matrix(entry).data[panel * len(expected) : (panel + 1) * len(expected)]
             if not np.array_equal(found, expected):
                 raise IntegrityError(f"{entry.handle} is not what packing gives")
@@ -212,17 +220,17 @@ def _beside(checkpoint: Checkpoint) -> Path:
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
 
-def _candidates(checkpoint: Checkpoint, dtype: str, cache: str) -> tuple[Path, ...]:
-    """Files to look for, in order. None for weights that no file holds."""
+def _candidates(checkpoint: Checkpoint, name: str, cache: str) -> tuple[Path, ...]:
+    """Files to look for, in order; name: of the weights. None for weights that no file holds."""
     directory = None if cache in ("auto", "off") else Path(cache).expanduser()
     if directory is not None and directory.exists() and not directory.is_dir():
         raise ConfigError(f"packed_weights_cache is {cache!r}, which is no directory; give a directory, auto or off")
     path = checkpoint.path
     if cache == "off" or checkpoint.source_format == "random" or not path.exists():
         return ()
-    beside = _beside(checkpoint) / f"{'weights' if path.is_dir() else path.name}.{dtype}.packed"
+    beside = _beside(checkpoint) / f"{'weights' if path.is_dir() else path.name}.{name}.packed"
     place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    elsewhere = f"{path.stem[:40]}-{place}.{dtype}.packed"
+    elsewhere = f"{path.stem[:40]}-{place}.{name}.packed"
     if directory is not None:
         return (directory / elsewhere,)
     return (beside, models_dir().parent / "packed" / elsewhere)

@@ -67,8 +67,8 @@ class FileStamp:
 
 @dataclass(frozen=True, slots=True)
 class PackedKey:
-    """Which weights these are. checkpoint: digest of the checkpoint's content. weights: the formats asked for, as in
-    `dtype`. packing, conversion: versions of the layout and of the arithmetic that made the weights."""
+    """Which weights these are. checkpoint: digest of the checkpoint's content. weights: the format asked for, as in
+    `EngineConfig.weights`. packing, conversion: versions of the layout and of the arithmetic that made the weights."""
 
     checkpoint: str
     weights: str
@@ -81,7 +81,7 @@ class PackedEntry:
     """Where a matrix [n, k] stands in the payload."""
 
     handle: str
-    format: str
+    layout: str
     n: int
     k: int
     offset: int
@@ -119,7 +119,7 @@ class PackedFile:
     def matrix(self, entry: PackedEntry) -> PackedMatrix:
         """A view of one matrix."""
         data = self.payload[entry.offset : entry.offset + entry.num_bytes]
-        return PackedMatrix(entry.format, entry.n, entry.k, data)
+        return PackedMatrix(entry.layout, entry.n, entry.k, data)
 
     def check_payload(self) -> None:
         """Hash the payload. Raises IntegrityError where it is not what was written."""
@@ -204,7 +204,7 @@ def _lay_out(matrices: Mapping[str, PackedMatrix]) -> tuple[tuple[PackedEntry, .
     offset, state = 0, hashlib.sha256()
     for handle, matrix in matrices.items():
         num_bytes = matrix.data.nbytes
-        entries.append(PackedEntry(handle, matrix.format, matrix.n, matrix.k, offset, num_bytes))
+        entries.append(PackedEntry(handle, matrix.layout, matrix.n, matrix.k, offset, num_bytes))
         state.update(matrix.data.data)
         state.update(_padding(num_bytes))
         offset += _aligned(num_bytes)
@@ -216,7 +216,7 @@ def _header_text(header: PackedHeader) -> bytes:
         "key": [header.key.checkpoint, header.key.weights, header.key.packing, header.key.conversion],
         "sources": [[s.name, s.num_bytes, s.mtime_ns, s.ctime_ns, s.inode] for s in header.sources],
         "published": [header.inode, header.mtime_ns, header.payload_sha256],
-        "matrices": [[e.handle, e.format, e.n, e.k, e.offset, e.num_bytes] for e in header.entries],
+        "matrices": [[e.handle, e.layout, e.n, e.k, e.offset, e.num_bytes] for e in header.entries],
     }
     return json.dumps(table, separators=(",", ":")).encode()
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagemill.base.kv_spec import KVSpec
+from pagemill.base.transfer import Moves
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -35,6 +36,14 @@ class ModelExecutor(Protocol):
 
     @property
     def kv_spec(self) -> KVSpec: ...
+
+    def resize(self, num_blocks: int) -> None:
+        """Have an arena of so many blocks, the first ones with their contents."""
+        ...
+
+    def move(self, moves: Moves) -> None:
+        """Wipe and copy blocks of the arena, in this order."""
+        ...
 
     def forward(self, batch: Batch) -> Float32:
         """Write the keys and values of every row, return logits [num_logits, vocab] f32."""

@@ -10,13 +10,19 @@ from numpy.typing import NDArray
 
 from pagemill.base.errors import CapacityError
 from pagemill.base.kv_spec import LANES, KVSpec, padded
+from pagemill.base.transfer import Moves
 from pagemill.kernels import _native
 from pagemill.kernels.batch import Batch
 from pagemill.kernels.ops import Plan
+from pagemill.kernels.pages import Pages
 from pagemill.kernels.plan import MatrixRef, Phase, lower
+from pagemill.kernels.sampling import NativeSampler
+from pagemill.kernels.target import arithmetic_of
 from pagemill.kernels.tensors import Tensor
 
 FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "q4_0": 3, "q4_1": 4, "q8_0": 5}
+# Layouts of the same formats that are multiplied as bfloat16 (`arithmetic_of`).
+LAYOUTS = FORMATS | {"q4_0_tiles": 6, "q4_1_tiles": 7, "q8_0_tiles": 8}
 CODECS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3}
 PANEL = 32
 # Version of the packed layouts (csrc/pack.h). Bump it with every change of theirs: packed weights are kept on disk.
@@ -38,32 +44,46 @@ _ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedMatrix:
-    """A matrix [n, k] in the layout that products read (csrc/pack.h). data: u8 [packed_bytes], 64-byte aligned, may be
-    read-only and memory-mapped."""
+    """A matrix [n, k] in the layout that products read (csrc/pack.h): a format's own, or that of its tiles.
 
-    format: str
+    data: u8 [packed_bytes], 64-byte aligned, may be read-only and memory-mapped.
+    """
+
+    layout: str
     n: int
     k: int
     data: NDArray[np.uint8]
 
 
-def packed_bytes(format: str, n: int, k: int) -> int:
+def layout_for(format: str, target: str) -> str:
+    """The layout in which a target reads a weight format."""
+    tiles = f"{format}_tiles"
+    return tiles if tiles in LAYOUTS and arithmetic_of(target) == "bf16" else format
+
+
+def packed_bytes(layout: str, n: int, k: int) -> int:
     """Bytes of a packed matrix [n, k]."""
-    return -(-n // PANEL) * _native.panel_bytes(FORMATS[format], k)
+    return -(-n // PANEL) * _native.panel_bytes(LAYOUTS[layout], k)
 
 
-def pack(tensor: Tensor) -> NDArray[np.uint8]:
-    """A matrix [n, k] in the layout that products read (csrc/pack.h), u8 [panels * panel bytes], 64-byte aligned."""
+def pack(tensor: Tensor, layout: str | None = None) -> NDArray[np.uint8]:
+    """A matrix [n, k] in the layout that products read (csrc/pack.h), u8 [panels * panel bytes], 64-byte aligned.
+
+    layout: the format's own unless given.
+    """
     n, k = tensor.shape
-    packed = _native.allocate(packed_bytes(tensor.format, n, k))
-    _native.pack(FORMATS[tensor.format], k, np.ascontiguousarray(tensor.data), 0, packed)
+    layout = layout or tensor.format
+    assert layout.removesuffix("_tiles") == tensor.format, (layout, tensor.format)
+    packed = _native.allocate(packed_bytes(layout, n, k))
+    _native.pack(LAYOUTS[layout], k, np.ascontiguousarray(tensor.data), 0, packed)
     return packed
 
 
-def pack_matrix(tensor: Tensor) -> PackedMatrix:
-    """The same, with its format and shape."""
+def pack_matrix(tensor: Tensor, target: str) -> PackedMatrix:
+    """The same as a target reads it, with its layout and shape."""
     n, k = tensor.shape
-    return PackedMatrix(tensor.format, n, k, pack(tensor))
+    layout = layout_for(tensor.format, target)
+    return PackedMatrix(layout, n, k, pack(tensor, layout))
 
 
 def allocate(num_bytes: int, purpose: str) -> NDArray[np.uint8]:
@@ -102,22 +122,10 @@ class NativeExecutor:
         self._weights = weights
         self._logits = np.empty((0, plan.vocab_size), np.float32)
         self._model = _native.NativeModel(target, num_threads, plan.hidden_dim, plan.vocab_size, plan.max_positions)
-        layers = [
-            (
-                kv_spec.layer_offset(i),
-                kv_spec.page_bytes(i),
-                layer.num_kv_heads,
-                layer.head_dim,
-                padded(layer.head_dim, LANES),
-            )
-            for i, layer in enumerate(kv_spec.layers)
-        ]
-        self._model.set_kv(
-            arena, kv_spec.block_bytes, num_blocks, kv_spec.pages_per_block, CODECS[kv_spec.codec], layers
-        )
+        self._set_arena(arena, num_blocks)
         self._matrices: dict[MatrixRef, int] = {}
         self._packed: dict[str, PackedMatrix] = {}
-        self._packed_matrix = matrices or (lambda handle: pack_matrix(weights[handle]))
+        self._packed_matrix = matrices or (lambda handle: pack_matrix(weights[handle], target))
         phases = lower(plan)
         for done, phase in enumerate(phases):
             self._add(phase)
@@ -135,6 +143,36 @@ class NativeExecutor:
         """Kernel threads."""
         return self._model.threads
 
+    def _set_arena(self, arena: NDArray[np.uint8], num_blocks: int) -> None:
+        spec = self.kv_spec
+        layers = [
+            (
+                spec.layer_offset(i),
+                spec.page_bytes(i),
+                layer.num_kv_heads,
+                layer.head_dim,
+                padded(layer.head_dim, LANES),
+            )
+            for i, layer in enumerate(spec.layers)
+        ]
+        codec = CODECS[spec.codec]
+        self._model.set_kv(arena, spec.block_bytes, num_blocks, spec.pages_per_block, codec, layers)
+        self._arena, self._num_blocks = arena, num_blocks
+        self._pages = Pages(arena, spec, num_blocks)
+
+    def resize(self, num_blocks: int) -> None:
+        """Have so many blocks from now on, the first ones with their contents; the old memory goes back to the system
+        once they are copied. Raises CapacityError where there is no room for both, and has changed nothing."""
+        size = self.kv_spec.block_bytes
+        arena = allocate(num_blocks * size, f"a KV cache of {num_blocks:,} blocks of {size:,} bytes")
+        kept = min(num_blocks, self._num_blocks) * size
+        arena[:kept] = self._arena[:kept]
+        self._set_arena(arena, num_blocks)
+
+    def move(self, moves: Moves) -> None:
+        """Wipe and copy blocks of the arena."""
+        self._pages.move(moves)
+
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """Run one step; logits [num_logits, vocab] f32."""
         return self.forward_best(batch)[0].copy()
@@ -148,13 +186,17 @@ class NativeExecutor:
         self._model.step(batch.tokens, batch.positions, batch.starts, batch.tables, batch.logit_rows, logits, best)
         return logits, best
 
+    def sampler(self) -> NativeSampler:
+        """A sampler of this model's logits, on its threads."""
+        return NativeSampler(self._model)
+
     def _matrix(self, ref: MatrixRef) -> int:
         if ref not in self._matrices:
             if ref.weight not in self._packed:
                 self._packed[ref.weight] = self._packed_matrix(ref.weight)
             packed = self._packed[ref.weight]
             bias = self._vector(ref.bias)
-            self._matrices[ref] = self._model.add_matrix(FORMATS[packed.format], packed.n, packed.k, packed.data, bias)
+            self._matrices[ref] = self._model.add_matrix(LAYOUTS[packed.layout], packed.n, packed.k, packed.data, bias)
         return self._matrices[ref]
 
     def _vector(self, handle: str | None) -> NDArray[np.float32] | None:

@@ -6,13 +6,16 @@ Integer parts (quantised activations, integer sums) are exact; everything else i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import singledispatchmethod
 from math import erf  # numpy has none
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pagemill.base.kv_spec import KVSpec
+from pagemill.base.transfer import Moves
 from pagemill.kernels import ops
 from pagemill.kernels.batch import Batch
 from pagemill.kernels.ops import Plan
@@ -92,12 +95,18 @@ def integer_product(x: Float32, tensor: Tensor) -> Float32:
     return y
 
 
-def product(x: Float32, tensor: Tensor, dense: Float32 | None = None) -> Float32:
-    """y = x Wᵀ in the arithmetic of the weight format: x [rows, k] f32, W [n, k]. dense: W in f32, if at hand."""
-    if tensor.format in INTEGER_FORMATS:
+def product(x: Float32, tensor: Tensor, dense: Float32 | None = None, arithmetic: str = "int8") -> Float32:
+    """y = x Wᵀ in the arithmetic of the weight format: x [rows, k] f32, W [n, k]. dense: W in f32, if at hand.
+
+    arithmetic: of quantised formats (`target.arithmetic_of`): int8 sums, or both sides rounded to bfloat16.
+    """
+    quantised = tensor.format in INTEGER_FORMATS
+    if quantised and arithmetic == "int8":
         return integer_product(x, tensor)
     w = dequantize(tensor.format, tensor.data) if dense is None else dense
-    y: Float32 = (to_bf16(x) if tensor.format == "bf16" else x) @ w.T
+    if quantised:
+        w = to_bf16(w)
+    y: Float32 = (to_bf16(x) if quantised or tensor.format == "bf16" else x) @ w.T
     return y
 
 
@@ -142,14 +151,27 @@ def hadamard(x: Float32) -> Float32:
     return y
 
 
-def quantize_heads(x: Float32, *, stored: bool) -> tuple[NDArray[np.int8], Float32]:
-    """Vectors [.., dim] to signed bytes with one scale each: scale = max|x| / 127, rounded to f16 where stored."""
+@dataclass(frozen=True, slots=True)
+class Int8Rounding:
+    """What int8 attention rounds. All of it is the codec; single ones tell what each costs (`bench quality`)."""
+
+    keys: bool = True
+    values: bool = True
+    queries: bool = True
+    probabilities: bool = True
+
+
+def quantize_heads(x: Float32, *, stored: bool, rounded: bool = True) -> tuple[Float32, Float32]:
+    """Vectors [.., dim] to signed bytes, as f32, with one scale each: max|x| / 127, rounded to f16 where stored.
+
+    rounded: False leaves the quotients x / scale as they are.
+    """
     scale = np.abs(x).max(axis=-1) / np.float32(127)
     if stored:
         scale = scale.astype(np.float16).astype(np.float32)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    q = np.rint((x * inverse[..., None]).clip(-127, 127)).astype(np.int8)
-    return q, scale
+    q = x * inverse[..., None]
+    return (np.rint(q.clip(-127, 127)) if rounded else q), scale
 
 
 def visible(op: ops.Attention, positions: NDArray[np.int32], length: int) -> NDArray[np.bool_]:
@@ -162,24 +184,40 @@ def visible(op: ops.Attention, positions: NDArray[np.int32], length: int) -> NDA
 
 
 def probabilities(scores: Float32, op: ops.Attention, seen: NDArray[np.bool_]) -> Float32:
-    """Softmax over the last axis of scaled, capped, masked scores [heads, rows, length]."""
-    scores = scores * np.float32(op.scale)
+    """Softmax over the last axis of scaled, capped, masked scores [heads, rows, length]; scores are overwritten."""
+    scores *= np.float32(op.scale)
     if op.softcap > 0:
         scores = np.float32(op.softcap) * np.tanh(scores / np.float32(op.softcap))
-    scores = np.where(seen[None], scores, np.float32(-np.inf))
-    p: Float32 = np.exp(scores - scores.max(axis=2, keepdims=True))
+    np.copyto(scores, np.float32(-np.inf), where=~seen)
+    scores -= scores.max(axis=2, keepdims=True)
+    p: Float32 = np.exp(scores, out=scores)
     p /= p.sum(axis=2, keepdims=True)
     return p
 
 
+def by_kv_head(x: Float32, num_kv_heads: int) -> Float32:
+    """Rows of query heads [rows, q_heads, ..] as [kv_heads, group * rows, ..], those of one query head together."""
+    rows, q_heads = x.shape[:2]
+    return np.ascontiguousarray(x.swapaxes(0, 1)).reshape(num_kv_heads, q_heads // num_kv_heads * rows, *x.shape[2:])
+
+
+def by_row(x: Float32, rows: int) -> Float32:
+    """The inverse of `by_kv_head`: [kv_heads, group * rows, dim] -> [rows, q_heads, dim]."""
+    return x.reshape(-1, rows, x.shape[-1]).swapaxes(0, 1)
+
+
+def grouped_probabilities(scores: Float32, op: ops.Attention, positions: NDArray[np.int32]) -> Float32:
+    """`probabilities` of scores [kv_heads, group * rows, length]."""
+    length = scores.shape[2]
+    seen = visible(op, positions, length)
+    return probabilities(scores.reshape(op.num_q_heads, -1, length), op, seen).reshape(scores.shape)
+
+
 def attend(q: Float32, k: Float32, v: Float32, op: ops.Attention, positions: NDArray[np.int32]) -> Float32:
     """One sequence: q [rows, q_heads, dim], k and v [length, kv_heads, dim] from position 0 -> [rows, q_heads, dim]."""
-    group = op.num_q_heads // op.num_kv_heads
-    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scores = np.einsum("rhd,lhd->hrl", q, k, optimize=True)
-    p = probabilities(scores, op, visible(op, positions, k.shape[0]))
-    out: Float32 = np.einsum("hrl,lhd->rhd", p, v, optimize=True)
-    return out
+    scores = np.matmul(by_kv_head(q, op.num_kv_heads), k.transpose(1, 2, 0))
+    p = grouped_probabilities(scores, op, positions)
+    return by_row(np.matmul(p, v.swapaxes(0, 1)), len(q))
 
 
 PROBABILITY_RUN = 64  # positions that share the scale of their quantised probabilities
@@ -187,47 +225,98 @@ PROBABILITY_RUN = 64  # positions that share the scale of their quantised probab
 
 def attend_int8(
     q: Float32,
-    k: tuple[NDArray[np.int8], Float32],
-    v: tuple[NDArray[np.int8], Float32],
+    k: tuple[Float32, Float32],
+    v: tuple[Float32, Float32],
     op: ops.Attention,
     positions: NDArray[np.int32],
+    rounding: Int8Rounding = Int8Rounding(),
 ) -> Float32:
-    """Attention on integers. q: rotated f32 [rows, q_heads, dim]; k (rotated), v: bytes [length, kv_heads, dim] and
-    scales [length, kv_heads]. Probabilities times value scales become bytes 0..255 by row and run of 64 positions."""
-    group, length = op.num_q_heads // op.num_kv_heads, k[0].shape[0]
-    (kq, ks), (vq, vs) = ((np.repeat(b, group, axis=1), np.repeat(s, group, axis=1)) for b, s in (k, v))
-    qq, qs = quantize_heads(q, stored=False)
-    sums = np.einsum("rhd,lhd->hrl", qq.astype(np.float32), kq.astype(np.float32), optimize=True)  # exact below 2^24
-    scores = sums * ks.T[:, None, :] * qs.T[:, :, None]
-    p = probabilities(scores, op, visible(op, positions, length)) * vs.T[:, None, :]
-    out = np.zeros(q.shape, np.float32)
-    for start in range(0, length, PROBABILITY_RUN):
+    """Attention on integers. Probabilities times value scales become bytes 0..255 by row and run of 64 positions.
+
+    q: rotated f32 [rows, q_heads, dim]; k (rotated), v: bytes, as f32, [length, kv_heads, dim], and their scales
+    [length, kv_heads].
+    """
+    (kq, ks), (vq, vs) = k, v
+    qq, qs = quantize_heads(by_kv_head(q, op.num_kv_heads), stored=False, rounded=rounding.queries)
+    scores = np.matmul(qq, kq.transpose(1, 2, 0))  # sums stay below 2^24, so that f32 holds them exactly
+    scores *= ks.T[:, None, :]
+    scores *= qs[:, :, None]
+    p = grouped_probabilities(scores, op, positions)
+    p *= vs.T[:, None, :]
+    out = np.zeros(qq.shape, np.float32)
+    for start in range(0, p.shape[2], PROBABILITY_RUN):
         run = p[..., start : start + PROBABILITY_RUN]
         most = run.max(axis=2, keepdims=True)
         inverse = np.divide(np.float32(255), most, out=np.zeros_like(most), where=most > 0)
-        values = vq[start : start + PROBABILITY_RUN].astype(np.float32)
-        part = np.einsum("hrl,lhd->rhd", np.rint(run * inverse), values, optimize=True)
-        out += part * (most[..., 0] / np.float32(255)).T[..., None]
-    return out
+        weights = run * inverse
+        if rounding.probabilities:
+            np.rint(weights, out=weights)
+        part = np.matmul(weights, vq[start : start + PROBABILITY_RUN].swapaxes(0, 1))
+        out += part * (most / np.float32(255))
+    return by_row(out, len(q))
 
 
 class ReferenceExecutor:
     """A plan in numpy. Mutated by `forward` (KV storage of each layer: [blocks, block_size, kv_heads, head_dim] f32).
 
-    weights: handle -> Tensor.
+    weights: handle -> Tensor. arithmetic: of products with quantised weights, as in `product`. rounding: of codec int8.
     """
 
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], kv_spec: KVSpec, num_blocks: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, Tensor],
+        kv_spec: KVSpec,
+        num_blocks: int,
+        *,
+        arithmetic: str = "int8",
+        rounding: Int8Rounding = Int8Rounding(),
+    ) -> None:
         self.kv_spec = kv_spec
+        self._arithmetic = arithmetic
+        self._rounding = rounding
         self._plan = plan
         self._weights = weights
         self._tensors: dict[str, Tensor] = {}
         self._dense: dict[str, Float32] = {}
         shapes = [(num_blocks, kv_spec.block_size, la.num_kv_heads, la.head_dim) for la in kv_spec.layers]
-        dtype = np.int8 if kv_spec.codec == "int8" else np.float32
-        self.keys = [np.zeros(shape, dtype) for shape in shapes]
-        self.values = [np.zeros(shape, dtype) for shape in shapes]
+        self.keys = [np.zeros(shape, np.float32) for shape in shapes]
+        self.values = [np.zeros(shape, np.float32) for shape in shapes]
         self.scales = [np.zeros((2, *shape[:3]), np.float32) for shape in shapes]  # of keys and values, int8 alone
+
+    def with_kv(
+        self, kv_spec: KVSpec, num_blocks: int, *, rounding: Int8Rounding = Int8Rounding()
+    ) -> ReferenceExecutor:
+        """The same model with a KV cache of its own and of another kind; weights are shared."""
+        other = ReferenceExecutor(
+            self._plan, self._weights, kv_spec, num_blocks, arithmetic=self._arithmetic, rounding=rounding
+        )
+        other._tensors, other._dense = self._tensors, self._dense
+        return other
+
+    def resize(self, num_blocks: int) -> None:
+        """Have so many blocks, the first ones with their contents."""
+        kept = min(num_blocks, len(self.keys[0]) if self.keys else 0)
+
+        def resized(array: NDArray[Any], axis: int) -> NDArray[Any]:
+            shape = list(array.shape)
+            shape[axis] = num_blocks
+            made = np.zeros(shape, array.dtype)
+            index = (slice(None),) * axis + (slice(0, kept),)
+            made[index] = array[index]
+            return made
+
+        self.keys = [resized(each, 0) for each in self.keys]
+        self.values = [resized(each, 0) for each in self.values]
+        self.scales = [resized(each, 1) for each in self.scales]
+
+    def move(self, moves: Moves) -> None:
+        """Wipe blocks, then copy first positions of blocks, in every layer."""
+        for array in (*self.keys, *self.values, *(each for scales in self.scales for each in scales)):
+            for block in moves.wipes:
+                array[block] = 0
+            for copy in moves.copies:
+                array[copy.target, : copy.num_positions] = array[copy.source, : copy.num_positions]
 
     def forward(self, batch: Batch) -> Float32:
         """Run one step; logits [num_logits, vocab] f32."""
@@ -254,8 +343,8 @@ class ReferenceExecutor:
 
     def _product(self, x: Float32, weight: str, bias: str | None) -> Float32:
         tensor = self._tensor(weight)
-        dense = None if tensor.format in INTEGER_FORMATS else self._dense_of(weight)
-        y = product(x, tensor, dense)
+        integer = tensor.format in INTEGER_FORMATS and self._arithmetic == "int8"
+        y = product(x, tensor, None if integer else self._dense_of(weight), self._arithmetic)
         return y if bias is None else y + self._dense_of(bias)
 
     def _sequence(self, batch: Batch, i: int) -> tuple[slice, NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
@@ -311,8 +400,10 @@ class ReferenceExecutor:
             rows, positions, blocks, slots = self._sequence(batch, i)
             at = blocks[positions], slots[positions]
             if self.kv_spec.codec == "int8":
-                self.keys[op.layer][at], self.scales[op.layer][0][at] = quantize_heads(hadamard(k[rows]), stored=True)
-                self.values[op.layer][at], self.scales[op.layer][1][at] = quantize_heads(v[rows], stored=True)
+                keys, key_scales = quantize_heads(hadamard(k[rows]), stored=True, rounded=self._rounding.keys)
+                values, value_scales = quantize_heads(v[rows], stored=True, rounded=self._rounding.values)
+                self.keys[op.layer][at], self.scales[op.layer][0][at] = keys, key_scales
+                self.values[op.layer][at], self.scales[op.layer][1][at] = values, value_scales
             else:
                 self.keys[op.layer][at] = store(self.kv_spec.codec, k[rows])
                 self.values[op.layer][at] = store(self.kv_spec.codec, v[rows])
@@ -326,7 +417,7 @@ class ReferenceExecutor:
             k, v = self.keys[op.layer][blocks, slots], self.values[op.layer][blocks, slots]
             if self.kv_spec.codec == "int8":
                 ks, vs = self.scales[op.layer][:, blocks, slots]
-                out[rows] = attend_int8(hadamard(q[rows]), (k, ks), (v, vs), op, positions)
+                out[rows] = attend_int8(hadamard(q[rows]), (k, ks), (v, vs), op, positions, self._rounding)
             else:
                 out[rows] = attend(q[rows], k, v, op, positions)
         reg[op.dst] = out.reshape(len(q), -1)

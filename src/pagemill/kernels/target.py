@@ -9,7 +9,7 @@ from pagemill.kernels import _native
 
 # Part of what makes two cached blocks the same. Every change of a kernel's result must raise it; a golden test fails
 # until it is.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 
 def available_targets() -> list[str]:
@@ -34,6 +34,14 @@ def choose_target() -> str:
             f"choose one of {', '.join(available)}, or unset it"
         )
     return forced
+
+
+def arithmetic_of(target: str) -> str:
+    """How a target multiplies 4-bit and 8-bit weights. A property of the target, never of the step.
+
+    "int8": with activations in groups of 32 signed bytes. "bf16": weights and activations are rounded to bfloat16.
+    """
+    return "bf16" if target == "amx" else "int8"
 
 
 def numerics_id(target: str) -> str:

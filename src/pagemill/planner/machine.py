@@ -1,9 +1,10 @@
-"""What this machine lets the process use: free memory, cores, threads. Owns the reading of /proc and cgroup limits."""
+"""What this machine lets the process use: free memory, cores, threads. Owns the reading of /proc, /sys and cgroups."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,26 @@ class Machine:
     num_cores: int
 
 
+@dataclass(frozen=True, slots=True)
+class Processors:
+    """Logical CPUs as the system counts them. num_present: plugged in; num_online: of these, switched on; num_allowed:
+    of these, in the mask of this process; quota: cores that its cgroups allow at a time, None without a limit;
+    siblings: groups of allowed CPUs that the system says share one core; huge_pages: the word in force of
+    transparent_hugepage/enabled, "" where the kernel has none."""
+
+    num_present: int
+    num_online: int
+    num_allowed: int
+    quota: float | None
+    siblings: tuple[tuple[int, ...], ...]
+    huge_pages: str
+
+    @property
+    def num_cores(self) -> int:
+        """Allowed CPUs, those that share a core counted once."""
+        return self.num_allowed - sum(len(group) - 1 for group in self.siblings)
+
+
 def kernel_threads(config: EngineConfig, machine: Machine) -> int:
     """Kernel threads: num_threads, else PAGEMILL_THREADS, else the cores of this process."""
     if config.num_threads is not None:
@@ -30,6 +51,17 @@ def kernel_threads(config: EngineConfig, machine: Machine) -> int:
     if not text.isdecimal() or not 1 <= int(text[:9]) <= 256:
         raise ConfigError(f"PAGEMILL_THREADS is {text!r}; give a whole number from 1 to 256")
     return int(text)
+
+
+def thread_notice(num_threads: int, machine: Machine) -> str | None:
+    """What to say about a number of kernel threads: None unless it is above the cores of this process."""
+    if num_threads <= machine.num_cores:
+        return None
+    cores = "1 core" if machine.num_cores == 1 else f"{machine.num_cores} cores"
+    return (
+        f"{num_threads} kernel threads for {cores} of this process: they wait for each other and every step takes "
+        f"longer; set num_threads (or PAGEMILL_THREADS) to {machine.num_cores}, or leave it out"
+    )
 
 
 def this_machine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Machine:
@@ -45,6 +77,69 @@ def this_machine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
             total = limit
         cores = min(cores, _cpu_quota(group))
     return Machine(free_bytes=free, total_bytes=total, num_cores=max(1, math.ceil(cores)))
+
+
+def processors(
+    proc: Path = Path("/proc"),
+    cgroups: Path = Path("/sys/fs/cgroup"),
+    system: Path = Path("/sys"),
+    allowed: frozenset[int] | None = None,
+) -> Processors:
+    """How the machine's logical CPUs are given to this process. allowed: CPU numbers, the process's mask unless given.
+
+    Reads /sys/devices/system/cpu/{present,online} and topology/thread_siblings_list (Linux, sysfs-devices-system-cpu),
+    where there is no such file counting what is allowed.
+    """
+    allowed = frozenset(os.sched_getaffinity(0)) if allowed is None else allowed
+    place = system / "devices" / "system" / "cpu"
+    online = len(_cpu_list(place / "online")) or len(allowed)
+    groups = set()
+    for cpu in allowed:
+        together = _cpu_list(place / f"cpu{cpu}" / "topology" / "thread_siblings_list") & allowed
+        if len(together) > 1:
+            groups.add(tuple(sorted(together)))
+    quota = min((_cpu_quota(group) for group in _groups(proc / "self" / "cgroup", cgroups)), default=math.inf)
+    return Processors(
+        num_present=len(_cpu_list(place / "present")) or online,
+        num_online=online,
+        num_allowed=len(allowed),
+        quota=None if quota == math.inf else quota,
+        siblings=tuple(sorted(groups)),
+        huge_pages=_chosen_word(system / "kernel" / "mm" / "transparent_hugepage" / "enabled"),
+    )
+
+
+def last_level_cache_bytes(system: Path = Path("/sys")) -> int | None:
+    """Bytes of the largest cache of the first CPU (sysfs, index*/size), None where the system does not tell."""
+    sizes = []
+    for path in (system / "devices" / "system" / "cpu" / "cpu0" / "cache").glob("index*/size"):
+        match = re.fullmatch(r"([0-9]{1,12})([KM]?)", _text(path))
+        if match is not None:
+            sizes.append(int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]])
+    return max(sizes, default=None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _cpu_list(path: Path) -> set[int]:
+    """CPU numbers of a list as the kernel writes it: 0-3,8 (empty where there is none)."""
+    found: set[int] = set()
+    for part in _text(path).split(","):
+        first, _, last = part.partition("-")
+        if first.isdecimal() and (last or first).isdecimal():
+            found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def _chosen_word(path: Path) -> str:
+    """The word in brackets of a list of choices: always [madvise] never."""
+    match = re.search(r"\[(\w+)\]", _text(path))
+    return match[1] if match is not None else ""
 
 
 def _meminfo(path: Path) -> dict[str, int]:

@@ -13,21 +13,50 @@ _KEPT_IDS = 8
 _WINDOW_IDS = 2 * _KEPT_IDS
 
 
+class Pieces:
+    """What each token adds to a text in its middle, for one decoder; shared by all its streams. Mutated by `of`, which
+    remembers, so that a token of whole characters is decoded once and not at each push."""
+
+    __slots__ = ("_decode", "_known")
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._known: dict[int, tuple[str, str] | None] = {}
+
+    def of(self, token_id: int) -> tuple[str, str] | None:
+        """The token's text after whole characters, and at the beginning of a text, where a space may be dropped.
+
+        None where bytes around the token could make other characters of its own.
+        """
+        try:
+            return self._known[token_id]
+        except KeyError:
+            first, twice = self._decode((token_id,)), self._decode((token_id, token_id))
+            whole = REPLACEMENT not in twice and twice.startswith(first)
+            self._known[token_id] = known = (twice[len(first) :], first) if whole else None
+            return known
+
+
 class IncrementalDetokenizer:
     """Text of one sequence, piece by piece. Mutated by `push` and `flush`.
 
     decode: ids -> text, where ids stand for bytes that are joined and read as UTF-8 with U+FFFD for invalid bytes; it
-    may leave ids out (special tokens) and may drop a space at the very beginning (SentencePiece).
+    may leave ids out (special tokens) and may drop a space at the very beginning (SentencePiece). pieces: of the same
+    decoder, where streams share them.
 
         ids     … dropped | kept kept kept new |
         decode              <--- window ------>
         text              | already given |delta| U+FFFD that may yet become a character |
 
-    All deltas joined, with `flush` at the end, equal `decode` of all ids. A push decodes 17 ids at the most.
+    All deltas joined, with `flush` at the end, equal `decode` of all ids. A push decodes 17 ids at the most, and none
+    where the text ends with a whole character and the new token consists of such.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    __slots__ = ("_decode", "_given", "_pieces", "_text", "_window")
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], pieces: Pieces | None = None) -> None:
         self._decode = decode
+        self._pieces = Pieces(decode) if pieces is None else pieces
         self._window: list[int] = []
         self._text = ""
         self._given = 0
@@ -38,6 +67,18 @@ class IncrementalDetokenizer:
         A U+FFFD at the end is held back until the next id, since only that tells an invalid byte from a character
         that is still arriving.
         """
+        if self._given and self._given == len(self._text):
+            known = self._pieces.of(token_id)
+            if known is not None:
+                piece, first = known
+                if piece:
+                    self._window = [token_id]
+                    self._text = first
+                    self._given = len(first)
+                return piece
+        return self._push_bytes(token_id)
+
+    def _push_bytes(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._decode(self._window)
         if text == self._text and not self._decode((token_id, token_id)):

@@ -13,7 +13,7 @@ class Pagemill:
     """One engine. options: fields of its configuration."""
 
     def __init__(self, model: str, num_threads: int, options: dict[str, Any]) -> None:
-        self._llm = LLM(model, num_threads=num_threads, **options)
+        self._llm = LLM(model, num_threads=num_threads, enable_prefix_caching="off", **options)
         self.versions = {"pagemill": __version__}
         self.num_alternatives = 1
 

@@ -1,7 +1,4 @@
-"""The Python API: `LLM`. Owns prompts in and answers out; scheduling is the engine's, wiring `build.py`'s.
-
-Names and shapes are vLLM's where it has them.
-"""
+"""`LLM`. Owns prompts in and answers out; scheduling is the engine's, wiring `build.py`'s."""
 
 from __future__ import annotations
 
@@ -11,130 +8,37 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from threading import RLock, current_thread, main_thread
 from types import TracebackType
 from typing import Any
 
 from pagemill.base.clock import Clock
 from pagemill.base.config import EngineConfig, resolve_config
-from pagemill.base.errors import CapacityError, ModelError, PagemillError, RequestError
-from pagemill.base.params import SamplingParams
-from pagemill.base.step import TokenLogprob
+from pagemill.base.errors import ModelError, PagemillError, RequestError
+from pagemill.base.params import CacheOptions, SamplingParams
+from pagemill.base.units import parse_bytes
 from pagemill.build import Built, LoadProgress, build
 from pagemill.engine.engine import EngineStats
 from pagemill.engine.output import Delta
+from pagemill.llm.control import CacheControl
+from pagemill.llm.outputs import CompletionOutput, Logprob, RequestOutput, Timing
+from pagemill.llm.questions import (
+    Answer,
+    Choice,
+    Prompt,
+    Question,
+    at_index,
+    cache_options,
+    draw_line,
+    listed,
+    params_of,
+)  # fmt: skip
+from pagemill.llm.session import Session
 from pagemill.text.chat import render_chat
 from pagemill.text.tokenizer import Tokenizer
 
-Prompt = str | Mapping[str, Any]
 Message = Mapping[str, Any]
 Progress = Callable[[int, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """Natural logarithm of a token's probability before temperature and cuts, its rank (1 = most likely), its text."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One choice. finish_reason: "stop", "length", "abort", "error", or None while it runs.
-
-    stop_reason: the stop string or the id of stop_token_ids that ended it. logprobs: one entry a token, id -> Logprob,
-    the token taken first, where asked for. cumulative_logprob: their sum over the tokens taken.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None = None
-    cumulative_logprob: float | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Moments of a request on the engine's clock, in seconds; None where it did not come to that."""
-
-    arrival_s: float
-    scheduled_s: float | None
-    first_token_s: float | None
-    finished_s: float | None
-
-    @property
-    def ttft_s(self) -> float | None:
-        """From arrival to the first token."""
-        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """The answer to one prompt. num_cached_tokens: prompt tokens whose KV was found in the cache.
-
-    tpot_s: mean time between the tokens of the longest choice, None below two tokens. receipt: of the prefix cache,
-    None without one. error: why finish_reason is "error"; other requests are not affected.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    timing: Timing
-    num_cached_tokens: int = 0
-    receipt: None = None
-    error: Exception | None = None
-
-    @property
-    def tpot_s(self) -> float | None:
-        longest = max(len(each.token_ids) for each in self.outputs)
-        begin, end = self.timing.first_token_s, self.timing.finished_s
-        return (end - begin) / (longest - 1) if begin is not None and end is not None and longest > 1 else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A prompt that has been read and checked, with its parameters."""
-
-    text: str | None
-    token_ids: list[int]
-    params: SamplingParams
-
-
-@dataclass(slots=True)
-class _Choice:
-    """Deltas of one choice put together. Mutated by `add`."""
-
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
-    last: Delta | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.text.append(delta.text)
-        self.token_ids += delta.token_ids
-        self.logprobs += [(each.sampled, *each.top) for each in delta.logprobs]
-        self.last = delta
-
-
-class _Answer:
-    """The choices of one question as they grow. Mutated by `add`. num_open: choices that have not finished."""
-
-    __slots__ = ("choices", "num_open", "question")
-
-    def __init__(self, question: _Question) -> None:
-        self.question = question
-        self.choices = [_Choice() for _ in range(question.params.n)]
-        self.num_open = question.params.n
-
-    def add(self, delta: Delta) -> None:
-        self.choices[delta.choice].add(delta)
-        self.num_open -= delta.finished
 
 
 class LLM:
@@ -214,16 +118,22 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Progress | bool = False,
+        cache: CacheOptions | bool = True,
+        tenant: str | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Answer prompts, batched continuously. Returns one output for each, in order.
 
         prompts: a text, {"prompt": text} or {"prompt_token_ids": [...]}, or a list of these. params: for all, or one
         for each. progress: True draws a line on stderr where that is a terminal; a function is called with (requests
-        finished, requests, tokens generated) after each step.
+        finished, requests, tokens generated) after each step. cache: False goes past the prefix cache, which is neither
+        read nor left anything; or CacheOptions. tenant: whose cache it is; tenants never share. cache_salt: narrows it
+        to requests with the same salt.
         All prompts are checked before anything runs: a wrong one raises RequestError or CapacityError that names its
         index. A request that fails later ends with finish_reason "error" and harms no other.
         """
-        return self._run(self._questions(_listed(prompts), params), progress)
+        options = cache_options(cache, tenant, cache_salt)
+        return self._run(self._questions(listed(prompts), params, options), progress)
 
     def chat(
         self,
@@ -231,6 +141,9 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Progress | bool = False,
+        cache: CacheOptions | bool = True,
+        tenant: str | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of them, through the model's chat template.
 
@@ -246,16 +159,52 @@ class LLM:
             try:
                 prompts.append(self.chat_prompt(conversation))
             except RequestError as error:
-                raise _at(index, error) if several else error from None
-        return self.generate(prompts, params, progress=progress)
+                raise at_index(index, error) if several else error from None
+        return self.generate(
+            prompts, params, progress=progress, cache=cache, tenant=tenant, cache_salt=cache_salt
+        )  # fmt: skip
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Delta]:
+    def session(
+        self,
+        system: str | None = None,
+        *,
+        cache: CacheOptions | bool = True,
+        tenant: str | None = None,
+        cache_salt: str | None = None,
+    ) -> Session:
+        """A conversation that can be forked, marked and taken back; its branches share what they have in common."""
+        return Session(self, system, cache_options(cache, tenant, cache_salt))
+
+    def resize_kv_cache(self, memory_bytes: int | str) -> None:
+        """Give the KV cache this much memory ("512MiB"), requests alive. Less gives memory back to the system.
+
+        Raises ConfigError for a size that is none, CapacityError where what runs and what is pinned needs more, or
+        where there is no memory for the new cache beside the old one while contents are copied; nothing is lost then.
+        """
+        size = parse_bytes(memory_bytes)
+        with self._lock:
+            self.built.engine.resize_cache(size // self.built.kv_spec.block_bytes)
+
+    @property
+    def cache(self) -> CacheControl:
+        """Tenants, pins and purges of the prefix cache."""
+        return CacheControl(self.built.engine, self._lock, self._token_ids)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        cache: CacheOptions | bool = True,
+        tenant: str | None = None,
+        cache_salt: str | None = None,
+    ) -> Generator[Delta]:
         """Answer one prompt step by step: deltas with .text, .token_ids, .choice and .finish_reason.
 
         Leaving the iterator early aborts the request. Raises at the first step what `generate` raises, and the
         request's own error if it fails midway.
         """
-        [question] = self._questions([prompt], params)
+        [question] = self._questions([prompt], params, cache_options(cache, tenant, cache_salt))
         inbox: deque[Delta] = deque()
         request_id = self._enter(question, inbox)
         num_open = question.params.n
@@ -301,24 +250,27 @@ class LLM:
         self.close()
 
     def _questions(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[_Question]:
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        options: CacheOptions,
+    ) -> list[Question]:
         """Read and check every prompt; the first wrong one raises with its index, before anything runs."""
         built = self.built
-        each = _params_of(params, len(prompts))
+        each = params_of(params, len(prompts))
         questions = []
         for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             try:
-                question = self._read(prompt, own)
-                built.engine.check_request(question.token_ids, own)
+                question = self._read(prompt, own, options)
+                built.engine.check_request(question.token_ids, own, options)
             except PagemillError as error:
-                raise _at(index, error) if len(prompts) > 1 else error from None
+                raise at_index(index, error) if len(prompts) > 1 else error from None
             questions.append(question)
         return questions
 
-    def _read(self, prompt: Prompt, params: SamplingParams) -> _Question:
+    def _read(self, prompt: Prompt, params: SamplingParams, options: CacheOptions) -> Question:
         if isinstance(prompt, str):
-            return _Question(prompt, self.tokenizer.encode(prompt), params)
+            return Question(prompt, self.tokenizer.encode(prompt), params, options)
         if not isinstance(prompt, Mapping):
             raise RequestError(
                 f'a prompt is a {type(prompt).__name__}; give a text or {{"prompt_token_ids": [...]}} for token ids'
@@ -330,20 +282,23 @@ class LLM:
         if text is not None and not isinstance(text, str):
             raise RequestError(f'"prompt" is a {type(text).__name__}; give text')
         if "prompt_token_ids" not in prompt:
-            return _Question(text, self.tokenizer.encode(text or ""), params)
+            return Question(text, self.tokenizer.encode(text or ""), params, options)
         token_ids = prompt["prompt_token_ids"]
         if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Sequence):
             raise RequestError(f'"prompt_token_ids" is a {type(token_ids).__name__}; give a list of token ids')
-        return _Question(text, list(token_ids), params)
+        return Question(text, list(token_ids), params, options)
 
-    def _run(self, questions: list[_Question], progress: Progress | bool) -> list[RequestOutput]:
-        report = progress if callable(progress) else _draw_line if progress and sys.stderr.isatty() else None
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        return self._read(prompt, SamplingParams(), cache_options(True, None, None)).token_ids
+
+    def _run(self, questions: list[Question], progress: Progress | bool) -> list[RequestOutput]:
+        report = progress if callable(progress) else draw_line if progress and sys.stderr.isatty() else None
         inbox: deque[Delta] = deque()
-        answers: dict[str, _Answer] = {}
+        answers: dict[str, Answer] = {}
         num_tokens = num_finished = 0
         try:
             for question in questions:
-                answers[self._enter(question, inbox)] = _Answer(question)
+                answers[self._enter(question, inbox)] = Answer(question)
             while num_finished < len(answers):
                 self._pump(inbox)
                 if not inbox:
@@ -361,10 +316,12 @@ class LLM:
                 self._leave(request_id)
         return [self._output(request_id, answer) for request_id, answer in answers.items()]
 
-    def _enter(self, question: _Question, inbox: deque[Delta]) -> str:
+    def _enter(self, question: Question, inbox: deque[Delta]) -> str:
         with self._lock:
             request_id = str(self._num_requests)
-            self.built.engine.add_request(request_id, question.token_ids, question.params)
+            self.built.engine.add_request(
+                request_id, question.token_ids, question.params, cache=question.options
+            )  # fmt: skip
             self._num_requests += 1
             self._inboxes[request_id] = inbox
             return request_id
@@ -386,7 +343,7 @@ class LLM:
                     if asked is not None:
                         asked.append(delta)
 
-    def _output(self, request_id: str, answer: _Answer) -> RequestOutput:
+    def _output(self, request_id: str, answer: Answer) -> RequestOutput:
         question = answer.question
         lasts = [each.last for each in answer.choices if each.last is not None]
         marks = [last.marks for last in lasts]
@@ -401,11 +358,12 @@ class LLM:
                 first_token_s=min((m.first_token_s for m in marks if m.first_token_s is not None), default=None),
                 finished_s=max((m.finished_s for m in marks if m.finished_s is not None), default=None),
             ),
-            num_cached_tokens=max(last.num_cached_tokens for last in lasts),
+            num_cached_tokens=lasts[0].num_cached_tokens,
+            receipt=lasts[0].receipt,
             error=next((last.error for last in lasts if last.error is not None), None),
         )
 
-    def _completion(self, index: int, choice: _Choice, params: SamplingParams) -> CompletionOutput:
+    def _completion(self, index: int, choice: Choice, params: SamplingParams) -> CompletionOutput:
         last = choice.last
         assert last is not None
         logprobs = cumulative = None
@@ -430,12 +388,6 @@ class LLM:
         )
 
 
-def _draw_line(num_finished: int, num_requests: int, num_tokens: int) -> None:
-    end = "\n" if num_finished == num_requests else ""
-    sys.stderr.write(f"\r{num_finished}/{num_requests} requests, {num_tokens:,} tokens{end}")
-    sys.stderr.flush()
-
-
 @contextmanager
 def _interrupt_afterwards() -> Iterator[None]:
     """Hold Ctrl-C back until the block has ended: a step that others share must not lose their tokens."""
@@ -453,35 +405,5 @@ def _interrupt_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _listed(prompts: object) -> Sequence[Any]:
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise RequestError(f"prompts is a {type(prompts).__name__}; give a text, a dict or a list of these")
-    return prompts
-
-
-def _params_of(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
-        raise RequestError(f"params is {type(params).__name__}; give SamplingParams, or a list of them")
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling parameters for {count} prompts; give one, or one for each prompt")
-    return params
-
-
 def _text_of(token_id: int | None, tokenizer: Tokenizer | None) -> str:
     return "" if token_id is None or tokenizer is None else tokenizer.decode([token_id], skip_special=False)
-
-
-def _at(index: int, error: PagemillError) -> PagemillError:
-    """The same error, saying which prompt of several it is about."""
-    message = f"prompt {index}: {error}"
-    if isinstance(error, RequestError):
-        return RequestError(message, status=error.status)
-    if isinstance(error, CapacityError):
-        return CapacityError(message, retry_after_s=error.retry_after_s)
-    return type(error)(message)

@@ -1,0 +1,159 @@
+#include "attention_tasks.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace pagemill {
+namespace {
+
+constexpr int kStackedRows = kTileRows / 2;  // a sequence with more rows a KV head fills tiles of its own
+constexpr int kWorthSharing = 2;             // (sequence, split) reads that a shared segment saves at least
+
+class Builder {
+public:
+    Builder(const Step& step, const Phase& phase, int block_size, int threads, AttentionTasks& out)
+        : step_(step), group_(phase.q_heads / phase.kv_heads), block_size_(block_size), threads_(threads), out_(out) {
+        out_.group = group_;
+        out_.kv_heads = phase.kv_heads;
+        out_.head_dim = phase.head_dim;
+        out_.window = phase.window;
+        out_.rows.reserve(size_t(step.rows) * size_t(group_));
+    }
+
+    void build() {
+        for (int seq = 0; seq < step_.num_seqs; seq++) {
+            if (rows_of(seq) <= kStackedRows && whole_splits(seq) > 0) members_.push_back(seq);
+            else add_tail(seq, 0, 0);
+        }
+        std::sort(members_.begin(), members_.end(), [&](int a, int b) { return table_before(a, b); });
+        common_.assign(members_.size(), 0);
+        for (size_t i = 1; i < members_.size(); i++) common_[i] = common_splits(members_[i - 1], members_[i]);
+        if (!members_.empty()) share(0, members_.size(), 0, 0);
+        auto cost = [](const AttentionTask& t) { return (t.split_to - t.split_from) * t.num_rows; };
+        std::stable_sort(out_.tasks.begin(), out_.tasks.end(), [&](const AttentionTask& a, const AttentionTask& b) { return cost(a) > cost(b); });
+    }
+
+private:
+    int rows_of(int seq) const { return (step_.starts[seq + 1] - step_.starts[seq]) * group_; }
+    int first_position(int seq) const { return step_.positions[step_.starts[seq]]; }
+    int last_position(int seq) const { return step_.positions[step_.starts[seq + 1] - 1]; }
+    int blocks_of(int seq) const { return last_position(seq) / block_size_ + 1; }
+    int whole_splits(int seq) const { return int(int64_t(blocks_of(seq)) * block_size_ / kSplit); }
+    const int32_t* table(int seq) const { return step_.tables + size_t(seq) * size_t(step_.table_stride); }
+    int first_split(int position) const {
+        return out_.window > 0 && position + 1 > out_.window ? (position + 1 - out_.window) / kSplit : 0;
+    }
+
+    // Any total order that puts tables with a common beginning side by side.
+    bool table_before(int a, int b) const {
+        const int order = std::memcmp(table(a), table(b), size_t(std::min(blocks_of(a), blocks_of(b))) * sizeof(int32_t));
+        return order != 0 ? order < 0 : blocks_of(a) < blocks_of(b);
+    }
+
+    int common_splits(int a, int b) const {
+        const int blocks = std::min(blocks_of(a), blocks_of(b));
+        const int32_t *ta = table(a), *tb = table(b);
+        const int same = int(std::mismatch(ta, ta + blocks, tb).first - ta);
+        return int(int64_t(same) * block_size_ / kSplit);
+    }
+
+    // Members [from, to) have their splits before `split` behind them, as `part` parts. Their rows are added in this order.
+    void share(size_t from, size_t to, int split, int part) {
+        if (to - from == 1) return add_tail(members_[from], split, part);
+        const int common = *std::min_element(common_.begin() + std::ptrdiff_t(from) + 1, common_.begin() + std::ptrdiff_t(to));
+        const int seen = first_split(first_position(members_[from]));
+        bool alike = true;  // windows that begin in the same split
+        for (size_t i = from; i < to; i++) alike = alike && first_split(first_position(members_[i])) == seen;
+        const int begin = std::max(split, seen), saved = (common - begin) * int(to - from - 1);
+        if (alike && saved >= kWorthSharing) {
+            part += add_segment(from, to, begin, common, part);
+            split = common;
+            out_.shared_splits += saved;
+        }
+        size_t start = from;
+        for (size_t i = from + 1; i < to; i++)
+            if (common_[i] == common) {
+                share(start, i, split, part);
+                start = i;
+            }
+        share(start, to, split, part);
+    }
+
+    // Splits [begin, end) for the rows of members [from, to), which will be added next. Returns the number of parts.
+    int add_segment(size_t from, size_t to, int begin, int end, int part) {
+        int rows = 0;
+        for (size_t i = from; i < to; i++) rows += rows_of(members_[i]);
+        const int per_tile = kTileRows, tiles = (rows + per_tile - 1) / per_tile, count = tiles * out_.kv_heads;
+        // A run that begins with a row's first split may leave its merged state; enough of them keep every thread busy.
+        const bool merged = part == 0 && (end - begin == 1 || threads_ == 1 || count >= 8 * threads_ || (count >= 2 * threads_ && count % threads_ == 0));
+        const int first = int(out_.rows.size());
+        for (int h = 0; h < out_.kv_heads; h++)
+            for (int r0 = 0; r0 < rows; r0 += per_tile) {
+                AttentionTask task{members_[from], h, first + r0, std::min(per_tile, rows - r0), begin, end, part, merged ? 1 : end - begin};
+                if (merged) out_.tasks.push_back(task);
+                else add_apart(task);
+            }
+        return merged ? 1 : end - begin;
+    }
+
+    // Each split of a task as a task and a part of its own.
+    void add_apart(AttentionTask task) {
+        const int from = task.split_from, to = task.split_to, part = task.part;
+        task.num_parts = 1;
+        for (int split = from; split < to; split++) {
+            task.split_from = split;
+            task.split_to = split + 1;
+            task.part = part + split - from;
+            out_.tasks.push_back(task);
+        }
+    }
+
+    // A sequence's rows and their tasks from `split` on; `part` parts are behind them.
+    void add_tail(int seq, int split, int part) {
+        const int rows = rows_of(seq), start = first_position(seq), first = int(out_.rows.size());
+        const int per_tile = tile_rows(rows), tiles = (rows + per_tile - 1) / per_tile;
+        for (int r = 0; r < rows; r++) out_.rows.push_back({step_.starts[seq] + r / group_, r % group_, -1, 0});
+        // Few long sequences: their splits become tasks of their own, merged afterwards in the same order.
+        const bool few = threads_ > 1 && tiles * out_.kv_heads * step_.num_seqs < 8 * threads_;
+        for (int r0 = 0; r0 < rows; r0 += per_tile) {
+            const int count = std::min(per_tile, rows - r0);
+            const int from = std::max(split, first_split(start + r0 / group_));
+            const int to = std::max(from, (start + (r0 + count - 1) / group_) / kSplit + 1);
+            const bool apart = few && to - from > 1;
+            AttentionTask task{seq, 0, first + r0, count, from, to, apart || part > 0 ? part : -1, to - from};
+            for (; task.kv_head < out_.kv_heads; task.kv_head++) {
+                if (apart) add_apart(task);
+                else if (to > from) out_.tasks.push_back(task);
+                if (task.part >= 0) out_.merges.push_back(task);
+            }
+            if (task.part < 0) continue;
+            for (int r = r0; r < r0 + count; r++) {
+                AttentionRow& row = out_.rows[size_t(first + r)];
+                row.partial = out_.num_partials;
+                row.num_parts = part + to - from;
+                out_.num_partials += row.num_parts * out_.kv_heads;
+            }
+        }
+    }
+
+    // Whole multiples of 16 rows; smaller tiles where there would be too few for the threads.
+    int tile_rows(int rows) const {
+        int size = kTileRows;
+        while (size > 16 && (rows + size - 1) / size * out_.kv_heads * step_.num_seqs < 4 * threads_) size -= 16;
+        return size;
+    }
+
+    const Step& step_;
+    const int group_, block_size_, threads_;
+    AttentionTasks& out_;
+    std::vector<int> members_;  // sequences that may share, those with a common beginning side by side
+    std::vector<int> common_;   // whole splits that member i has in common with the one before
+};
+
+}  // namespace
+
+void build_attention_tasks(const Step& step, const Phase& phase, int block_size, int threads, AttentionTasks& out) {
+    Builder(step, phase, block_size, threads, out).build();
+}
+
+}  // namespace pagemill

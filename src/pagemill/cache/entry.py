@@ -1,0 +1,91 @@
+"""Values of the cache: its configuration, how a sequence enters it, and what it tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagemill.cache.block import Node
+from pagemill.cache.keys import Fingerprint
+from pagemill.cache.receipt import Lookup
+from pagemill.cache.tenancy import Account
+
+NO_FINGERPRINT = Fingerprint()
+
+
+@dataclass(frozen=True, slots=True)
+class SharingConfig:
+    """How blocks are shared. policy: name of the eviction policy. fingerprint: of the model, its formats and numerics.
+    page_bytes: of a block. known_tenants_only: refuse tenants without a quota."""
+
+    policy: str = "lru"
+    fingerprint: Fingerprint = NO_FINGERPRINT
+    page_bytes: int = 1
+    known_tenants_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A block can be found from now on."""
+
+    key: bytes
+    parent: bytes
+    block: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A block can no longer be found. evicted: for want of room."""
+
+    key: bytes
+    evicted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """How a sequence of known tokens can enter: what it hits and what it must take.
+
+    num_hit: positions that need not be computed. shared: block ids of whole hits. tail: node whose first
+    num_tail_tokens positions are copied. num_new: blocks to take. num_spare: blocks that are there to be taken, beside
+    what it hits. missing: keys of the prompt's whole blocks that were not found.
+    """
+
+    account: Account
+    root: Node
+    node: Node
+    shared: list[int]
+    tail: Node | None
+    num_tail_tokens: int
+    num_new: int
+    num_spare: int
+    lookup: Lookup
+    missing: list[bytes]
+
+    @property
+    def num_hit(self) -> int:
+        return self.lookup.num_hit
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Use of the cache, in blocks and token positions.
+
+    num_positions: positions granted to sequences. num_unused_positions: those of active blocks that are not, the
+    waste that paging keeps below one block a sequence. num_leaked_blocks: active blocks that no sequence owns (0).
+    num_cached_blocks: published ones that nobody holds, to be hit or evicted. num_held_blocks: out of service.
+    num_pinned_blocks: under a lease. num_hit_tokens of num_asked_tokens: looked for and found since the start.
+    """
+
+    num_blocks: int
+    num_free_blocks: int
+    num_active_blocks: int
+    num_sequences: int
+    num_positions: int
+    num_unused_positions: int
+    num_leaked_blocks: int
+    num_cached_blocks: int = 0
+    num_held_blocks: int = 0
+    num_pinned_blocks: int = 0
+    num_asked_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_evicted_blocks: int = 0

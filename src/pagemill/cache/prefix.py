@@ -1,0 +1,199 @@
+"""The tree of published blocks: which texts are in the cache, found token by token. Owns the nodes, not their pages.
+
+    root of a namespace ── tokens 0..15 ── tokens 16..31 ── tokens 32..36 (tail, shorter than a block)
+                                       └── tokens 16..31' …
+
+An edge is the block's own tokens as packed bytes, so finding a child compares every token at C speed, on every hit,
+below a root that only this namespace and fingerprint reach. Among the children of the last whole match, the longest
+common beginning stands beside the place where the text itself would be sorted in.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pagemill.base.errors import IntegrityError
+from pagemill.cache.block import Node
+from pagemill.cache.keys import TOKEN_BYTES, Fingerprint, Namespace, Secrets, child_key, root_key
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the tree holds of a text. nodes: blocks that match whole, from the start. tail: the child of the last one
+    whose first `num_tail_tokens` tokens come next in the text, None without such. root: where the chain begins."""
+
+    root: Node
+    nodes: list[Node]
+    tail: Node | None = None
+    num_tail_tokens: int = 0
+
+
+def common_tokens(a: bytes, b: bytes) -> int:
+    """How many whole tokens two packed texts have in common at their beginning."""
+    size = min(len(a), len(b))
+    difference = int.from_bytes(a[:size], "little") ^ int.from_bytes(b[:size], "little")
+    if not difference:
+        return size // TOKEN_BYTES
+    return ((difference & -difference).bit_length() - 1) // (8 * TOKEN_BYTES)
+
+
+class PrefixTree:
+    """Nodes of all namespaces. Mutated by `root`, `add`, `remove` and `forget_root`.
+
+    block_size: tokens in a block. nodes: by block id. index: by key.
+    """
+
+    __slots__ = ("_block_bytes", "_roots", "_secrets", "block_size", "index", "nodes")
+
+    def __init__(self, block_size: int, secrets: Secrets) -> None:
+        self.block_size = block_size
+        self.nodes: dict[int, Node] = {}
+        self.index: dict[bytes, Node] = {}
+        self._block_bytes = block_size * TOKEN_BYTES
+        self._secrets = secrets
+        self._roots: dict[tuple[Namespace, Fingerprint], Node] = {}
+
+    def root(self, namespace: Namespace, fingerprint: Fingerprint) -> Node:
+        """Where texts of this namespace under this fingerprint begin; made at first use."""
+        name = (namespace, fingerprint)
+        root = self._roots.get(name)
+        if root is None:
+            key = root_key(self._secrets.of(namespace), namespace, fingerprint)
+            root = self._roots[name] = Node(-1, key, b"", None, -1)
+        return root
+
+    def roots_of(self, tenant: str) -> list[tuple[Namespace, Fingerprint, Node]]:
+        """Every root of a tenant's own namespaces, salted ones included."""
+        return [(n, f, root) for (n, f), root in self._roots.items() if n.tenant == tenant and not n.public]
+
+    def siblings_of(self, namespace: Namespace, fingerprint: Fingerprint) -> list[Node]:
+        """Roots of the same namespace under other fingerprints."""
+        return [root for (n, f), root in self._roots.items() if n == namespace and f != fingerprint]
+
+    def forget_root(self, namespace: Namespace, fingerprint: Fingerprint) -> None:
+        """Drop a root that has no blocks."""
+        root = self._roots.get((namespace, fingerprint))
+        if root is not None and not root.children:
+            root.alive = False
+            del self._roots[(namespace, fingerprint)]
+
+    def drop_empty_roots(self, keep: int) -> None:
+        """Drop roots without blocks where there are more than `keep` roots, so that salts do not pile up."""
+        if len(self._roots) > keep:
+            for name in [name for name, root in self._roots.items() if not root.children]:
+                self.forget_root(*name)
+
+    def find(self, root: Node, tokens: bytes, most: int) -> Match:
+        """What is there of the first `most` tokens of a text, whole blocks first. tokens: packed."""
+        size = self._block_bytes
+        node, nodes, at, end = root, [], 0, most * TOKEN_BYTES
+        while at + size <= end:
+            child = node.children.get(tokens[at : at + size])
+            if child is None:
+                break
+            nodes.append(child)
+            node = child
+            at += size
+        rest = tokens[at : min(at + size, end)]
+        if not rest or not node.order:
+            return Match(root, nodes)
+        tail, num_tokens = self._nearest(node, rest)
+        return Match(root, nodes, tail, num_tokens) if num_tokens else Match(root, nodes)
+
+    def _nearest(self, node: Node, rest: bytes) -> tuple[Node, int]:
+        order = node.order
+        place = bisect_left(order, rest)
+        best, most = order[max(place - 1, 0)], -1
+        for each in order[max(place - 1, 0) : place + 1]:
+            count = common_tokens(each, rest)
+            if count > most:
+                best, most = each, count
+        return node.children[best], most
+
+    def extended_by(self, parent: Node, tokens: bytes) -> Node | None:
+        """The child of `parent` that begins with `tokens`, if there is one: it says as much and more."""
+        order = parent.order
+        place = bisect_left(order, tokens)
+        if place < len(order) and order[place].startswith(tokens):
+            return parent.children[order[place]]
+        return None
+
+    def beginning_of(self, parent: Node, tokens: bytes) -> Node | None:
+        """The child of `parent` that `tokens` go on from, if there is one and it is not they themselves."""
+        order = parent.order
+        place = bisect_left(order, tokens)
+        if place and len(order[place - 1]) < len(tokens) and tokens.startswith(order[place - 1]):
+            return parent.children[order[place - 1]]
+        return None
+
+    def add(self, parent: Node, block: int, tokens: bytes, key: bytes | None = None) -> Node:
+        """Publish a block below `parent`. key: its content key where it is known already. It must not be there yet."""
+        assert tokens not in parent.children, "a block is published once"
+        assert block not in self.nodes, f"block {block} is published already"
+        node = Node(block, key or child_key(parent.key, tokens), tokens, parent, parent.depth + 1)
+        parent.children[tokens] = node
+        if parent.order:
+            insort(parent.order, tokens)
+        else:
+            parent.order.append(tokens)
+        self.nodes[block] = node
+        self.index[node.key] = node
+        return node
+
+    def remove(self, node: Node) -> Node:
+        """Take a leaf out; returns its parent."""
+        parent = node.parent
+        assert parent is not None, "a root is not removed"
+        assert not node.children, f"{node} has children"
+        del parent.children[node.tokens]
+        del parent.order[bisect_left(parent.order, node.tokens)]
+        del self.nodes[node.block]
+        del self.index[node.key]
+        node.alive = False
+        return parent
+
+    def chain(self, node: Node) -> list[Node]:
+        """The nodes from the start of the text to `node`."""
+        found: list[Node] = []
+        each: Node | None = node
+        while each is not None and each.parent is not None:
+            found.append(each)
+            each = each.parent
+        return found[::-1]
+
+    def below(self, node: Node) -> Iterator[Node]:
+        """`node` (unless a root) and everything under it, children before their parents."""
+        stack: list[tuple[Node, bool]] = [(node, False)]
+        while stack:
+            each, opened = stack.pop()
+            if opened:
+                if each.parent is not None:
+                    yield each
+                continue
+            stack.append((each, True))
+            stack.extend((child, False) for child in list(each.children.values()))
+
+    def verify(self) -> None:
+        """Keys, edges and indices agree, in O(number of nodes · tokens), for tests. Raises IntegrityError."""
+        seen = 0
+        for (namespace, fingerprint), root in self._roots.items():
+            if root.key != root_key(self._secrets.of(namespace), namespace, fingerprint):
+                raise IntegrityError(f"the root of {namespace} has another namespace's key")
+            for node in self.below(root):
+                seen += 1
+                parent = node.parent
+                assert parent is not None
+                right = (
+                    node.key == child_key(parent.key, node.tokens)
+                    and parent.children.get(node.tokens) is node
+                    and self.nodes.get(node.block) is node
+                    and self.index.get(node.key) is node
+                    and node.depth == parent.depth + 1
+                    and (len(node.tokens) == self._block_bytes or not node.children)
+                )
+                if not right or sorted(parent.children) != parent.order:
+                    raise IntegrityError(f"the tree of prefixes is damaged at {node}")
+        if not seen == len(self.nodes) == len(self.index):
+            raise IntegrityError(f"{seen} nodes in the tree, {len(self.nodes)} blocks, {len(self.index)} keys")

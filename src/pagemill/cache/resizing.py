@@ -1,0 +1,62 @@
+"""Another number of blocks while sequences live. Owns the choice of what goes and what moves, no bytes.
+
+Growth adds free blocks. Shrinking drops cached blocks that lie beyond the new end, evicts by policy until those in use
+find room below it, and has these copied there; tables, tree, leases and order of eviction follow.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from pagemill.base.errors import CapacityError
+from pagemill.base.transfer import NO_MOVES, Copy, Moves
+from pagemill.cache.pool import BlockPool
+from pagemill.cache.sharing import SharedBlocks
+
+
+def check_size(pool: BlockPool, shared: SharedBlocks | None, num_blocks: int, mode: str) -> None:
+    """Raise CapacityError or ConfigError where the cache cannot have `num_blocks`, and change nothing."""
+    active = pool.num_active
+    if num_blocks < max(active, 1):
+        raise CapacityError(
+            f"a KV cache of {num_blocks:,} blocks cannot hold the {active:,} that sequences and pins use; "
+            f"give at least {max(active, 1):,}, or wait until they end",
+            retry_after_s=1.0,
+        )
+    if mode != "paged":
+        raise CapacityError(f"a KV cache of mode {mode} cannot be resized; set kv_cache to paged")
+    if shared is not None:
+        shared.tenancy.check_resize(num_blocks)
+
+
+def vacate(
+    pool: BlockPool, shared: SharedBlocks | None, tables: Iterable[array[int]], num_blocks: int, block_size: int
+) -> Moves:
+    """Leave blocks from `num_blocks` on, and take them out of service. Returns the copies that must be made before
+    their memory goes. No other moves may be pending."""
+    if num_blocks >= pool.num_blocks:
+        return NO_MOVES
+    beyond = range(num_blocks, pool.num_blocks)
+    if shared is not None:
+        for block in beyond:
+            node = shared.tree.nodes.get(block)
+            if node is not None and not pool.num_holders(block):
+                shared.purge(node)
+        num_homeless = sum(1 for block in beyond if pool.num_holders(block))
+        num_vacant = sum(1 for block in beyond if pool.is_vacant(block))
+        while pool.num_free < num_vacant + num_homeless:
+            shared.evict_any()
+    for block in beyond:
+        if pool.is_vacant(block):
+            pool.withdraw(block)
+    moved = {block: pool.relocate(block) for block in beyond if pool.num_holders(block)}
+    if moved:
+        for table in tables:
+            for index, block in enumerate(table):
+                if block in moved:
+                    table[index] = moved[block]
+        if shared is not None:
+            shared.renumber(moved)
+    wipes = tuple(target for target in moved.values() if target in pool.dirty)
+    return Moves(wipes, tuple(Copy(block, target, block_size) for block, target in moved.items()))

@@ -1,0 +1,158 @@
+"""`pagemill simulate`: hit curves of eviction policies over a trace, in the terminal. Owns options, table and plot;
+replaying is `pagemill.simulator`'s."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pagemill.base.clock import MonotonicClock
+from pagemill.base.errors import ConfigError
+from pagemill.base.units import parse_count, parse_seconds
+from pagemill.cache.policies.registry import make_policy
+from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.simulator.curves import AllocationRow, HitRow, allocation, hit_curves
+from pagemill.simulator.trace import Trace, read_trace
+from pagemill.simulator.workload import GENERATORS, generate
+
+_GENERATED_REQUESTS = 10_000
+_COLOURS = ("#1f6f8b", "#c8553d", "#7a5195", "#2f9e44", "#b8860b", "#d6336c", "#495057")
+
+
+def run(
+    *,
+    trace: str,
+    policies: str,
+    blocks: str,
+    session_gap: str,
+    seed: int,
+    json_file: str | None,
+    plot: str | None,
+    as_json: bool,
+) -> int:
+    """Replay `trace` (a file, or a generated load's name) and print a table or one JSON object."""
+    names = _names(policies)
+    sizes = _sizes(blocks)
+    if plot is not None and Path(plot).suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot {plot}: a plot is a .png or an .svg; name one")
+    loaded = _load(trace, session_gap, seed)
+    if not any(each.blocks for each in loaded.requests):
+        if plot is not None:
+            raise ConfigError(f"--plot: {loaded.name} has lengths only and gives no hit curve; leave --plot out")
+        return _publish_allocation(allocation(loaded), json_file, as_json=as_json)
+    rows = hit_curves(loaded, names, sizes, MonotonicClock(), note)
+    report = {
+        "trace": loaded.name,
+        "num_requests": len(loaded.requests),
+        "num_accesses": loaded.num_accesses,
+        "num_distinct_blocks": loaded.num_distinct,
+        "seed": seed,
+        "session_gap_s": parse_seconds(session_gap),
+        "rows": [asdict(each) for each in rows],
+    }
+    _store(report, json_file)
+    if plot is not None:
+        _draw(rows, Path(plot))
+    if as_json:
+        print_json(report)
+        return 0
+    title = (
+        f"{loaded.name}: {len(loaded.requests):,} requests, {loaded.num_accesses:,} blocks, ideal {rows[0].ideal:.4f}"
+    )
+    print(paint(title, BOLD, sys.stdout))
+    Console(highlight=False).print(_table(rows))
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(each.strip() for each in text.split(",") if each.strip()))
+    if not names:
+        raise ConfigError("--policy names no policy; give some, such as lru,gittins")
+    for each in names:
+        make_policy(each, 1)
+    return names
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = sorted({parse_count(each) for each in text.split(",") if each.strip()})
+    if not sizes or sizes[0] < 1:
+        raise ConfigError(f"--blocks {text!r}: give sizes of the cache in blocks from 1, such as 1000,10000")
+    return sizes
+
+
+def _load(trace: str, session_gap: str, seed: int) -> Trace:
+    if trace in GENERATORS and not Path(trace).exists():
+        return generate(trace, _GENERATED_REQUESTS, seed)
+    return read_trace(trace, session_gap_s=parse_seconds(session_gap), seed=seed)
+
+
+def _store(report: dict[str, Any], json_file: str | None) -> None:
+    if json_file is None:
+        return
+    try:
+        Path(json_file).expanduser().write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{json_file} cannot be written: {error.strerror}; give another --output") from None
+
+
+def _table(rows: list[HitRow]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("blocks", justify="right")
+    policies = list(dict.fromkeys(each.policy for each in rows))
+    for name in [*policies, "optimum"]:
+        table.add_column(name, justify="right")
+    for size in dict.fromkeys(each.blocks for each in rows):
+        here = {each.policy: each for each in rows if each.blocks == size}
+        cells = [f"{here[name].block_hit_ratio:.4f}" for name in policies]
+        table.add_row(f"{size:,}", *cells, f"{here[policies[0]].optimum:.4f}")
+    return table
+
+
+def _publish_allocation(row: AllocationRow, json_file: str | None, *, as_json: bool) -> int:
+    report = {"trace": row.trace, "allocation": asdict(row)}
+    _store(report, json_file)
+    if as_json:
+        print_json(report)
+    else:
+        print(
+            f"{row.trace}: lengths only. {row.concurrency} sequences at once, blocks of {row.block_tokens} tokens, "
+            f"{row.num_steps:,} steps: {row.unused_mean:.2%} of allocated positions unused, p99 {row.unused_p99:.2%}"
+        )
+    return 0
+
+
+def _draw(rows: list[HitRow], path: Path) -> None:
+    from pagemill.bench.plots import FAINT, INK, MISSING, STYLE
+
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        note(MISSING)
+        return
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        axes.set_xlabel("cache (blocks)")
+        axes.set_title(f"block hit ratio, {rows[0].trace}", loc="left", color=INK)
+        policies = list(dict.fromkeys(each.policy for each in rows))
+        for at, name in enumerate(policies):
+            mine = [each for each in rows if each.policy == name]
+            colour = _COLOURS[at % len(_COLOURS)]
+            axes.plot([e.blocks for e in mine], [e.block_hit_ratio for e in mine], "o-", color=colour, label=name)
+        bounds = [each for each in rows if each.policy == policies[0]]
+        axes.plot([e.blocks for e in bounds], [e.optimum for e in bounds], "--", color=FAINT, label="optimum")
+        axes.axhline(rows[0].ideal, color=FAINT, linewidth=0.8, linestyle=":", label="never evicts")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        try:
+            figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+        except OSError as error:
+            raise ConfigError(f"the plot cannot be written to {path}: {error.strerror}; give another --plot") from None

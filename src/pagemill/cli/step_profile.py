@@ -1,0 +1,58 @@
+"""`pagemill bench step` in the terminal. Owns options and printing; measuring is `pagemill.bench.step_profile`'s."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from pagemill.base.config import resolve_config
+from pagemill.base.errors import ConfigError
+from pagemill.bench.report import file_stem, prepare_directory, write_json
+from pagemill.bench.step_profile import Settings, engine_options, make_report, make_table, measure, parse_streams
+from pagemill.build import build
+from pagemill.cli.bench import interrupts
+from pagemill.cli.progress import byte_progress
+from pagemill.cli.terminal import BOLD, note, paint, print_json
+
+_INTERRUPTED = 130
+
+
+def step(*, streams: str, num_steps: int, sampled: bool, output: str, as_json: bool, engine: dict[str, Any]) -> int:
+    """Profile decode steps; print a table or one JSON object, write the JSON to `output`.
+
+    Returns 130 where Ctrl-C ended it; the numbers of streams that were measured by then are reported all the same.
+    """
+    if num_steps < 1:
+        raise ConfigError(f"--steps is {num_steps}; give at least 1")
+    settings = Settings(parse_streams(streams), num_steps, sampled)
+    arguments = engine_options(settings, engine["arguments"])
+    config = resolve_config(arguments, file=engine["file"], origin="command line").config
+    directory = prepare_directory(output)
+    with byte_progress() as report_bytes:
+        note(f"loading {config.model} …")
+        built = build(config, progress=report_bytes)
+    profiles = []
+    with interrupts() as interrupted:
+        for num_streams in settings.streams:
+            if interrupted():
+                break
+            note(f"{num_streams} streams …")
+            profiles.append(measure(built, settings, num_streams))
+        stopped = interrupted()
+    if not profiles:
+        note("interrupted before anything was measured")
+        return _INTERRUPTED
+    report = make_report(built, config, settings, profiles)
+    path = directory / f"{file_stem('step', report['settings']['name'], report['date'])}.json"
+    report["files"] = [str(path)]
+    write_json(path, report)
+    if as_json:
+        print_json(report)
+    else:
+        how = "top-p and logprobs" if sampled else "greedy"
+        print(paint(f"decode steps of {report['settings']['name']}, {how}", BOLD, sys.stdout))
+        Console(highlight=False).print(make_table(report))
+        print(f"barrier {report['barrier_ns']:,.0f} ns; written: {path}")
+    return _INTERRUPTED if stopped else 0

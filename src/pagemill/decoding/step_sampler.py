@@ -1,0 +1,127 @@
+"""Samples the rows of a step: natively in one call, or row by row as the specification has it. Owns the way from
+sequences to requests and from chosen ids to samples; what is chosen, and how, is `sampling.py`'s."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagemill.base.step import Sample, SampleFailure, SequenceStep, TokenLogprob
+from pagemill.decoding.sampling import NOT_A_NUMBER, NOTHING_LEFT, SamplingRow, sample
+from pagemill.kernels.sampling import CHOSEN, ROW_DTYPE, Choices, NativeSampler
+from pagemill.kernels.sampling import NOT_A_NUMBER as STATUS_NOT_A_NUMBER
+
+Samples = tuple[Sample, ...]
+Failures = tuple[SampleFailure, ...]
+
+_ROW = struct.Struct("=dddQQQii")
+assert _ROW.size == ROW_DTYPE.itemsize
+
+
+class StepSampler(Protocol):
+    """Chooses the next token of each sequence that samples."""
+
+    def choose(
+        self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
+    ) -> tuple[Samples, Failures]:
+        """One sample or one failure for each row, each in the order of rows.
+
+        logits: [rows, vocab] f32. best: [rows] i32, the first largest logit of each row, or its first NaN.
+        """
+        ...
+
+
+class SpecificationSampler:
+    """The specification itself, row by row: for executors without native logits, and for tests."""
+
+    def choose(
+        self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
+    ) -> tuple[Samples, Failures]:
+        requests = [SamplingRow(s.seq_id, s.params, s.seed, s.choice, s.end, s.forbid) for s in rows]
+        chosen = sample(logits, requests, best.tolist())
+        samples = tuple(s for s in chosen if isinstance(s, Sample))
+        return samples, tuple(s for s in chosen if isinstance(s, SampleFailure))
+
+
+class BatchSampler:
+    """All rows in one native call. Mutated by `choose`: requests are kept while the same sequences follow each other.
+
+    A sequence's parameters, seed and choice never change, so that its number stands for them.
+    """
+
+    def __init__(self, native: NativeSampler) -> None:
+        self._native = native
+        self._seq_ids: list[int] = []
+        self._packed: dict[int, bytes] = {}
+        self._requests = np.zeros(0, ROW_DTYPE)
+        self._most_logprobs = -1
+
+    def choose(
+        self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
+    ) -> tuple[Samples, Failures]:
+        seq_ids = [s.seq_id for s in rows]
+        if seq_ids != self._seq_ids:
+            self._remember(seq_ids, rows)
+        requests = self._requests
+        requests["position"] = [s.start + len(s.token_ids) for s in rows]
+        choices = self._native.sample(logits, best, requests, _forbidden(rows), self._most_logprobs)
+        if choices.reports is None and not choices.status.any():
+            return tuple(map(Sample, seq_ids, choices.tokens.tolist())), ()
+        return _read(rows, requests, choices, logits.shape[1])
+
+    def _remember(self, seq_ids: list[int], rows: Sequence[SequenceStep]) -> None:
+        known = self._packed
+        self._packed = packed = {s.seq_id: known.get(s.seq_id) or _pack(s) for s in rows}
+        self._requests = np.frombuffer(bytearray().join(map(packed.__getitem__, seq_ids)), ROW_DTYPE)
+        self._most_logprobs = int(self._requests["logprobs"].max(initial=-1))
+        self._seq_ids = seq_ids
+
+
+def _pack(step: SequenceStep) -> bytes:
+    p = step.params
+    logprobs = -1 if p.logprobs is None else p.logprobs
+    top_k = min(max(p.top_k, 0), 2**31 - 1)
+    return _ROW.pack(p.temperature, p.top_p, p.min_p, step.seed, step.choice, 0, top_k, logprobs)
+
+
+def _forbidden(rows: Sequence[SequenceStep]) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+    forbidden = [s.forbid for s in rows]
+    if not any(forbidden):
+        return None
+    starts = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(ids) for ids in forbidden], out=starts[1:])
+    beyond = 2**31 - 1
+    return starts, np.array([token if 0 <= token < beyond else -1 for ids in forbidden for token in ids], np.int32)
+
+
+def _read(
+    rows: Sequence[SequenceStep], requests: NDArray[np.void], choices: Choices, vocab_size: int
+) -> tuple[Samples, Failures]:
+    """Samples with their log-probabilities, and the rows that failed."""
+    samples: list[Sample] = []
+    failures: list[SampleFailure] = []
+    found = choices.reports
+    reports: list[tuple[TokenLogprob, tuple[TokenLogprob, ...]] | None] = [None] * len(rows)
+    if found is not None:
+        counts = np.minimum(requests["logprobs"], vocab_size).tolist()
+        columns = (found.logprobs, found.ranks, found.top_ids, found.top_logprobs)
+        for i, (token, count, logprob, rank, ids, values) in enumerate(
+            zip(choices.tokens.tolist(), counts, *(column.tolist() for column in columns), strict=True)
+        ):
+            if count >= 0:
+                top = tuple(map(TokenLogprob, ids[:count], values, range(1, count + 1)))
+                reports[i] = TokenLogprob(token, logprob, rank), top
+    tokens, statuses = choices.tokens.tolist(), choices.status.tolist()
+    for step, token, status, report in zip(rows, tokens, statuses, reports, strict=True):
+        if status != CHOSEN:
+            reason = NOT_A_NUMBER.format(token=token) if status == STATUS_NOT_A_NUMBER else NOTHING_LEFT
+            failures.append(SampleFailure(step.seq_id, reason))
+        elif report is None:
+            samples.append(Sample(step.seq_id, token))
+        else:
+            samples.append(Sample(step.seq_id, token, *report))
+    return tuple(samples), tuple(failures)

@@ -1,0 +1,86 @@
+"""What an operator does to the prefix cache: quotas, public namespaces, pins, purges. Owns no state of its own."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+from pagemill.base.errors import ConfigError
+from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions
+from pagemill.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A text kept from eviction. num_tokens: of it, those in the cache now. expires_s: on the engine's clock."""
+
+    pin_id: int
+    num_tokens: int
+    expires_s: float
+
+
+class CacheControl:
+    """The prefix cache of an LLM. Raises ConfigError where the engine shares nothing (`enable_prefix_caching`).
+
+    A prompt is a text, {"prompt": …} or {"prompt_token_ids": […]}; options say in whose namespace.
+    """
+
+    def __init__(self, engine: Engine, lock: RLock, token_ids: Callable[[Any], list[int]]) -> None:
+        if engine.cache.shared is None:
+            raise ConfigError("there is no prefix cache; set enable_prefix_caching to on and kv_cache to paged")
+        self._engine = engine
+        self._shared = engine.cache.shared
+        self._lock = lock
+        self._token_ids = token_ids
+
+    def set_quota(self, tenant: str, *, floor_tokens: int = 0, cap_tokens: int | None = None) -> None:
+        """What other tenants' demand cannot push a tenant below, and what it cannot rise above, in token positions.
+
+        Raises ConfigError, and changes nothing, where floors exceed the memory or a cap its bounds.
+        """
+        size = self._engine.cache.block_size
+        with self._lock:
+            cap = None if cap_tokens is None else cap_tokens // size
+            self._shared.set_quota(tenant, -(-floor_tokens // size), cap)
+
+    def declare_public(self, name: str) -> None:
+        """Let requests share the namespace `name` across tenants, by CacheOptions(public=name)."""
+        with self._lock:
+            self._shared.tenancy.declare_public(name)
+
+    def pin(self, prompt: Any, seconds: float, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> Pin:
+        """Keep what the cache holds of a prompt for so long. Raises CapacityError beyond the tenant's cap or half of
+        the cache."""
+        with self._lock:
+            lease = self._shared.pin(options, array("i", self._token_ids(prompt)), seconds)
+            return Pin(lease.lease_id, lease.num_tokens, lease.expires_s)
+
+    def unpin(self, pin: Pin) -> bool:
+        """End a pin; False where it has ended."""
+        with self._lock:
+            return self._shared.unpin(pin.pin_id)
+
+    def purge(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
+        """Drop a text, but not what other texts share with it. Returns blocks dropped, after their pages are wiped."""
+        return self._purged(lambda: self._shared.purge_text(options, array("i", self._token_ids(prompt))))
+
+    def purge_prefix(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
+        """Drop every text that begins like this. Returns as `purge` does."""
+        return self._purged(lambda: self._shared.purge_prefix(options, array("i", self._token_ids(prompt))))
+
+    def purge_namespace(self, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
+        """Drop every text of a tenant's namespace with this salt, or of a public one. Returns as `purge` does."""
+        return self._purged(lambda: self._shared.purge_namespace(options))
+
+    def purge_tenant(self, tenant: str) -> int:
+        """Drop every text of a tenant, with its secret. Returns as `purge` does."""
+        return self._purged(lambda: self._shared.purge_tenant(tenant))
+
+    def _purged(self, drop: Callable[[], int]) -> int:
+        with self._lock:
+            count = drop()
+            self._engine.settle()
+            return count

@@ -1,0 +1,109 @@
+"""A conversation with branches. Owns its messages; what branches have in common is shared by the prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from pagemill.base.errors import RequestError
+from pagemill.base.params import CacheOptions, SamplingParams
+from pagemill.engine.output import Delta
+from pagemill.llm.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from pagemill.llm.api import LLM
+
+Messages = tuple[dict[str, str], ...]
+
+
+class Session:
+    """Messages so far. Mutated by `say`, `stream`, `restore` and `close`.
+
+        with llm.session(system="Be brief.") as session:
+            session.say("Hello").outputs[0].text
+            mark = session.snapshot()
+            other = session.fork()
+
+    An answer that ends in an error, or is left before its end without a token, adds nothing to the conversation.
+    """
+
+    def __init__(self, llm: LLM, system: str | None, options: CacheOptions) -> None:
+        self._llm = llm
+        self._options = options
+        self._messages: Messages = ({"role": "system", "content": system},) if system else ()
+        self._marks: list[Messages] = []
+        self._closed = False
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation so far, a copy."""
+        return [dict(each) for each in self._messages]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the conversation as the next prompt would begin."""
+        return len(self._llm.chat_prompt(self._messages)["prompt_token_ids"]) if self._messages else 0
+
+    def say(self, text: str, params: SamplingParams | None = None) -> RequestOutput:
+        """Ask, and keep question and answer (choice 0). Raises what `LLM.generate` raises."""
+        asked = self._asked(text)
+        [output] = self._llm.generate([self._llm.chat_prompt(asked)], params, cache=self._options)
+        if output.error is None:
+            self._messages = (*asked, {"role": "assistant", "content": output.outputs[0].text})
+        return output
+
+    def stream(self, text: str, params: SamplingParams | None = None) -> Generator[Delta]:
+        """The same as deltas; what has been said when the iterator is left is kept."""
+        asked = self._asked(text)
+        said: list[str] = []
+        stream = self._llm.stream(self._llm.chat_prompt(asked), params, cache=self._options)
+        try:
+            for delta in stream:
+                if delta.choice == 0:
+                    said.append(delta.text)
+                yield delta
+        finally:
+            stream.close()
+            if said:
+                self._messages = (*asked, {"role": "assistant", "content": "".join(said)})
+
+    def fork(self) -> Session:
+        """A conversation that goes on from here on its own."""
+        self._check_open()
+        branch = Session(self._llm, None, self._options)
+        branch._messages = self._messages
+        return branch
+
+    def snapshot(self) -> int:
+        """Mark this point; the number is for `restore`."""
+        self._check_open()
+        self._marks.append(self._messages)
+        return len(self._marks) - 1
+
+    def restore(self, mark: int) -> None:
+        """Go back to a marked point, or forward again. Raises RequestError for a number that no `snapshot` gave."""
+        self._check_open()
+        if not 0 <= mark < len(self._marks):
+            raise RequestError(f"there is no snapshot {mark}; there are {len(self._marks)}, counted from 0")
+        self._messages = self._marks[mark]
+
+    def close(self) -> None:
+        """End the session; closing twice is no mistake."""
+        self._closed = True
+        self._messages, self._marks = (), []
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _asked(self, text: str) -> Messages:
+        self._check_open()
+        if not isinstance(text, str):
+            raise RequestError(f"a message is a {type(text).__name__}; give text")
+        return (*self._messages, {"role": "user", "content": text})
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError("this session is closed; open a new one", status=409)

@@ -1,0 +1,195 @@
+"""What every policy promises, and equality with slow models. A new policy is tested by being in the registry."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from pagemill.base.errors import ConfigError
+from pagemill.cache.policies.base import BlockInfo, Policy
+from pagemill.cache.policies.registry import POLICIES, make_policy
+from tests.fixtures.policy_models import Driver, SlowARC, SlowGDSF, SlowLFU, SlowLRU, SlowS3FIFO
+
+INFO = BlockInfo(num_tokens=16)
+MODELS: dict[str, type[SlowLRU]] = {
+    "lru": SlowLRU,
+    "lfu": SlowLFU,
+    "s3fifo": SlowS3FIFO,
+    "arc": SlowARC,
+    "gdsf": SlowGDSF,
+}
+every_policy = pytest.mark.parametrize("name", POLICIES)
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(32, "little")
+
+
+def filled(name: str, count: int, capacity: int | None = None) -> Policy:
+    policy = make_policy(name, capacity or count)
+    for block in range(count):
+        policy.on_miss(key(block))
+        policy.insert(block, key(block), INFO)
+    return policy
+
+
+def drain(policy: Policy) -> list[int]:
+    order = []
+    while (block := policy.victim()) is not None:
+        order.append(block)
+        policy.remove(block, True)
+    return order
+
+
+@every_policy
+def test_an_empty_policy_has_no_victim(name: str) -> None:
+    assert make_policy(name, 4).victim() is None
+
+
+@every_policy
+def test_every_block_leaves_once(name: str) -> None:
+    assert sorted(drain(filled(name, 50))) == list(range(50))
+
+
+@every_policy
+def test_a_victim_asked_for_twice_is_the_same_and_stays_until_removed(name: str) -> None:
+    policy = filled(name, 20)
+    for block in (3, 3, 3, 7):
+        policy.touch(block)
+    first = policy.victim()
+    assert first is not None
+    assert policy.victim() == first
+    policy.remove(first, True)
+    assert policy.victim() != first
+
+
+@every_policy
+def test_a_locked_block_is_never_a_victim(name: str) -> None:
+    policy = filled(name, 20)
+    for block in range(0, 20, 2):
+        policy.lock(block)
+    assert sorted(drain(policy)) == list(range(1, 20, 2))
+    for block in range(0, 20, 2):
+        policy.unlock(block)
+    assert sorted(drain(policy)) == list(range(0, 20, 2))
+
+
+@every_policy
+def test_locking_and_unlocking_changes_no_order(name: str) -> None:
+    plain, locked = filled(name, 30), filled(name, 30)
+    for block in (4, 9, 4):
+        plain.touch(block)
+    for block in range(30):
+        locked.lock(block)
+    for block in (4, 9, 4):
+        locked.touch(block)
+    for block in reversed(range(30)):
+        locked.unlock(block)
+    assert drain(locked) == drain(plain)
+
+
+@every_policy
+def test_a_block_can_be_used_again_after_it_was_purged(name: str) -> None:
+    policy = filled(name, 8)
+    policy.lock(3)
+    policy.remove(3, False)
+    policy.insert(3, key(100), INFO)
+    assert sorted(drain(policy)) == list(range(8))
+
+
+MISTAKES: list[tuple[str, Callable[[Policy], None]]] = [
+    ("inserted twice", lambda policy: policy.insert(2, key(2), INFO)),
+    ("touched unknown", lambda policy: policy.touch(99)),
+    ("locked unknown", lambda policy: policy.lock(99)),
+    ("locked twice", lambda policy: policy.lock(5)),
+    ("unlocked unlocked", lambda policy: policy.unlock(2)),
+    ("removed unknown", lambda policy: policy.remove(99, True)),
+]
+
+
+@every_policy
+@pytest.mark.parametrize("mistake", [each[1] for each in MISTAKES], ids=[each[0] for each in MISTAKES])
+def test_a_refused_call_changes_nothing(name: str, mistake: Callable[[Policy], None]) -> None:
+    policy = filled(name, 10)
+    policy.lock(5)
+    untouched = copy.deepcopy(policy)
+    with pytest.raises(AssertionError):
+        mistake(policy)
+    policy.unlock(5)
+    untouched.unlock(5)
+    assert drain(policy) == drain(untouched)
+
+
+@every_policy
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_calls_give_the_same_victims(name: str, seed: int) -> None:
+    driver = Driver([make_policy(name, 12), make_policy(name, 12)], 12, seed)
+    for _ in range(1500):
+        driver.step()
+    assert driver.num_evictions > 50
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("capacity", [1, 5, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_victims_equal_the_slow_models(name: str, capacity: int, seed: int) -> None:
+    driver = Driver([make_policy(name, capacity), MODELS[name](capacity)], capacity, seed)  # type: ignore[list-item]
+    for _ in range(1500):
+        driver.step()
+        driver.victim()
+    assert driver.num_evictions > 50
+
+
+def calls_of(action: Callable[[], Any]) -> int:
+    """Python and C calls that an action makes: a cost that no other load on the machine changes."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def eviction_cost(name: str, num_blocks: int) -> float:
+    """Calls for each miss of a full cache in which every other block is locked."""
+    policy = filled(name, num_blocks)
+    for block in range(0, num_blocks, 2):
+        policy.lock(block)
+
+    def evict() -> None:
+        for number in range(400):
+            policy.on_miss(key(num_blocks + number))
+            block = policy.victim()
+            assert block is not None
+            policy.remove(block, True)
+            policy.insert(block, key(num_blocks + number), INFO)
+            policy.touch(num_blocks - 1 - number // 2 * 2)
+
+    return calls_of(evict) / 400
+
+
+@every_policy
+def test_an_eviction_walks_past_no_locked_block(name: str) -> None:
+    small, large = eviction_cost(name, 1_000), eviction_cost(name, 16_000)
+    assert large <= 2.5 * small + 60
+
+
+def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean 's3fifo'"):
+        make_policy("s3-fifo", 10)
+
+
+def test_a_cache_without_room_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        make_policy("lru", 0)

@@ -1,0 +1,223 @@
+"""Floors, caps, priorities, times to live and pins, as what stays and what goes."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from pagemill.base.errors import CapacityError, ConfigError, RequestError
+from pagemill.base.params import CacheOptions, Retain
+from pagemill.cache.entry import SharingConfig
+from pagemill.cache.manager import CacheManager
+from pagemill.cache.sharing import SharedBlocks
+
+SIZE = 4
+
+
+def make(num_blocks: int = 20, **config: object) -> tuple[CacheManager, SharedBlocks]:
+    cache = CacheManager(num_blocks, SIZE, "paged", SharingConfig(**config))  # type: ignore[arg-type]
+    assert cache.shared is not None
+    return cache, cache.shared
+
+
+def text(first: int, num_blocks: int) -> array[int]:
+    return array("i", range(1000 * first, 1000 * first + SIZE * num_blocks))
+
+
+def store(cache: CacheManager, tokens: array[int], options: CacheOptions) -> int:
+    lookup = cache.open(0, len(tokens), 10_000, tokens, options)
+    cache.moved(cache.moves())
+    cache.commit(0, len(tokens))
+    cache.close(0)
+    cache.verify()
+    return lookup.num_hit
+
+
+def num_kept(shared: SharedBlocks, tokens: array[int], options: CacheOptions) -> int:
+    return len(shared.chain_of(options, tokens))
+
+
+def test_a_flood_of_one_tenant_stops_at_the_floor_of_another() -> None:
+    cache, shared = make(20)
+    shared.set_quota("small", 6, None)
+    own, flood = CacheOptions("small"), CacheOptions("flood")
+    store(cache, text(1, 8), own)
+    for index in range(2, 20):
+        store(cache, text(index, 14), flood)
+        assert num_kept(shared, text(1, 8), own) == 6
+        assert num_kept(shared, text(index, 14), flood) == 14
+    tokens = text(30, 15)
+    assert not cache.can_open(len(tokens), 1000, 0, tokens, flood)
+
+
+def test_without_a_floor_the_same_flood_leaves_nothing() -> None:
+    cache, shared = make(20)
+    store(cache, text(1, 8), CacheOptions("small"))
+    for index in range(2, 20):
+        store(cache, text(index, 7), CacheOptions("flood"))
+    assert num_kept(shared, text(1, 8), CacheOptions("small")) == 0
+
+
+def test_a_tenant_never_rises_above_its_cap() -> None:
+    cache, shared = make(20)
+    shared.set_quota("capped", 0, 5)
+    options = CacheOptions("capped")
+    for index in range(1, 6):
+        store(cache, text(index, 4), options)
+        assert cache.stats().num_cached_blocks <= 5
+    tokens = text(9, 6)
+    assert not cache.can_open(len(tokens), 1000, 0, tokens, options)
+    with pytest.raises(CapacityError, match="tenant 'capped' may have 5"):
+        cache.open(1, len(tokens), 1000, tokens, options)
+    assert cache.cap_error(6 * SIZE, options) is not None
+    assert cache.cap_error(5 * SIZE, options) is None
+
+
+def test_a_lower_cap_takes_effect_at_once() -> None:
+    cache, shared = make(20)
+    store(cache, text(1, 12), CacheOptions("t"))
+    shared.set_quota("t", 0, 5)
+    cache.verify()
+    assert num_kept(shared, text(1, 12), CacheOptions("t")) == 5
+
+
+@pytest.mark.parametrize(
+    ("floor", "cap", "message"),
+    [
+        (21, None, "exceeds the 20"),
+        (5, 4, "below the floor"),
+        (-1, None, "0 or more"),
+        (0, 0, "1 or more"),
+        (0, 21, "lower it"),
+    ],
+)
+def test_quotas_that_cannot_be_are_refused_and_change_nothing(floor: int, cap: int | None, message: str) -> None:
+    _, shared = make(20)
+    with pytest.raises(ConfigError, match=message):
+        shared.set_quota("t", floor, cap)
+    assert [account.name for account in shared.tenancy.accounts] == ["default"]
+
+
+def test_floors_together_may_not_exceed_the_memory() -> None:
+    _, shared = make(20)
+    shared.set_quota("a", 12, None)
+    with pytest.raises(ConfigError, match="beside 12 promised"):
+        shared.set_quota("b", 9, None)
+    shared.set_quota("b", 8, None)
+    shared.set_quota("a", 0, None)
+    shared.set_quota("b", 20, None)
+
+
+def test_unknown_tenants_are_refused_where_only_known_ones_may_enter() -> None:
+    cache, shared = make(20, known_tenants_only=True)
+    shared.set_quota("known", 0, None)
+    store(cache, text(1, 2), CacheOptions("known"))
+    with pytest.raises(RequestError, match="'stranger' is unknown") as caught:
+        cache.open(1, 8, 100, text(1, 2), CacheOptions("stranger"))
+    assert caught.value.status == 403
+    assert cache.stats().num_sequences == 0
+
+
+def test_priority_outranks_recency_until_its_time_ends() -> None:
+    cache, shared = make(12)
+    important = CacheOptions(retain=(Retain(0, 16, 90, 10.0),))
+    store(cache, text(1, 4), important)
+    for index in range(2, 8):
+        cache.advance(float(index))
+        store(cache, text(index, 4), CacheOptions())
+    assert num_kept(shared, text(1, 4), important) == 4
+    cache.advance(11.0)
+    for index in range(8, 12):
+        store(cache, text(index, 4), CacheOptions())
+    assert num_kept(shared, text(1, 4), important) == 0
+
+
+def test_low_priority_goes_first_though_it_is_newest() -> None:
+    cache, shared = make(12)
+    store(cache, text(1, 4), CacheOptions())
+    batch = CacheOptions(retain=(Retain(0, 16, 10),))
+    for index in range(2, 10):
+        store(cache, text(index, 4), batch)
+    assert num_kept(shared, text(1, 4), CacheOptions()) == 4, "a batch sweep does not flush what is interactive"
+
+
+def test_a_hit_may_raise_a_priority() -> None:
+    cache, shared = make(12)
+    store(cache, text(1, 4), CacheOptions())
+    store(cache, text(1, 4), CacheOptions(retain=(Retain(0, 16, 90),)))
+    for index in range(2, 8):
+        store(cache, text(index, 4), CacheOptions())
+    assert num_kept(shared, text(1, 4), CacheOptions()) == 4
+
+
+def test_pins_end_with_their_lease() -> None:
+    cache, shared = make(12)
+    store(cache, text(1, 4), CacheOptions())
+    lease = shared.pin(CacheOptions(), text(1, 4), 10.0)
+    assert (lease.num_tokens, cache.stats().num_pinned_blocks) == (16, 4)
+    for index in range(2, 8):
+        store(cache, text(index, 4), CacheOptions())
+    assert num_kept(shared, text(1, 4), CacheOptions()) == 4
+    cache.advance(10.0)
+    cache.verify()
+    assert cache.stats().num_pinned_blocks == 0
+    assert not shared.unpin(lease.lease_id)
+    for index in range(8, 12):
+        store(cache, text(index, 4), CacheOptions())
+    assert num_kept(shared, text(1, 4), CacheOptions()) == 0
+
+
+def test_pins_beyond_a_cap_or_half_of_the_cache_are_refused() -> None:
+    cache, shared = make(20)
+    shared.set_quota("t", 0, 6)
+    store(cache, text(1, 6), CacheOptions("t"))
+    shared.pin(CacheOptions("t"), text(1, 5), 10.0)
+    shared.pin(CacheOptions("t"), text(1, 6), 10.0)
+    store(cache, text(2, 12), CacheOptions())
+    before = cache.stats()
+    with pytest.raises(CapacityError, match="half of the KV cache"):
+        shared.pin(CacheOptions(), text(2, 12), 10.0)
+    assert cache.stats() == before
+    shared.set_quota("t", 0, 5)
+    with pytest.raises(RequestError, match="time above 0"):
+        shared.pin(CacheOptions("t"), text(1, 1), -1.0)
+
+
+def test_a_purge_ends_pins_and_counts_them() -> None:
+    cache, shared = make(20)
+    store(cache, text(1, 4), CacheOptions("t"))
+    shared.pin(CacheOptions("t"), text(1, 4), 100.0)
+    assert shared.purge_tenant("t") == 4
+    assert shared.leases.num_forced == 1
+    assert cache.stats().num_free_blocks == 20
+    assert set(cache.moves().wipes) == {0, 1, 2, 3}
+
+
+def test_a_text_is_purged_without_what_others_share() -> None:
+    cache, shared = make(20)
+    options = CacheOptions()
+    common, first = text(1, 2), text(2, 2)
+    store(cache, common + first, options)
+    store(cache, common + text(3, 2), options)
+    assert shared.purge_text(options, common + first) == 2
+    assert num_kept(shared, common + text(3, 2), options) == 4
+    assert shared.purge_prefix(options, common[:6]) == 3
+    assert num_kept(shared, common, options) == 1
+
+
+def test_a_running_sequence_survives_the_purge_of_its_text() -> None:
+    cache, shared = make(20)
+    options, tokens = CacheOptions(), text(1, 3)
+    store(cache, tokens, options)
+    cache.open(1, len(tokens), 1000, tokens, options)
+    cache.moved(cache.moves())
+    cache.commit(1, len(tokens))
+    shared.purge_namespace(options)
+    cache.verify()
+    tokens.extend(range(8))
+    cache.resize(1, len(tokens))
+    cache.commit(1, len(tokens))
+    cache.close(1)
+    cache.verify()
+    assert cache.stats().num_free_blocks == 20, "nothing is published behind what was purged"

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pagemill.cli.main import main
+
+TRACE = str(Path(__file__).parents[1] / "simulator" / "traces" / "chat.jsonl")
+
+
+def test_json_has_a_row_for_each_policy_and_size(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    arguments = ["simulate", TRACE, "--policy", "lru,gittins", "--blocks", "40,1k", "--json", "--output", str(output)]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(row["policy"], row["blocks"]) for row in report["rows"]] == [
+        ("lru", 40),
+        ("gittins", 40),
+        ("lru", 1000),
+        ("gittins", 1000),
+    ]
+    assert {"trace", "policy", "blocks", "block_hit_ratio", "ideal", "optimum"} <= report["rows"][0].keys()
+    assert json.loads(output.read_text()) == report
+
+
+def test_the_table_has_a_line_for_each_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", TRACE, "--policy", "lru,lru,lfu", "--blocks", "400,40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["blocks", "lru", "lfu", "optimum"]
+    assert [line.split()[0] for line in lines[2:4]] == ["40", "400"]
+
+
+def test_lengths_alone_give_the_share_of_unused_positions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "a.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,16,2\n")
+    assert main(["simulate", str(trace), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["allocation"]["num_steps"] == 2
+    assert main(["simulate", str(trace)]) == 0
+    assert "of allocated positions unused" in capsys.readouterr().out
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["simulate", TRACE, "--policy", "lru", "--blocks", "40,400", "--plot", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([TRACE, "--policy", "lur"], "did you mean 'lru'"),
+        ([TRACE, "--policy", ","], "names no policy"),
+        ([TRACE, "--blocks", "0"], "from 1"),
+        ([TRACE, "--blocks", "x"], "is not an amount"),
+        ([TRACE, "--plot", "p.pdf"], "a .png or an .svg"),
+        ([TRACE, "--session-gap", "soon"], "is not a time"),
+        ([TRACE, "--blocks", "40", "--output", "/nowhere/x.json"], "give another --output"),
+        (["missing.jsonl"], "cannot be read"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["simulate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plot_of_lengths_alone_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "a.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,16,2\n")
+    assert main(["simulate", str(trace), "--plot", "p.png"]) == 2
+    assert "leave --plot out" in capsys.readouterr().err

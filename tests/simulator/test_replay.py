@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from pagemill.base.errors import ConfigError
+from pagemill.cache.policies.registry import POLICIES, make_policy
+from pagemill.simulator.replay import replay, replay_ideal, replay_lru, replay_manager, replay_optimum
+from pagemill.simulator.trace import Request, Trace, read_trace
+from pagemill.simulator.workload import GENERATORS, generate
+
+STORED = Path(__file__).parent / "traces" / "chat.jsonl"
+GOLDEN: dict[tuple[str, int], tuple[int, int]] = {
+    ("lru", 400): (1103, 3556),
+    ("lru", 1000): (1404, 2652),
+    ("lfu", 400): (1118, 3541),
+    ("lfu", 1000): (1367, 2689),
+    ("s3fifo", 400): (1118, 3541),
+    ("s3fifo", 1000): (1409, 2622),
+    ("arc", 400): (1118, 3541),
+    ("arc", 1000): (1359, 2697),
+    ("gdsf", 400): (1118, 3565),
+    ("gdsf", 1000): (1391, 2673),
+    ("gittins", 400): (1143, 3522),
+    ("gittins", 1000): (1407, 2638),
+    ("adaptive", 400): (1103, 3556),
+    ("adaptive", 1000): (1404, 2652),
+}
+GOLDEN_OPTIMUM = [1176, 1705]
+GOLDEN_IDEAL = 1705
+
+
+def trace_of(*chains: str) -> Trace:
+    """A request for each text, a block for each letter."""
+    return Trace("letters", 1, tuple(Request(0.0, len(chain), 0, tuple(map(ord, chain))) for chain in chains))
+
+
+def test_hits_are_the_leading_run_of_present_blocks() -> None:
+    done = replay(trace_of("abcd", "abxd", "bcd"), make_policy("lru", 10), 10)
+    assert (done.num_hits, done.num_accesses) == (2 + 3, 11)
+
+
+def test_of_a_chain_the_last_blocks_leave_first() -> None:
+    done = replay(trace_of("abc", "z", "abc"), make_policy("lru", 3), 3)
+    assert done.num_hits == 2
+
+
+def test_the_second_half_is_counted_apart() -> None:
+    done = replay(trace_of("ab", "cd", "ab", "cx"), make_policy("lru", 10), 10)
+    assert (done.block_hit_ratio, done.later_hit_ratio) == (3 / 8, 3 / 4)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("capacity", [400, 1000])
+def test_golden_counts_of_the_stored_trace(name: str, capacity: int) -> None:
+    done = replay(read_trace(STORED), make_policy(name, capacity), capacity)
+    assert (done.num_hits, done.num_evictions) == GOLDEN[name, capacity]
+
+
+def test_golden_counts_of_the_bounds() -> None:
+    trace = read_trace(STORED)
+    assert [replay_optimum(trace, capacity).num_hits for capacity in (40, 400)] == GOLDEN_OPTIMUM
+    assert replay_ideal(trace).num_hits == GOLDEN_IDEAL
+
+
+@pytest.mark.parametrize("load", GENERATORS)
+@pytest.mark.parametrize("capacity", [1, 50, 700])
+def test_the_quick_lru_counts_what_the_policy_counts(load: str, capacity: int) -> None:
+    trace = generate(load, 150, seed=3)
+    assert replay_lru(trace, capacity) == replay(trace, make_policy("lru", capacity), capacity)
+
+
+@pytest.mark.parametrize("policy", ["lru", "s3fifo", "gdsf", "gittins"])
+@pytest.mark.parametrize("load", ["chat", "agents"])
+def test_no_policy_passes_the_bounds(load: str, policy: str) -> None:
+    trace = generate(load, 200, seed=5)
+    done = replay(trace, make_policy(policy, 300), 300)
+    assert done.num_hits <= replay_optimum(trace, 300).num_hits <= replay_ideal(trace).num_hits
+
+
+def best_by_search(chain: str, capacity: int) -> int:
+    """Hits of the best choice of victims for single-block requests, by trying them all."""
+    states = {frozenset[str](): 0}
+    for each in chain:
+        following: dict[frozenset[str], int] = {}
+        for held, hits in states.items():
+            options = [held] if each in held else [held, *((held - {out}) | {each} for out in held)]
+            if each not in held and len(held) < capacity:
+                options = [held | {each}]
+            for option in options:
+                following[option] = max(following.get(option, 0), hits + (each in held))
+        states = following
+    return max(states.values())
+
+
+@pytest.mark.parametrize("chain", ["".join(each) * 2 for each in list(permutations("aabcd"))[::7]])
+def test_the_optimum_is_what_trying_everything_finds(chain: str) -> None:
+    assert replay_optimum(trace_of(*chain), 2).num_hits == best_by_search(chain, 2)
+
+
+def test_a_cache_with_room_for_everything_is_ideal() -> None:
+    trace = generate("chat", 150, seed=2)
+    for name in POLICIES:
+        capacity = trace.num_distinct
+        assert replay(trace, make_policy(name, capacity), capacity).num_hits == replay_ideal(trace).num_hits
+
+
+def test_the_cache_manager_with_lru_hits_what_the_bare_policy_hits() -> None:
+    trace = generate("chat", 200, seed=4)
+    assert replay_manager(trace, "lru", 700).num_hits == replay_lru(trace, 700).num_hits
+
+
+def test_the_cache_manager_refuses_nothing_of_a_request_longer_than_the_cache() -> None:
+    done = replay_manager(trace_of("abcdef", "ab", "ab"), "lru", 3)
+    assert (done.num_hits, done.num_accesses) == (2, 10)
+
+
+def test_a_trace_of_lengths_alone_is_refused() -> None:
+    lengths = Trace("lengths.csv", 0, (Request(0.0, 5, 5, ()),))
+    with pytest.raises(ConfigError, match="no block ids"):
+        replay(lengths, make_policy("lru", 3), 3)
