@@ -116,10 +116,9 @@ static void store_sums(const Output& out, const Matrix& w, int row, int rows, in
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(sums + 16 * i);
     transpose(v);
-    alignas(64) float y[16][16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) _mm512_store_si512(y[i], v[i]);
-    for (int m = 0; m < rows; m++) store_columns(out, w, row + m, column, fload(y[m]));
+    for (int m = 0; m < 16; m++)
+        if (m < rows) store_columns(out, w, row + m, column, _mm512_castsi512_ps(v[m]));
 }
 
 static void store_panel_sums(const Output& out, const Matrix& w, int row, int rows, int panel, bool two) {
