@@ -7,6 +7,7 @@
 
 namespace pagemill {
 
+struct Peaks;        // measure.h
 struct SamplingJob;  // sampling.h
 struct SamplingScratch;
 
@@ -19,6 +20,7 @@ struct Kernels {
     void (*quantize_rows)(const float* x, int rows, int width, Activations& act);
     void (*multiply)(const Activations& act, int rows, const Matrix& w, float* y);
     void (*integer_sums)(const Activations& act, int rows, const Matrix& w, int32_t* out);
+    const Peaks* peaks;  // how fast the machine is at the target's arithmetic
 };
 
 std::vector<std::string> built_targets();      // best first

@@ -10,40 +10,12 @@
 #include "dispatch.h"
 #include "threads.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 namespace pagemill {
 
-namespace scalar { extern const Peaks peaks; }
-#if defined(__x86_64__)
-namespace avx2 { extern const Peaks peaks; }
-namespace avx512 { extern const Peaks peaks; }
-namespace avx512_bf16 { extern const Peaks peaks; }
-namespace amx { extern const Peaks peaks; }
-#endif
-
 static const Peaks& peaks_of(const std::string& target) {
-    const Peaks* all[] = {
-        &scalar::peaks,
-#if defined(__x86_64__)
-        &avx2::peaks, &avx512::peaks, &avx512_bf16::peaks, &amx::peaks,
-#endif
-    };
-    if (find_target(target) != nullptr)
-        for (const Peaks* each : all)
-            if (target == each->target) return *each;
-    throw std::invalid_argument("target not available on this machine: " + target);
-}
-
-static bool has_tile_int8() {
-#if defined(__x86_64__)
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 25)) != 0;
-#else
-    return false;
-#endif
+    const Kernels* kernels = find_target(target);
+    if (!kernels) throw std::invalid_argument("target not available on this machine: " + target);
+    return *kernels->peaks;
 }
 
 static constexpr double kSampleSeconds = 2e-3;
@@ -82,7 +54,7 @@ static std::atomic<uint64_t> sink{0};
 double multiply_add_rate(const std::string& target, Arithmetic arithmetic, int threads, int samples) {
     const Peaks& peaks = peaks_of(target);
     const int64_t size = peaks.round_size(arithmetic);
-    if (size == 0 || (arithmetic == Arithmetic::tile_int8 && !has_tile_int8())) return 0;
+    if (size == 0) return 0;
     constexpr int64_t unit = 64;  // rounds that one call runs at the least
     const double seconds = fastest_round(threads, samples, [&](int, int64_t rounds) {
         sink.fetch_add(uint64_t(peaks.compute(arithmetic, unit * rounds) != 0), std::memory_order_relaxed);

@@ -11,7 +11,6 @@ namespace pagemill {
 enum class Arithmetic : int { f32, bf16, int8, tile_bf16, tile_int8 };
 
 struct Peaks {
-    const char* target;
     // Multiply-adds of one round, 0 where the target has no such arithmetic.
     int64_t (*round_size)(Arithmetic arithmetic);
     // Runs rounds that depend on nothing but registers; the result depends on all of them.

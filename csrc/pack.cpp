@@ -53,7 +53,9 @@ static bool has_minimum(Format format) { return format == Format::q4_1 || format
 
 // A column's nibble at k within a group of the tile layouts.
 static void put_code(uint8_t* chunk, int column, int k, int code) {
-    chunk[64 * (column / 4) + 2 * k + column % 4 / 2] |= uint8_t(code << 4 * (column % 2));
+    uint8_t& byte = chunk[64 * (column / 4) + 2 * k + column % 4 / 2];
+    const int shift = 4 * (column % 2);
+    byte = uint8_t((byte & ~(15 << shift)) | code << shift);
 }
 static int code_at(const uint8_t* chunk, int column, int k) {
     return chunk[64 * (column / 4) + 2 * k + column % 4 / 2] >> 4 * (column % 2) & 15;

@@ -50,8 +50,9 @@ def commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
 
 def section(path: tuple[str, ...], command: Any) -> str:
     """One command: usage, what it does, its own arguments and options."""
-    own = [each for each in command.params if each.name not in OPTIONS and each.name != "config"]
-    takes_engine_options = len(own) < len(command.params)
+    takes_engine_options = set(OPTIONS) <= {each.name for each in command.params}
+    engine = {*OPTIONS, "config"} if takes_engine_options else set()
+    own = [each for each in command.params if each.name not in engine]
     arguments = "".join(f" {each.name.upper()}" for each in own if each.param_type_name == "argument")
     lines = [f"## {' '.join(path)}", "", f"`{' '.join(path)}{arguments}{' [options]' if command.params else ''}`", ""]
     lines += [command.help.strip(), ""]

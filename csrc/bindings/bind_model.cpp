@@ -1,4 +1,7 @@
 // Checks of a model and of each step, and their Python face.
+#include <algorithm>
+#include <tuple>
+
 #include "native_model.h"
 
 namespace pagemill {
@@ -45,6 +48,13 @@ void NativeModel::set_kv(Bytes arena, size_t block_bytes, int num_blocks, int pa
         require(offset + page * size_t(heads) * size_t(pages_per_block) <= block_bytes, "KV layer lies outside its block");
         kv.layers.push_back({offset, page, heads, dim, pad});
     }
+    const auto same = [](const LayerKv& a, const LayerKv& b) {
+        return std::tie(a.offset, a.page_bytes, a.kv_heads, a.head_dim, a.dim_pad) == std::tie(b.offset, b.page_bytes, b.kv_heads, b.head_dim, b.dim_pad);
+    };
+    const KvArena& old = model_.kv;
+    require(model_.phases.empty() || (kv.codec == old.codec && kv.block_bytes == old.block_bytes && kv.pages_per_block == old.pages_per_block &&
+                                      std::equal(kv.layers.begin(), kv.layers.end(), old.layers.begin(), old.layers.end(), same)),
+            "the KV geometry of a model with phases cannot change");
     model_.kv = kv;
     arena_ = nb::cast(arena);
 }

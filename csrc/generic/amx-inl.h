@@ -17,6 +17,11 @@ struct alignas(64) TileConfig {
 // What stands before it in the program is in memory when tiles or their shapes are loaded: gcc 12's intrinsics do not say
 // that they read it.
 PM_INLINE void stores_before_tiles() { asm volatile("" ::: "memory"); }
+#define PM_TILE_LOAD(tile, from, stride) \
+    do {                                 \
+        stores_before_tiles();           \
+        _tile_loadd(tile, from, stride); \
+    } while (0)
 
 // Tiles 0..3 hold sums, 4..5 and 6..7 operands. one_row: a single row of activations, so that sums and its operand are
 // one column wide and can be loaded and stored without gaps.
@@ -45,13 +50,13 @@ static void tile_sums(const Activations& act, int row, bool two, const uint8_t* 
     for (int i = 0; i < k; i += 32, a += 32, panel += 2048) {
         if (!two)
             for (int line = 0; line < 2048; line += 64) __builtin_prefetch(panel + 8192 + line);
-        _tile_loadd(4, a, stride);
-        _tile_loadd(6, panel, 128);
-        _tile_loadd(7, panel + 64, 128);
+        PM_TILE_LOAD(4, a, stride);
+        PM_TILE_LOAD(6, panel, 128);
+        PM_TILE_LOAD(7, panel + 64, 128);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (two) {
-            _tile_loadd(5, a + 16 * size_t(act.ld), stride);
+            PM_TILE_LOAD(5, a + 16 * size_t(act.ld), stride);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -66,7 +71,6 @@ static void tile_sums(const Activations& act, int row, bool two, const uint8_t* 
 
 static void product_tiles(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
     alignas(64) float sums[32 * 32];
-    stores_before_tiles();
     for (int panel = p0; panel < p1; panel++)
         for (int row = r0; row < r1; row += 32) {
             const int rows = r1 - row < 32 ? r1 - row : 32;

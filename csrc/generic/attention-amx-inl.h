@@ -33,35 +33,35 @@ PM_INLINE void near_lines(const uint8_t* from, size_t bytes) {
 // second product covers the first one's way into memory.
 template <int C, bool TWO> static void score_page_tiles(TileState& t, int r0, const HeadPages& pages, int page, int base) {
     const uint8_t *keys = pages.at(page), *more = pages.at(TWO ? page + 1 : page);
-    _tile_loadd(6, t.start[r0], 64);
-    _tile_loadd(4, keys, 64);
+    PM_TILE_LOAD(6, t.start[r0], 64);
+    PM_TILE_LOAD(4, keys, 64);
     _tile_dpbsud(6, 0, 4);
     if constexpr (TWO) {
-        _tile_loadd(7, t.start[r0], 64);
-        _tile_loadd(5, more, 64);
+        PM_TILE_LOAD(7, t.start[r0], 64);
+        PM_TILE_LOAD(5, more, 64);
         _tile_dpbsud(7, 0, 5);
     }
     if constexpr (C > 1) {
-        _tile_loadd(4, keys + 1024, 64);
+        PM_TILE_LOAD(4, keys + 1024, 64);
         _tile_dpbsud(6, 1, 4);
         if constexpr (TWO) {
-            _tile_loadd(5, more + 1024, 64);
+            PM_TILE_LOAD(5, more + 1024, 64);
             _tile_dpbsud(7, 1, 5);
         }
     }
     if constexpr (C > 2) {
-        _tile_loadd(4, keys + 2048, 64);
+        PM_TILE_LOAD(4, keys + 2048, 64);
         _tile_dpbsud(6, 2, 4);
         if constexpr (TWO) {
-            _tile_loadd(5, more + 2048, 64);
+            PM_TILE_LOAD(5, more + 2048, 64);
             _tile_dpbsud(7, 2, 5);
         }
     }
     if constexpr (C > 3) {
-        _tile_loadd(4, keys + 3072, 64);
+        PM_TILE_LOAD(4, keys + 3072, 64);
         _tile_dpbsud(6, 3, 4);
         if constexpr (TWO) {
-            _tile_loadd(5, more + 3072, 64);
+            PM_TILE_LOAD(5, more + 3072, 64);
             _tile_dpbsud(7, 3, 5);
         }
     }
@@ -71,10 +71,10 @@ template <int C, bool TWO> static void score_page_tiles(TileState& t, int r0, co
 
 template <int C> static void score_tiles(TileState& t, int r0, const HeadPages& pages, SplitRange range, int base) {
     const int8_t* q = t.q_bytes[r0];
-    _tile_loadd(0, q, kMaxDim);
-    if constexpr (C > 1) _tile_loadd(1, q + 64, kMaxDim);
-    if constexpr (C > 2) _tile_loadd(2, q + 128, kMaxDim);
-    if constexpr (C > 3) _tile_loadd(3, q + 192, kMaxDim);
+    PM_TILE_LOAD(0, q, kMaxDim);
+    if constexpr (C > 1) PM_TILE_LOAD(1, q + 64, kMaxDim);
+    if constexpr (C > 2) PM_TILE_LOAD(2, q + 128, kMaxDim);
+    if constexpr (C > 3) PM_TILE_LOAD(3, q + 192, kMaxDim);
     int page = range.page0;
     for (; page + 2 <= range.page1; page += 2) {
         t.ahead.keys(2);
@@ -116,24 +116,24 @@ static void scale_scores(TileState& t, int r0, int rows, SplitRange range, int b
 static void value_tiles(TileState& t, int column, int run0, int run1) {
     if (run0 <= 0) {
         _tile_zero(6);
-        _tile_loadd(4, t.values[0][column], 64);
+        PM_TILE_LOAD(4, t.values[0][column], 64);
         _tile_dpbusd(6, 0, 4);
     }
     if (run0 <= 1 && run1 > 1) {
         _tile_zero(7);
-        _tile_loadd(5, t.values[1][column], 64);
+        PM_TILE_LOAD(5, t.values[1][column], 64);
         _tile_dpbusd(7, 1, 5);
     }
     if (run0 <= 0) _tile_stored(6, t.sums[0], 64);
     if (run0 <= 2 && run1 > 2) {
         _tile_zero(6);
-        _tile_loadd(4, t.values[2][column], 64);
+        PM_TILE_LOAD(4, t.values[2][column], 64);
         _tile_dpbusd(6, 2, 4);
     }
     if (run0 <= 1 && run1 > 1) _tile_stored(7, t.sums[1], 64);
     if (run1 > 3) {
         _tile_zero(7);
-        _tile_loadd(5, t.values[3][column], 64);
+        PM_TILE_LOAD(5, t.values[3][column], 64);
         _tile_dpbusd(7, 3, 5);
     }
     if (run0 <= 2 && run1 > 2) _tile_stored(6, t.sums[2], 64);
@@ -157,10 +157,10 @@ template <int RUNS> static void add_runs(TileState& t, int rows, int run0, int d
 static void weigh_values_tiles(TileState& t, int rows, SplitRange range, int base, int dim_pad) {
     const int run0 = (range.page0 * kPage - base) / kRun, run1 = (range.page1 * kPage - base + kRun - 1) / kRun;
     const uint8_t* p = t.p[0];
-    _tile_loadd(0, p, kSplit);
-    _tile_loadd(1, p + kRun, kSplit);
-    _tile_loadd(2, p + 2 * kRun, kSplit);
-    _tile_loadd(3, p + 3 * kRun, kSplit);
+    PM_TILE_LOAD(0, p, kSplit);
+    PM_TILE_LOAD(1, p + kRun, kSplit);
+    PM_TILE_LOAD(2, p + 2 * kRun, kSplit);
+    PM_TILE_LOAD(3, p + 3 * kRun, kSplit);
     for (int column = 0; column < dim_pad / kLanes; column++) {
         value_tiles(t, column, run0, run1);
         switch (run1 - run0) {

@@ -70,27 +70,20 @@ constexpr int64_t kTileProducts = 4;
 static void load_tiles() {
     alignas(64) uint16_t values[512];
     for (uint16_t& each : values) each = 0x3a80;
-    TileConfig config;
-    for (int i = 0; i < 8; i++) {
-        config.column_bytes[i] = 64;
-        config.rows[i] = 16;
-    }
-    // The intrinsics do not say what they read, so the stores above must be done by here.
-    asm volatile("" ::"r"(values), "r"(&config) : "memory");
-    _tile_loadconfig(&config);
+    enter_tiles();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    _tile_loadd(4, values, 64);
-    _tile_loadd(5, values, 64);
-    _tile_loadd(6, values, 64);
-    _tile_loadd(7, values, 64);
+    PM_TILE_LOAD(4, values, 64);
+    PM_TILE_LOAD(5, values, 64);
+    PM_TILE_LOAD(6, values, 64);
+    PM_TILE_LOAD(7, values, 64);
 }
 static float store_tile() {
     alignas(64) float sums[256];
     _tile_stored(0, sums, 64);
-    _tile_release();
+    leave_tiles();
     return sums[0];
 }
 static float peak_tile_bf16(int64_t rounds) {
@@ -103,13 +96,14 @@ static float peak_tile_bf16(int64_t rounds) {
     }
     return store_tile();
 }
-// Written out, so that the compiler needs no leave for AMX-INT8, which not every processor with AMX-BF16 must have.
 static float peak_tile_int8(int64_t rounds) {
     load_tiles();
-    for (int64_t r = 0; r < rounds; r++)
-        asm volatile(
-            "tdpbssd %%tmm6, %%tmm4, %%tmm0\n\ttdpbssd %%tmm7, %%tmm4, %%tmm1\n\t"
-            "tdpbssd %%tmm6, %%tmm5, %%tmm2\n\ttdpbssd %%tmm7, %%tmm5, %%tmm3" ::);
+    for (int64_t r = 0; r < rounds; r++) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+    }
     return store_tile();
 }
 
@@ -162,8 +156,7 @@ static uint64_t peak_read(const uint8_t* data, size_t bytes) {
     return total;
 }
 
-extern const Peaks peaks;
-const Peaks peaks{PAGEMILL_TARGET_NAME, peak_round_size, peak_compute, peak_read};
+static const Peaks peaks{peak_round_size, peak_compute, peak_read};
 
 }  // namespace PAGEMILL_TARGET
 }  // namespace pagemill

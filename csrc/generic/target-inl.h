@@ -70,7 +70,7 @@ constexpr bool kTiles = true;
 #else
 constexpr bool kTiles = false;
 #endif
-const Kernels kernels{PAGEMILL_TARGET_NAME, kTiles, run_step, sample_row, quantize_rows, multiply, integer_sums};
+const Kernels kernels{PAGEMILL_TARGET_NAME, kTiles, run_step, sample_row, quantize_rows, multiply, integer_sums, &peaks};
 
 }  // namespace PAGEMILL_TARGET
 }  // namespace pagemill

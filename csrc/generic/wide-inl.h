@@ -145,11 +145,10 @@ static void wide_row(const Activations& act, int row, const Matrix& w, int panel
         uint16_t* at = wide + g % 4 * 1024;
         for (int line = 0; line < wide_chunk_bytes(FMT); line += 64) __builtin_prefetch(chunk + 4096 + line);
         widen_group<FMT>(chunk, at);
-        stores_before_tiles();
-        _tile_loadd(6, x, 4);
-        _tile_loadd(4, at, 64);
+        PM_TILE_LOAD(6, x, 4);
+        PM_TILE_LOAD(4, at, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, at + 512, 64);
+        PM_TILE_LOAD(5, at + 512, 64);
         _tile_dpbf16ps(1, 5, 6);
     }
     alignas(64) float sums[32];
@@ -172,14 +171,13 @@ static void wide_rows(const Activations& act, int row, int rows, const Matrix& w
         uint16_t* at = wide + g % 4 * 1024;
         for (int line = 0; line < wide_chunk_bytes(FMT); line += 64) __builtin_prefetch(chunk + 4096 + line);
         widen_group<FMT>(chunk, at);
-        stores_before_tiles();
-        _tile_loadd(6, x0 + 512 * g, 64);
-        _tile_loadd(4, at, 64);
+        PM_TILE_LOAD(6, x0 + 512 * g, 64);
+        PM_TILE_LOAD(4, at, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, at + 512, 64);
+        PM_TILE_LOAD(5, at + 512, 64);
         _tile_dpbf16ps(1, 5, 6);
         if (TWO) {
-            _tile_loadd(7, x1 + 512 * g, 64);
+            PM_TILE_LOAD(7, x1 + 512 * g, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -196,10 +194,10 @@ static void widened_rows(const Activations& act, int row, int rows, const Matrix
     _tile_zero(2);
     _tile_zero(3);
     for (int g = 0; g < w.k / kGroup; g++, wide += 1024) {
-        _tile_loadd(6, x0 + 512 * g, 64);
-        _tile_loadd(4, wide, 64);
-        _tile_loadd(5, wide + 512, 64);
-        if (two) _tile_loadd(7, x1 + 512 * g, 64);
+        PM_TILE_LOAD(6, x0 + 512 * g, 64);
+        PM_TILE_LOAD(4, wide, 64);
+        PM_TILE_LOAD(5, wide + 512, 64);
+        if (two) PM_TILE_LOAD(7, x1 + 512 * g, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         if (two) {
@@ -214,7 +212,6 @@ template <Format FMT>
 static void product_wide(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, uint16_t* wide, const Output& out) {
     const int rows = r1 - r0;
     if (rows <= 0) return;
-    stores_before_tiles();
     if (rows == 1) {
         shape_tiles(true);
         for (int panel = p0; panel < p1; panel++) wide_row<FMT>(act, r0, w, panel, wide, out);
@@ -227,7 +224,6 @@ static void product_wide(const Activations& act, int r0, int r1, const Matrix& w
         else {
             const uint8_t* chunk = w.data + size_t(panel) * w.panel_bytes;
             for (int g = 0; g < w.k / kGroup; g++, chunk += wide_chunk_bytes(FMT)) widen_group<FMT>(chunk, wide + size_t(g) * 1024);
-            stores_before_tiles();
             for (int row = r0; row < r1; row += 32) widened_rows(act, row, r1 - row < 32 ? r1 - row : 32, w, panel, wide, out);
         }
     }

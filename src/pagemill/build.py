@@ -21,6 +21,7 @@ from pagemill.base.step import Executor
 from pagemill.cache.entry import SharingConfig
 from pagemill.cache.keys import Fingerprint
 from pagemill.cache.manager import CacheManager
+from pagemill.cache.policies.registry import make_policy
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.engine import Engine
 from pagemill.execution.convert import loaded_format
@@ -63,6 +64,7 @@ def build(config: EngineConfig, *, progress: LoadProgress | None = None, clock: 
     progress: called with (stage, bytes done, bytes in all or None) while a model is fetched. clock: the machine's
     unless given. Raises ConfigError, ModelError and CapacityError as the parts do.
     """
+    make_policy(config.cache_policy, 1)  # a name that there is not is told before anything is fetched or loaded
     path = resolve(config.model, progress=progress)
     checkpoint = open_checkpoint(path)
     return assemble(config, checkpoint, tokenizer_of(checkpoint.vocab), clock=clock)

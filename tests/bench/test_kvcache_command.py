@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pagemill.bench import plots
+from pagemill.bench import figures
 from pagemill.cli.main import main
 from tests.fixtures.tiny import tiny_llama
 
@@ -56,7 +56,7 @@ def test_without_matplotlib_table_and_json_still_come(
     assert main(arguments(model, tmp_path, "--tokens", "8", "--runs", "1", "--json")) == 0
     printed = capsys.readouterr()
     assert [Path(each).suffix for each in json.loads(printed.out)["files"]] == [".json"]
-    assert plots.MISSING in printed.err
+    assert figures.MISSING in printed.err
     assert not list(tmp_path.glob("*.png"))
 
 

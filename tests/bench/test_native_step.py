@@ -51,7 +51,7 @@ def test_multiply_adds_are_those_of_the_textbook(tmp_path: Path, work: Work, tie
     model = open_packed_model(EngineConfig(model=str(path)), choose_target(), CONTEXT)
     needed = demand(model, KVSpec(model.plan.kv, codec="int8"), work)
     products, attention = multiply_adds(config, work)
-    assert needed.num_multiply_adds == products + attention
+    assert sum(needed.multiply_adds.values()) == products + attention
     assert attention in needed.multiply_adds.values()
 
 
@@ -116,9 +116,6 @@ def test_attention_multiplies_integers_for_int8_only_and_tiles_where_rows_fill_t
 @pytest.mark.parametrize("codec", ["int8", "bf16"])
 def test_the_whole_arena_holds_the_filler(model: PackedModel, codec: str) -> None:
     steps = NativeSteps(model, codec, 4 * CONTEXT, num_threads=1)
-    assert steps.fits(Work(4, CONTEXT - 4))
-    assert not steps.fits(Work(5, CONTEXT))
-    assert not steps.fits(Work(1, CONTEXT + 1))
     steps.check_finite(Work(4, CONTEXT - 4))
     far, near = (steps._executor.forward_best(steps.batch(Work(n, 90)))[0].copy() for n in (4, 1))
     assert np.abs(far).min(axis=1).all()

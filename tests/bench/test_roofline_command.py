@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pagemill.bench import plots
+from pagemill.bench import figures
 from pagemill.cli.main import main
 from tests.fixtures.tiny import tiny_llama
 
@@ -57,7 +57,7 @@ def test_without_matplotlib_the_report_still_comes(
     assert main(arguments(command, model, tmp_path, "--json")) == 0
     printed = capsys.readouterr()
     assert [Path(each).suffix for each in json.loads(printed.out)["files"]] == [".json"]
-    assert plots.MISSING in printed.err
+    assert figures.MISSING in printed.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

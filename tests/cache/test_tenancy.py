@@ -221,3 +221,57 @@ def test_a_running_sequence_survives_the_purge_of_its_text() -> None:
     cache.close(1)
     cache.verify()
     assert cache.stats().num_free_blocks == 20, "nothing is published behind what was purged"
+
+
+def test_a_cap_lowered_while_blocks_are_in_use_is_kept_as_they_end() -> None:
+    cache, shared = make(20)
+    options, tokens = CacheOptions("tenant"), text(1, 6)
+    cache.open(1, len(tokens), 100, tokens, options)
+    cache.commit(1, len(tokens))
+    shared.set_quota("tenant", 0, 2)
+    cache.close(1)
+    cache.verify()
+    assert num_kept(shared, tokens, options) == 2
+
+
+def test_a_weaker_wish_takes_nothing_from_a_stronger_one() -> None:
+    cache, shared = make(20)
+    tokens = text(1, 2)
+    store(cache, tokens, CacheOptions(retain=(Retain(0, 8, 80, 5.0),)))
+    store(cache, array("i", [*tokens, 1, 2]), CacheOptions(retain=(Retain(0, 8, 90, None),)))
+    store(cache, array("i", [*tokens, 3, 4]), CacheOptions(retain=(Retain(0, 8, 60, 1.0),)))
+    cache.advance(100.0)
+    assert {node.priority for node in shared.chain_of(CacheOptions(), tokens)} == {90}
+
+
+def test_a_tenant_named_like_a_public_namespace_has_an_account_of_its_own() -> None:
+    cache, shared = make(20)
+    shared.tenancy.declare_public("docs")
+    store(cache, text(1, 3), CacheOptions(public="docs"))
+    shared.set_quota("public docs", 0, 1)
+    shared.set_quota("public:docs", 0, 1)
+    assert num_kept(shared, text(1, 3), CacheOptions(public="docs")) == 3
+
+
+def test_wishes_and_pins_of_the_past_are_not_kept() -> None:
+    cache, shared = make(20)
+    tokens = text(1, 2)
+    store(cache, tokens, CacheOptions())
+    for index in range(2000):
+        shared.now_s = float(index)
+        for node in shared.chain_of(CacheOptions(), tokens):
+            shared.retain(node, Retain(0, 8, 80, 5.0))
+        shared.unpin(shared.pin(CacheOptions(), tokens, 10.0).lease_id)
+    assert len(shared.shelves._expiries) < 200
+    assert len(shared.leases._ends) < 200
+
+
+def test_a_smaller_cache_takes_from_those_above_their_floor_first() -> None:
+    cache, shared = make(20)
+    shared.set_quota("kept", 8, None)
+    store(cache, text(1, 10), CacheOptions("other"))
+    store(cache, text(2, 8), CacheOptions("kept"))
+    for _ in range(10):
+        shared.evict_any()
+    assert num_kept(shared, text(2, 8), CacheOptions("kept")) == 8
+    assert num_kept(shared, text(1, 10), CacheOptions("other")) == 0

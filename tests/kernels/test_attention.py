@@ -102,7 +102,7 @@ def test_sharing_does_not_depend_on_the_order_of_the_sequences(target: str, orde
     assert np.array_equal(together, np.concatenate([alone[i] for i in picked]))
 
 
-@pytest.mark.parametrize("positions", [SPLIT - 1, SPLIT, SPLIT + 1])
+@pytest.mark.parametrize("positions", [SPLIT - 1, SPLIT, SPLIT + 16])
 def test_only_whole_splits_are_shared(positions: int) -> None:
     """Four sequences that differ from the block of `positions` on."""
     executor = native(SHAPES["group 2"], TARGETS[0], codec="int8", block_size=16, threads=2)

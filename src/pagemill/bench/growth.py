@@ -183,6 +183,8 @@ def measure(
         growth = ModelGrowth(model)
         found.models.append(growth)
         for codec in grid.codecs:
+            if interrupted():
+                break
             _measure_codec(growth, found, grid, codec, settings, watcher, interrupted)
     found.interrupted = interrupted()
     found.after = read_counters()

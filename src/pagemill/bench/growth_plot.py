@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pagemill.bench.figures import FAINT, STYLE, save_figure
 from pagemill.bench.growth_report import title_of
-from pagemill.bench.plots import FAINT, STYLE
 from pagemill.bench.report import file_stem
-from pagemill.bench.roofline_plot import save_figure
 
 _MAP = "viridis"
 _LINES = {"bf16": "--", "int8": "-"}

@@ -69,11 +69,6 @@ class Demand:
         """Bytes in all."""
         return self.weight_bytes + self.kv_bytes
 
-    @property
-    def num_multiply_adds(self) -> int:
-        """Multiply-adds in all."""
-        return sum(self.multiply_adds.values())
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedModel:
@@ -180,11 +175,6 @@ class NativeSteps:
         for begin in range(filler_blocks, self._num_blocks, filler_blocks):
             count = min(filler_blocks, self._num_blocks - begin)
             blocks[begin : begin + count] = blocks[:count]
-
-    def fits(self, work: Work) -> bool:
-        """Whether the arena holds the blocks of such a step, and the model reaches so far."""
-        blocks = work.num_seqs * self.kv_spec.num_blocks(work.context)
-        return blocks <= self._num_blocks and work.context <= self.model.plan.max_positions
 
     def batch(self, work: Work) -> Batch:
         """The arrays of a step. Blocks of sequences that grow side by side alternate, as a pool hands them out."""

@@ -6,10 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pagemill.base.errors import ConfigError
+from pagemill.bench.figures import FAINT, INK, STYLE, save_figure
 from pagemill.bench.peers_catalog import PAGEMILL
 from pagemill.bench.peers_report import title_of
-from pagemill.bench.plots import FAINT, INK, STYLE
 
 _OURS, _BEST, _OTHERS = "#1f6f8b", "#c8553d", "#b9c0c6"
 
@@ -39,15 +38,7 @@ def draw_peers(report: dict[str, Any], stem: Path) -> list[Path]:
         machine = report["machine"]
         caption = f"Medians of {report['settings']['num_runs']} interleaved runs, lines p10 to p90. {machine['cpu']}. "
         figure.supxlabel(caption + report["date"][:10], x=0.01, ha="left", fontsize=8, color=FAINT)
-        paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
-        for path in paths:
-            try:
-                figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
-            except OSError as error:
-                raise ConfigError(
-                    f"the plot cannot be written to {path}: {error.strerror}; give another directory (--output)"
-                ) from None
-    return paths
+        return save_figure(figure, stem)
 
 
 def _draw_row(axes: Any, rows: list[dict[str, Any]], engines: list[tuple[str, str]]) -> None:

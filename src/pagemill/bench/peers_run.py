@@ -164,6 +164,8 @@ class _Run:
                     self._attempt(contestant, self._choose, row, (index, MAX_RUNS))
         before = self.counters()
         for run in range(self.settings.num_runs):
+            if self.interrupted():
+                break
             row.barriers.append(barrier_ns(self.settings.num_threads))
             for contestant in list(self.workers):
                 if self.interrupted():

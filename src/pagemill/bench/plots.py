@@ -11,31 +11,11 @@ from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
-from pagemill.base.errors import ConfigError
+from pagemill.bench.figures import FAINT, STYLE, save_figure
 from pagemill.bench.kvcache import WITH, WITHOUT
 from pagemill.bench.kvcache_report import title_of
 
-MISSING = "no plot: matplotlib is not installed; get it with `pip install '.[bench]'` in a checkout"
-
 _COLOURS = {WITHOUT: "#c8553d", WITH: "#1f6f8b"}
-INK, FAINT = "#23272b", "#8a9299"
-STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e7ea",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "pagemill",
-}
 
 
 def draw_kvcache(report: dict[str, Any], stem: Path) -> list[Path]:
@@ -61,15 +41,7 @@ def draw_kvcache(report: dict[str, Any], stem: Path) -> list[Path]:
         so_far.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         figure.suptitle(title_of(report), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
         figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8, color=FAINT)
-        paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
-        for path in paths:
-            try:
-                figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
-            except OSError as error:
-                raise ConfigError(
-                    f"the plot cannot be written to {path}: {error.strerror}; give another directory (--output)"
-                ) from None
-    return paths
+        return save_figure(figure, stem)
 
 
 def _draw_per_token(axes: Any, report: dict[str, Any]) -> None:

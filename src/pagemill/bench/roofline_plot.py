@@ -5,28 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pagemill.base.errors import ConfigError
 from pagemill.base.units import format_bytes
-from pagemill.bench.plots import FAINT, INK, STYLE
+from pagemill.bench.figures import FAINT, INK, STYLE, save_figure
 from pagemill.bench.roofline_peaks import ARITHMETICS, MEMORY, NEAR
 from pagemill.bench.roofline_report import title_of
 
 _COLOURS = {"prefill": "#c8553d", "decode": "#1f6f8b"}
 _READING = {NEAR: "reading as much as the weights", MEMORY: "reading memory"}
 _CLOSE = 1.12  # roofs nearer than this share a label
-
-
-def save_figure(figure: Any, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg. Raises ConfigError where they cannot be written."""
-    paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
-    for path in paths:
-        try:
-            figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as error:
-            raise ConfigError(
-                f"the plot cannot be written to {path}: {error.strerror}; give another directory (--output)"
-            ) from None
-    return paths
 
 
 def draw_roofline(report: dict[str, Any], stem: Path) -> list[Path]:

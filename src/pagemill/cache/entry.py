@@ -46,8 +46,9 @@ class Entry:
     """How a sequence of known tokens can enter: what it hits and what it must take.
 
     num_hit: positions that need not be computed. shared: block ids of whole hits. tail: node whose first
-    num_tail_tokens positions are copied. num_new: blocks to take. num_spare: blocks that are there to be taken, beside
-    what it hits. missing: keys of the prompt's whole blocks that were not found.
+    num_tail_tokens positions are copied. num_new: blocks to take. num_spare: blocks that it may take, beside what it
+    hits. num_room: blocks that are there to be taken, whatever its tenant's cap. missing: keys of the prompt's whole
+    blocks that were not found.
     """
 
     account: Account
@@ -58,6 +59,7 @@ class Entry:
     num_tail_tokens: int
     num_new: int
     num_spare: int
+    num_room: int
     lookup: Lookup
     missing: list[bytes]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from pagemill.cache.block import DEFAULT_PRIORITY, Node
 from pagemill.cache.policies.base import BlockInfo, Policy
@@ -81,11 +81,19 @@ class Shelves:
                     break
         return best
 
-    def expire_at(self, node: Node, when_s: float) -> None:
-        """Remember when the node's priority ends."""
+    def expire_at(self, node: Node, when_s: float | None) -> None:
+        """Remember when the node's priority ends; None: it does not."""
+        if node.expires_s == when_s:
+            return
         node.expires_s = when_s
+        if when_s is None:
+            return
         self._num_set += 1
         heappush(self._expiries, (when_s, self._num_set, node))
+        if len(self._expiries) > 2 * self._capacity + 64:  # most are of the past: keep those that still hold
+            live = [each for each in self._expiries if each[2].expires_s == each[0] and each[2].shelf is not None]
+            heapify(live)
+            self._expiries = live
 
     def expired(self, now_s: float) -> list[Node]:
         """Published nodes whose priority has ended, each once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
@@ -64,6 +64,8 @@ class Leases:
                 if not self._holders[block]:
                     del self._holders[block]
             self.num_references -= len(lease.blocks)
+            if len(self._ends) > 2 * len(self._leases) + 64:
+                self._ends = sorted((each.expires_s, each.lease_id) for each in self._leases.values())
         return lease
 
     def ended(self, now_s: float) -> list[Lease]:
@@ -75,7 +77,7 @@ class Leases:
                 found.append(lease)
         return found
 
-    def renumber(self, moved: dict[int, int]) -> None:
+    def renumber(self, moved: Mapping[int, int]) -> None:
         """Blocks have new ids: old -> new."""
         for lease_id, lease in self._leases.items():
             self._leases[lease_id] = replace(lease, blocks=tuple(moved.get(block, block) for block in lease.blocks))

@@ -22,9 +22,6 @@ Paged with a `SharingConfig` is the prefix cache: `open` finds what is there of 
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from pagemill.base.errors import CapacityError, ConfigError, IntegrityError
@@ -35,37 +32,11 @@ from pagemill.cache.entry import CacheStats, SharingConfig
 from pagemill.cache.keys import TOKEN_BYTES
 from pagemill.cache.pool import BlockPool
 from pagemill.cache.receipt import Lookup
-from pagemill.cache.resizing import check_size, vacate
+from pagemill.cache.resizing import check_size, relocate, vacate
+from pagemill.cache.sequences import NEVER, SequenceBlocks, verify_sequences
 from pagemill.cache.sharing import SharedBlocks
-from pagemill.cache.tenancy import Account
 
 CacheMode = Literal["paged", "contiguous", "none"]
-
-
-NEVER = 1 << 62  # a length that no sequence reaches
-
-
-@dataclass(slots=True)
-class _SequenceBlocks:
-    """Blocks and lengths of one sequence. Mutated by CacheManager alone.
-
-    tokens: the caller's, of which positions below `committed` are final; None where nothing is to be published. node:
-    of its last published whole block, or the root. publish_at: length at which the next block is full. tail: node of
-    the beginning of its part-filled block, where that was published. missing: keys of the prompt's blocks from index
-    first_missing on.
-    """
-
-    table: array[int] = field(default_factory=lambda: array("i"))
-    committed: int = 0
-    history: int = 0
-    publish_at: int = NEVER
-    account: Account | None = None
-    tokens: array[int] | None = None
-    node: Node | None = None
-    tail: Node | None = None
-    retain: tuple[Retain, ...] = ()
-    missing: Ordered[bytes] = ()
-    first_missing: int = 0
 
 
 class CacheManager:
@@ -78,7 +49,8 @@ class CacheManager:
     """
 
     __slots__ = (
-        "_num_asked", "_num_hit", "_num_owned", "_num_positions", "_pool", "_sequences", "block_size", "mode", "shared",
+        "_num_asked", "_num_hit", "_num_owned", "_num_positions", "_pool", "_sequences", "_targets", "block_size",
+        "mode", "shared",
     )  # fmt: skip
 
     def __init__(
@@ -93,9 +65,10 @@ class CacheManager:
         sharing = sharing if mode == "paged" else None
         self._pool = BlockPool(num_blocks, wipes=sharing is not None)
         self.shared = None if sharing is None else SharedBlocks(self._pool, block_size, sharing)
-        self._sequences: dict[int, _SequenceBlocks] = {}
+        self._sequences: dict[int, SequenceBlocks] = {}
         self._num_positions = 0
         self._num_owned = 0  # entries of all tables: a block that three share counts three times
+        self._targets: dict[int, int] = {}  # while a smaller size is made ready: block -> where it goes
         self._num_asked = 0
         self._num_hit = 0
 
@@ -132,7 +105,7 @@ class CacheManager:
             if tokens is None:
                 return self.blocks_for(num_tokens) + spare <= self._pool.num_free + self._pool.num_cached
             entry = self.shared.entry(options, tokens, num_tokens)
-            return entry.num_new + spare <= entry.num_spare
+            return entry.num_new <= entry.num_spare and entry.num_new + spare <= entry.num_room
         count = self.blocks_to_open(num_tokens, reserve)
         if count + spare > self._pool.num_free:
             return False
@@ -159,7 +132,7 @@ class CacheManager:
         count = self.blocks_to_open(num_tokens, reserve)
         table = self._pool.allocate_run(count) if self.mode == "contiguous" else self._pool.allocate(count)
         history = 0 if self.mode == "none" else num_tokens
-        self._sequences[seq_id] = _SequenceBlocks(table, 0, history)
+        self._sequences[seq_id] = SequenceBlocks(table, 0, history)
         self._num_owned += len(table)
         self._num_positions += history
         return Lookup(0)
@@ -174,7 +147,7 @@ class CacheManager:
             num_tokens,
         )
         table = shared.enter(entry)
-        sequence = _SequenceBlocks(table, entry.num_hit, num_tokens, account=entry.account, node=entry.node)
+        sequence = SequenceBlocks(table, entry.num_hit, num_tokens, account=entry.account, node=entry.node)
         if not bypass:
             sequence.tokens, sequence.retain = tokens, options.retain
             sequence.missing, sequence.first_missing = entry.missing, len(entry.shared)
@@ -224,7 +197,7 @@ class CacheManager:
         if num_tokens < sequence.committed:
             sequence.committed = num_tokens
 
-    def _grow(self, sequence: _SequenceBlocks, num_tokens: int, count: int) -> None:
+    def _grow(self, sequence: SequenceBlocks, num_tokens: int, count: int) -> None:
         table = sequence.table
         if self.mode == "contiguous":
             raise CapacityError(
@@ -282,7 +255,7 @@ class CacheManager:
         self._num_owned -= len(sequence.table)
         self._num_positions -= sequence.history
 
-    def _publish(self, shared: SharedBlocks, sequence: _SequenceBlocks) -> None:
+    def _publish(self, shared: SharedBlocks, sequence: SequenceBlocks) -> None:
         """Publish every full block that is not yet. One that another sequence has published is exchanged for that."""
         size, tokens, table = self.block_size, sequence.tokens, sequence.table
         assert tokens is not None
@@ -308,7 +281,7 @@ class CacheManager:
             sequence.node = there
             sequence.publish_at = end + size
 
-    def _roll_back(self, sequence: _SequenceBlocks, num_tokens: int) -> None:
+    def _roll_back(self, sequence: SequenceBlocks, num_tokens: int) -> None:
         """Leave the published blocks that reach beyond `num_tokens`; the one it lies within becomes its own."""
         shared, size = self.shared, self.block_size
         assert shared is not None
@@ -335,31 +308,42 @@ class CacheManager:
         if sequence.tokens is not None:
             sequence.publish_at = (whole + 1) * size
 
-    def _must_copy(self, sequence: _SequenceBlocks, num_tokens: int) -> bool:
+    def _must_copy(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
         """True where the block that `num_tokens` ends in is published and others hold or follow it."""
         node, whole = sequence.node, num_tokens // self.block_size
         if node is None or node.depth < whole or not num_tokens % self.block_size:
             return False
         return node.depth > whole or bool(node.children) or self._pool.num_holders(sequence.table[whole]) > 1
 
-    def _take_back_tail(self, shared: SharedBlocks, sequence: _SequenceBlocks) -> None:
+    def _take_back_tail(self, shared: SharedBlocks, sequence: SequenceBlocks) -> None:
         if sequence.tail is not None:
             if sequence.tail.alive:
                 shared.discard(sequence.tail)
             sequence.tail = None
 
-    def _wish(self, sequence: _SequenceBlocks, start: int, end: int) -> Retain | None:
+    def _wish(self, sequence: SequenceBlocks, start: int, end: int) -> Retain | None:
         """The highest priority that the request asked for any of these positions."""
         wishes = [each for each in sequence.retain if each.start < end and start < each.end]
         return max(wishes, key=lambda each: each.priority, default=None)
 
-    def _retain(self, shared: SharedBlocks, sequence: _SequenceBlocks, node: Node) -> None:
+    def _retain(self, shared: SharedBlocks, sequence: SequenceBlocks, node: Node) -> None:
         start = node.depth * self.block_size
         wish = self._wish(sequence, start, start + self.block_size) if sequence.retain else None
         if wish is not None:
             shared.retain(node, wish)
 
-    def _available(self, sequence: _SequenceBlocks) -> int:
+    def is_capped(self, seq_id: int, num_tokens: int) -> bool:
+        """True where a sequence cannot grow to `num_tokens` for its tenant's cap, whatever others give up."""
+        sequence = self._sequences[seq_id]
+        growth = max(self.blocks_for(num_tokens) - len(sequence.table), 1)  # or the copy of a rollback
+        account = sequence.account
+        return account is not None and account.cap is not None and growth > account.cap - account.used + account.cached
+
+    def same_account(self, seq_id: int, other: int) -> bool:
+        """True where both sequences' blocks are counted for one tenant."""
+        return self._sequences[seq_id].account is self._sequences[other].account
+
+    def _available(self, sequence: SequenceBlocks) -> int:
         """Blocks that the sequence could take now."""
         if self.shared is None:
             return self._pool.num_free
@@ -376,17 +360,36 @@ class CacheManager:
         """The error of a text that its tenant's cap can never hold, None where it can."""
         return None if self.shared is None else self.shared.cap_error(self.blocks_for(num_tokens), options)
 
+    def pin_error(self, count: int) -> CapacityError | None:
+        """The error of `count` blocks that are there but for pins, None where pins are not what stands in the way."""
+        pinned = 0 if self.shared is None else self.shared.leases.num_blocks
+        if not pinned or count > self.num_blocks:
+            return None
+        return CapacityError(
+            f"{count:,} blocks of the KV cache are needed, and pins hold {pinned:,} of {self.num_blocks:,}; unpin "
+            f"some, try again when they end, or raise kv_cache_memory_bytes",
+            retry_after_s=1.0,
+        )
+
     def vacate(self, num_blocks: int) -> Moves:
-        """Make ready for `num_blocks` blocks, sequences alive: `set_num_blocks` follows once these moves are made.
+        """Make ready for `num_blocks` blocks, sequences alive. Once these moves are made, `relocate` makes sequences
+        follow them, and `set_num_blocks` ends it; with the present number, that gives it up instead.
 
         Raises CapacityError where sequences and pins use more, ConfigError where floors do; nothing is changed then.
         """
         check_size(self._pool, self.shared, num_blocks, self.mode)
-        tables = [sequence.table for sequence in self._sequences.values()]
-        return vacate(self._pool, self.shared, tables, num_blocks, self.block_size)
+        self._targets, moves = vacate(self._pool, self.shared, num_blocks, self.block_size)
+        return moves
+
+    def relocate(self) -> None:
+        """What `vacate` asked for has been copied: tables, tree and leases follow."""
+        relocate(self._pool, self.shared, (sequence.table for sequence in self._sequences.values()), self._targets)
+        self._targets = {}
 
     def set_num_blocks(self, num_blocks: int) -> None:
         """Have so many blocks from now on; those that end are vacated."""
+        self._pool.release(list(self._targets.values()))  # of a vacation that was given up
+        self._targets = {}
         self._pool.resize(num_blocks)
         if self.shared is not None:
             self.shared.set_num_blocks(num_blocks)
@@ -447,44 +450,8 @@ class CacheManager:
         """Every invariant of lengths and ownership, in O(num_blocks), for tests. Raises IntegrityError."""
         self._pool.verify()
         self.check()
-        holders: Counter[int] = Counter()
-        num_owned = num_positions = 0
-        for seq_id, sequence in self._sequences.items():
-            capacity = len(sequence.table) * self.block_size
-            ordered = 0 <= sequence.committed <= sequence.history <= capacity
-            wasteful = self.mode != "contiguous" and capacity - sequence.history >= self.block_size
-            if not ordered or wasteful or len(set(sequence.table)) != len(sequence.table):
-                raise IntegrityError(f"sequence {seq_id} breaks its lengths or shares blocks: {sequence}")
-            if sequence.tokens is not None:
-                self._verify_chain(seq_id, sequence)
-            holders.update(sequence.table)
-            num_owned += len(sequence.table)
-            num_positions += sequence.history
         if self.shared is not None:
             self.shared.verify()
-            holders.update(self.shared.held_blocks())
-        elif holders and max(holders.values()) > 1:
-            raise IntegrityError(f"a block has two owners: {holders.most_common(1)}")
-        for block in range(self.num_blocks):
-            if self._pool.num_holders(block) != holders[block]:
-                raise IntegrityError(f"block {block} has {holders[block]} owners and other holders: {self.stats()}")
-        if num_owned != self._num_owned or num_positions != self._num_positions:
-            raise IntegrityError(f"{num_owned} blocks, {num_positions} positions in tables: {self.stats()}")
-
-    def _verify_chain(self, seq_id: int, sequence: _SequenceBlocks) -> None:
-        """Published blocks of a sequence hold its own tokens, and what it will write next is its own alone."""
-        assert self.shared is not None
-        assert sequence.tokens is not None
-        assert sequence.node is not None
-        chain = self.shared.tree.chain(sequence.node)
-        size = self.block_size
-        for node, block in zip(chain, sequence.table, strict=False):
-            tokens = sequence.tokens[node.depth * size : (node.depth + 1) * size].tobytes()
-            if node.tokens != tokens or (node.alive and node.block != block):
-                raise IntegrityError(f"sequence {seq_id} holds {block} where {node} is published")
-        if len(chain) * size > sequence.committed or sequence.publish_at != (len(chain) + 1) * size:
-            raise IntegrityError(f"sequence {seq_id} published more or less than it committed: {sequence}")
-        for block in sequence.table[len(chain) :]:
-            node_of_tail = self.shared.tree.nodes.get(block)
-            if node_of_tail is not None and node_of_tail is not sequence.tail:
-                raise IntegrityError(f"sequence {seq_id} writes to block {block}, which is published")
+        counted = verify_sequences(self._sequences, self._pool, self.shared, self.mode, self.block_size)
+        if counted != (self._num_owned, self._num_positions):
+            raise IntegrityError(f"{counted} blocks and positions in tables: {self.stats()}")

@@ -193,17 +193,16 @@ class BlockPool:
         """True where the block is free."""
         return not self._held[block] and not self._published[block]
 
-    def relocate(self, block: int) -> int:
-        """Let a free block take over holders and publication of a held one, which is withdrawn. Returns its id."""
+    def take_over(self, block: int, target: int) -> None:
+        """A block just allocated gets the holders and the publication of a held one, which goes out of service."""
         assert self._refs[block] > 0, f"block {block} is not held"
-        target = self.allocate(1)[0]
+        assert self._refs[target] == 1, f"block {target} is not fresh"
         self._refs[target], self._refs[block] = self._refs[block], 0
         self._published[target], self._published[block] = self._published[block], 0
         self._withdrawn[block] = 1
         self._num_active -= 1
         self._num_withdrawn += 1
         self.num_references -= 1
-        return target
 
     def withdraw(self, block: int) -> None:
         """Take a free block out of service; its page is no longer used nor wiped."""
@@ -216,7 +215,8 @@ class BlockPool:
         self.dirty.pop(block, None)
 
     def resize(self, num_blocks: int) -> None:
-        """Have blocks 0 .. num_blocks-1 from now on: new ones are free; those that end must all be withdrawn. O(n)."""
+        """Have blocks 0 .. num_blocks-1 from now on: new ones and withdrawn ones are free; those that end must all be
+        withdrawn. O(n)."""
         assert num_blocks >= 1
         fewer = range(num_blocks, self.num_blocks)
         assert all(self._withdrawn[block] for block in fewer), "blocks in use cannot end"
@@ -235,6 +235,8 @@ class BlockPool:
         self._refs.extend([0] * growth)
         for block in returned:
             self._held[block] = self._withdrawn[block] = 0
+            if self._wipes:
+                self.dirty[block] = None
         self.num_blocks = num_blocks
         self._num_withdrawn = 0
         self._next = array("i", bytes(4 * (num_blocks + 1)))
@@ -251,8 +253,8 @@ class BlockPool:
         known = self._num_free + self._num_active + self._num_cached + self._num_withdrawn
         if known != self.num_blocks:
             raise IntegrityError(
-                f"{self._num_free} free + {self._num_active} active + {self._num_cached} cached blocks are not the "
-                f"{self.num_blocks} that exist"
+                f"{self._num_free} free + {self._num_active} active + {self._num_cached} cached + "
+                f"{self._num_withdrawn} withdrawn blocks are not the {self.num_blocks} that exist"
             )
 
     def verify(self) -> None:

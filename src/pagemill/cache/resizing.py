@@ -7,10 +7,10 @@ find room below it, and has these copied there; tables, tree, leases and order o
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pagemill.base.errors import CapacityError
-from pagemill.base.transfer import NO_MOVES, Copy, Moves
+from pagemill.base.transfer import Copy, Moves
 from pagemill.cache.pool import BlockPool
 from pagemill.cache.sharing import SharedBlocks
 
@@ -31,17 +31,17 @@ def check_size(pool: BlockPool, shared: SharedBlocks | None, num_blocks: int, mo
 
 
 def vacate(
-    pool: BlockPool, shared: SharedBlocks | None, tables: Iterable[array[int]], num_blocks: int, block_size: int
-) -> Moves:
-    """Leave blocks from `num_blocks` on, and take them out of service. Returns the copies that must be made before
-    their memory goes. No other moves may be pending."""
-    if num_blocks >= pool.num_blocks:
-        return NO_MOVES
+    pool: BlockPool, shared: SharedBlocks | None, num_blocks: int, block_size: int
+) -> tuple[dict[int, int], Moves]:
+    """Leave blocks from `num_blocks` on: free ones out of service, and a place held for each that is in use.
+
+    Returns where these go, and the copies that must be made before `relocate`. No other moves may be pending.
+    """
     beyond = range(num_blocks, pool.num_blocks)
     if shared is not None:
         for block in beyond:
             node = shared.tree.nodes.get(block)
-            if node is not None and not pool.num_holders(block):
+            if node is not None and node.alive and not pool.num_holders(block):
                 shared.purge(node)
         num_homeless = sum(1 for block in beyond if pool.num_holders(block))
         num_vacant = sum(1 for block in beyond if pool.is_vacant(block))
@@ -50,13 +50,23 @@ def vacate(
     for block in beyond:
         if pool.is_vacant(block):
             pool.withdraw(block)
-    moved = {block: pool.relocate(block) for block in beyond if pool.num_holders(block)}
-    if moved:
-        for table in tables:
-            for index, block in enumerate(table):
-                if block in moved:
-                    table[index] = moved[block]
-        if shared is not None:
-            shared.renumber(moved)
-    wipes = tuple(target for target in moved.values() if target in pool.dirty)
-    return Moves(wipes, tuple(Copy(block, target, block_size) for block, target in moved.items()))
+    homeless = [block for block in beyond if pool.num_holders(block)]
+    targets = dict(zip(homeless, pool.allocate(len(homeless)), strict=True))
+    wipes = tuple(target for target in targets.values() if target in pool.dirty)
+    return targets, Moves(wipes, tuple(Copy(block, target, block_size) for block, target in targets.items()))
+
+
+def relocate(
+    pool: BlockPool, shared: SharedBlocks | None, tables: Iterable[array[int]], targets: Mapping[int, int]
+) -> None:
+    """Tables, tree and leases follow blocks that were copied; the old ones are out of service."""
+    if not targets:
+        return
+    for block, target in targets.items():
+        pool.take_over(block, target)
+    for table in tables:
+        for index, block in enumerate(table):
+            if block in targets:
+                table[index] = targets[block]
+    if shared is not None:
+        shared.renumber(targets)

@@ -8,7 +8,7 @@ sees it locked while there is one.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pagemill.base.errors import CapacityError, IntegrityError, RequestError
 from pagemill.base.params import CacheOptions, Retain
@@ -30,8 +30,7 @@ MOST_EMPTY_ROOTS = 4096
 class SharedBlocks:
     """Published blocks over a pool. Mutated by every method that is not a question.
 
-    copies: to be made before the next step computes, with the sequence they are for. now_s: time of the last `advance`.
-    on_event: told of each Stored and Removed, in order.
+    now_s: time of the last `advance`. on_event: told of each Stored and Removed, in order.
     """
 
     __slots__ = (
@@ -79,21 +78,22 @@ class SharedBlocks:
         count = -(-num_tokens // size)
         self.tree.drop_empty_roots(MOST_EMPTY_ROOTS)
         root = self.tree.root(namespace, self._config.fingerprint)
+        room = self.tenancy.room(account, self._pool.num_free, self._pool.num_cached)
         most = num_tokens - 1
         if options.bypass or most < 1:
             miss = Miss("bypassed", 0) if options.bypass else None
             lookup = Lookup(max(most, 0), miss=miss)
-            return Entry(account, root, root, [], None, 0, count, self.available(account), lookup, [])
+            return Entry(account, root, root, [], None, 0, count, self.available(account), room, lookup, [])
         data = tokens[:num_tokens].tobytes()
         match = self.tree.find(root, data, most)
         shared = [node.block for node in match.nodes]
         revived = sum(1 for block in shared if not self._pool.num_holders(block))
-        spare = self.available(account) - revived
+        spare, room = self.available(account) - revived, room - revived
         num_new = count - len(shared)
         tail, num_tail = match.tail, match.num_tail_tokens
         if tail is not None and not self._pool.num_holders(tail.block):
             if spare - 1 >= num_new:
-                spare -= 1
+                spare, room = spare - 1, room - 1
             elif spare >= num_new:  # the source would have to go to make room for its own copy
                 tail, num_tail = None, 0
         num_hit = len(shared) * size + num_tail
@@ -101,7 +101,7 @@ class SharedBlocks:
         miss = None if num_hit == most else self._miss(options, match, data, num_hit, most, missing)
         node = match.nodes[-1] if match.nodes else root
         lookup = Lookup(most, num_hit, num_hit, miss)
-        return Entry(account, root, node, shared, tail, num_tail, num_new, spare, lookup, missing)
+        return Entry(account, root, node, shared, tail, num_tail, num_new, spare, room, lookup, missing)
 
     def _missing_keys(self, match: Match, data: bytes, most: int) -> list[bytes]:
         size = self.tree.block_size * TOKEN_BYTES
@@ -137,10 +137,13 @@ class SharedBlocks:
         """The blocks of these holders, one entry for each."""
         return [*self.leases.held_blocks(), *(copy.source for copy in self._copies.values())]
 
+    def _root(self, options: CacheOptions) -> Node:
+        namespace = self.tenancy.namespace(options.tenant, options.salt, options.public)
+        return self.tree.root(namespace, self._config.fingerprint)
+
     def chain_of(self, options: CacheOptions, tokens: array[int]) -> list[Node]:
         """The published nodes of a text, as far as they go: whole blocks, and a tail that the text holds whole."""
-        namespace = self.tenancy.namespace(options.tenant, options.salt, options.public)
-        match = self.tree.find(self.tree.root(namespace, self._config.fingerprint), tokens.tobytes(), len(tokens))
+        match = self.tree.find(self._root(options), tokens.tobytes(), len(tokens))
         whole = match.tail is not None and len(match.tail.tokens) == TOKEN_BYTES * match.num_tail_tokens
         return [*match.nodes, match.tail] if whole and match.tail is not None else match.nodes
 
@@ -203,10 +206,13 @@ class SharedBlocks:
         """Take a holder from each block. Copies into blocks that become free are no longer made."""
         accounts, nodes = self.tenancy.accounts, self.tree.nodes
         self._version += 1
+        above: list[Account] = []
         for block in self._pool.release(blocks):
             account = accounts[self._owner[block]]
             if self._pool.is_published(block):
                 account.cached += 1
+                if account.cap is not None and account.used > account.cap:
+                    above.append(account)
                 node = nodes[block]
                 if not node.children:
                     assert node.shelf is not None
@@ -215,6 +221,8 @@ class SharedBlocks:
                 account.used -= 1
                 if self._copies and block in self._copies:
                     self.release([self._copies.pop(block).source])
+        for account in above:  # its cap was lowered while these were in use
+            self._keep_cap(account)
 
     # Publication
 
@@ -256,11 +264,13 @@ class SharedBlocks:
             self.on_event(Removed(node.key, evicted))
 
     def retain(self, node: Node, retain: Retain) -> None:
-        """Give a published block this priority if it is higher than its own, and this much time from now."""
-        priority = max(node.priority, retain.priority)
-        if retain.ttl_s is not None:
-            self.shelves.expire_at(node, self.now_s + retain.ttl_s)
-        self._shelve(node, priority)
+        """Give a published block this priority and this much time from now, if that is more than it has."""
+        until = None if retain.ttl_s is None else self.now_s + retain.ttl_s
+        if retain.priority > node.priority:
+            self.shelves.expire_at(node, until)
+        elif retain.priority == node.priority and node.expires_s is not None:
+            self.shelves.expire_at(node, None if until is None else max(until, node.expires_s))
+        self._shelve(node, max(node.priority, retain.priority))
 
     def _shelve(self, node: Node, priority: int, *, anew: bool = False) -> None:
         if priority == node.priority and not anew:
@@ -279,7 +289,10 @@ class SharedBlocks:
             account.partition = partition
             for node in [each for each in self.tree.nodes.values() if each.account == account.index]:
                 self._shelve(node, node.priority, anew=True)
-        while cap is not None and account.used > cap and account.cached:
+        self._keep_cap(account)
+
+    def _keep_cap(self, account: Account) -> None:
+        while account.cap is not None and account.used > account.cap and account.cached:
             self._evict([account])
 
     def advance(self, now_s: float) -> None:
@@ -336,7 +349,8 @@ class SharedBlocks:
             self.unpin(lease.lease_id)
             self.leases.num_forced += 1
         for each in nodes:
-            self.discard(each)
+            if each.alive:  # the end of a lease may have let it go already
+                self.discard(each)
         self.evicted.forget([each.key for each in nodes])
         return len(nodes)
 
@@ -352,16 +366,10 @@ class SharedBlocks:
     def purge_prefix(self, options: CacheOptions, tokens: array[int]) -> int:
         """Drop every text that begins with these tokens: blocks that hold their last position or any behind it. What a
         running sequence has not published yet is published as it goes on."""
-        nodes = self.chain_of(options, tokens)
-        size = self.tree.block_size
-        namespace = self.tenancy.namespace(options.tenant, options.salt, options.public)
-        parent = (
-            ([self.tree.root(namespace, self._config.fingerprint), *nodes])[len(tokens) // size]
-            if len(nodes) >= len(tokens) // size
-            else None
-        )
-        if parent is None:
+        nodes, size = [self._root(options), *self.chain_of(options, tokens)], self.tree.block_size
+        if len(nodes) <= len(tokens) // size:
             return 0
+        parent = nodes[len(tokens) // size]
         rest = tokens[len(tokens) - len(tokens) % size :].tobytes()
         if not rest and parent.parent is not None:
             return self.purge(parent)
@@ -370,8 +378,7 @@ class SharedBlocks:
     def purge_namespace(self, options: CacheOptions) -> int:
         """Drop every text of the namespace that these options name, its salt included."""
         namespace = self.tenancy.namespace(options.tenant, options.salt, options.public)
-        root = self.tree.root(namespace, self._config.fingerprint)
-        count = self.purge(root)
+        count = self.purge(self._root(options))
         self.tree.forget_root(namespace, self._config.fingerprint)
         return count
 
@@ -415,10 +422,10 @@ class SharedBlocks:
         return block in self._copies
 
     def evict_any(self) -> None:
-        """Evict the next block of whoever's, as for a smaller cache."""
-        self._evict([None, *(account for account in self.tenancy.accounts if account.partition)])
+        """Evict a block as for a smaller cache: of who is above a floor, and only then of anyone."""
+        self._evict(self.tenancy.above_floors() or [a for a in self.tenancy.accounts if a.partition])
 
-    def renumber(self, moved: dict[int, int]) -> None:
+    def renumber(self, moved: Mapping[int, int]) -> None:
         """Blocks in use have new ids: old -> new."""
         self._version += 1
         for old, new in moved.items():

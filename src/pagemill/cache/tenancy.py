@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pagemill.base.errors import ConfigError, RequestError
 from pagemill.cache.keys import Namespace
 
-PUBLIC = "public:"
-
 
 @dataclass(slots=True, eq=False)
 class Account:
@@ -38,7 +36,7 @@ class Account:
 
 
 class Tenancy:
-    """Accounts by name. Mutated by `account`, `set_quota`, `declare_public`, `remove` and `resize`.
+    """Accounts by name. Mutated by `account`, `set_quota` and `declare_public`.
 
     known_only: refuse tenants that were never declared (`set_quota`), as an operator may wish.
     """
@@ -48,11 +46,11 @@ class Tenancy:
     def __init__(self, num_blocks: int, *, known_only: bool = False) -> None:
         self.num_blocks = num_blocks
         self.accounts: list[Account] = []
-        self._by_name: dict[str, Account] = {}
+        self._by_name: dict[tuple[bool, str], Account] = {}  # public or not, name
         self._floored: list[Account] = []
         self._public: set[str] = set()
         self._known_only = known_only
-        self._open("default")
+        self._open(False, "default")
 
     def namespace(self, tenant: str, salt: str | None, public: str | None) -> Namespace:
         """Where a request's text belongs. Raises RequestError for a public name that nobody declared and, where only
@@ -61,14 +59,14 @@ class Tenancy:
             if public not in self._public:
                 raise RequestError(f"there is no public namespace {public!r}; the operator declares them", status=403)
             return Namespace(public, salt, public=True)
-        if self._known_only and tenant not in self._by_name:
+        if self._known_only and (False, tenant) not in self._by_name:
             raise RequestError(f"tenant {tenant!r} is unknown; the operator adds tenants with a quota", status=403)
         return Namespace(tenant, salt)
 
     def account(self, namespace: Namespace) -> Account:
         """The account that a namespace's blocks count for, opened at first use."""
-        name = PUBLIC + namespace.tenant if namespace.public else namespace.tenant
-        return self._by_name.get(name) or self._open(name)
+        name = (namespace.public, namespace.tenant)
+        return self._by_name.get(name) or self._open(*name)
 
     def declare_public(self, name: str) -> None:
         """Let requests name this namespace and share across tenants in it."""
@@ -85,19 +83,20 @@ class Tenancy:
             raise ConfigError("a tenant has an empty name; give one")
         if floor < 0 or (cap is not None and cap < 1):
             raise ConfigError(f"tenant {tenant!r}: a floor is 0 or more blocks, a cap 1 or more; got {floor} and {cap}")
+        known = self._by_name.get((False, tenant))
         if cap is not None and cap < floor:
             raise ConfigError(f"tenant {tenant!r}: the cap ({cap} blocks) is below the floor ({floor}); raise the cap")
         if cap is not None and cap > self.num_blocks:
             raise ConfigError(
                 f"tenant {tenant!r}: the cap is {cap} blocks and the cache has {self.num_blocks}; lower it"
             )
-        others = sum(each.floor for each in self._floored if each.name != tenant)
+        others = sum(each.floor for each in self._floored) - (known.floor if known else 0)
         if others + floor > self.num_blocks:
             raise ConfigError(
                 f"tenant {tenant!r}: a floor of {floor} blocks beside {others} promised to others exceeds the "
                 f"{self.num_blocks} of the cache; lower it or raise kv_cache_memory_bytes"
             )
-        account = self._by_name.get(tenant) or self._open(tenant)
+        account = known or self._open(False, tenant)
         account.floor, account.cap = floor, cap
         self._floored = [each for each in self.accounts if each.floor]
         return account
@@ -108,13 +107,15 @@ class Tenancy:
 
     def available(self, account: Account, num_free: int, num_cached: int) -> int:
         """Blocks that the account could take now: free ones, its own cached ones, and what others can spare."""
-        possible = num_free + num_cached
-        for other in self._floored:
-            if other is not account:
-                possible -= other.cached - other.spare
+        possible = self.room(account, num_free, num_cached)
         if account.cap is not None:
             possible = min(possible, account.cap - account.used + account.cached)
         return possible
+
+    def room(self, account: Account, num_free: int, num_cached: int) -> int:
+        """The same, whatever its cap."""
+        floored = (other.cached - other.spare for other in self._floored if other is not account)
+        return num_free + num_cached - sum(floored)
 
     def givers(self, account: Account) -> list[Account | None]:
         """Whose blocks may go for one that the account takes, the one furthest above its floor first; None stands for
@@ -132,14 +133,18 @@ class Tenancy:
             found.append((-shared, -1, None))
         return [each for _, _, each in sorted(found, key=lambda entry: entry[:2])]
 
+    def above_floors(self) -> list[Account | None]:
+        """Whose blocks may go for nobody's sake, the one furthest above its floor first; None as in `givers`."""
+        return self.givers(Account(-1, ""))
+
     def check_resize(self, num_blocks: int) -> None:
-        """Raise ConfigError where floors or a cap would exceed `num_blocks`."""
+        """Raise ConfigError where floors would exceed `num_blocks`."""
         floors = sum(each.floor for each in self._floored)
         if floors > num_blocks:
             raise ConfigError(f"tenants' floors need {floors} blocks and {num_blocks} are left; lower the floors first")
 
-    def _open(self, name: str) -> Account:
-        account = Account(len(self.accounts), name)
+    def _open(self, public: bool, name: str) -> Account:
+        account = Account(len(self.accounts), f"public {name}" if public else name)
         self.accounts.append(account)
-        self._by_name[name] = account
+        self._by_name[public, name] = account
         return account

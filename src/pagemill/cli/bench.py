@@ -19,10 +19,11 @@ from pagemill.base.units import format_seconds
 from pagemill.bench.generation import Estimate, Generation
 from pagemill.bench.kvcache import WITH, WITHOUT, Settings, measure, open_subject
 from pagemill.bench.kvcache_report import make_report, make_table, remarks, title_of
-from pagemill.bench.plots import MISSING, draw_kvcache
-from pagemill.bench.report import file_stem, prepare_directory, write_json
+from pagemill.bench.plots import draw_kvcache
+from pagemill.bench.report import file_stem, prepare_directory
 from pagemill.cli.progress import byte_progress
-from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.cli.publish import publish
+from pagemill.cli.terminal import note
 
 _REFRESH_S = 0.25
 _INTERRUPTED = 130
@@ -68,20 +69,14 @@ def kvcache(
 def _publish(report: dict[str, Any], directory: Path, *, as_json: bool) -> None:
     settings = report["settings"]
     name = file_stem("kvcache", settings["name"], settings["dtype"], str(settings["num_tokens"]), report["date"])
-    stem = directory / name
-    plots = draw_kvcache(report, stem)
-    paths = [stem.with_name(stem.name + ".json"), *plots]
-    report["files"] = [str(path) for path in paths]
-    write_json(paths[0], report)
-    if as_json:
-        print_json(report)
-    else:
-        print(paint(title_of(report), BOLD, sys.stdout))
-        Console(highlight=False).print(make_table(report))
-        for line in (*remarks(report), f"written: {stem}.{{{','.join(path.suffix[1:] for path in paths)}}}"):
-            print(line)
-    if not plots:
-        note(MISSING)
+    publish(
+        report,
+        directory / name,
+        lambda: [(title_of(report), [make_table(report)])],
+        lambda: remarks(report),
+        draw=draw_kvcache,
+        as_json=as_json,
+    )
 
 
 @contextmanager

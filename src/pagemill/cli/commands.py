@@ -142,6 +142,7 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Seed of session starts and generated loads.")] = 0,
     output: Annotated[str | None, typer.Option(help="Also write the JSON to this file.", metavar="FILE")] = None,
     plot: Annotated[str | None, typer.Option(help="Draw the curves: a .png or .svg file.", metavar="FILE")] = None,
+    manager: Annotated[bool, typer.Option("--manager", help="Replay over the engine's whole cache manager.")] = False,
     json: Json = False,
 ) -> None:
     """Replay a trace over eviction policies, without a model: hit ratios by policy and size beside the optimum."""
@@ -155,6 +156,7 @@ def simulate(
         seed=seed,
         json_file=output,
         plot=plot,
+        manager=manager,
         as_json=json,
     )
 

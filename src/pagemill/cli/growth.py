@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from pagemill.base.config import resolve_config
 from pagemill.bench.growth import Settings, measure, subjects
 from pagemill.bench.growth_plot import draw_growth
 from pagemill.bench.growth_report import make_report, make_tables, remarks, title_of
-from pagemill.bench.plots import MISSING
-from pagemill.bench.report import file_stem, prepare_directory, write_json
+from pagemill.bench.report import file_stem, prepare_directory
 from pagemill.cli.bench import interrupts
-from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.cli.options import refuse_unused
+from pagemill.cli.publish import Section, publish
+from pagemill.cli.terminal import note
 
 _INTERRUPTED = 130
+_USED = ("model", "dtype", "weight_format", "kv_cache_dtype", "num_threads", "executor")
 
 
 def growth(*, rounds: int, quick: bool, output: str, as_json: bool, engine: dict[str, Any]) -> int:
@@ -26,6 +24,7 @@ def growth(*, rounds: int, quick: bool, output: str, as_json: bool, engine: dict
     Returns 130 where Ctrl-C ended it; what had been measured by then is reported all the same.
     """
     settings = Settings(rounds, quick)
+    refuse_unused(engine["arguments"], _USED, "this bench runs native steps of its own batches and contexts")
     resolved = resolve_config(engine["arguments"], file=engine["file"], origin="command line")
     chosen = subjects(resolved.config, settings, model_given=resolved.origins["model"] != "default")
     directory = prepare_directory(output)
@@ -36,27 +35,21 @@ def growth(*, rounds: int, quick: bool, output: str, as_json: bool, engine: dict
         note("interrupted before anything was measured")
         return _INTERRUPTED
     name = file_stem("growth", *(each["name"] for each in report["models"][:1]), report["date"])
-    _publish(report, directory / name, as_json=as_json)
+    publish(
+        report,
+        directory / name,
+        lambda: _sections(report),
+        lambda: remarks(report),
+        draw=draw_growth,
+        as_json=as_json,
+    )
     return _INTERRUPTED if found.interrupted else 0
 
 
-def _publish(report: dict[str, Any], stem: Path, *, as_json: bool) -> None:
-    plots = draw_growth(report, stem)
-    paths = [stem.with_name(stem.name + ".json"), *plots]
-    report["files"] = [str(path) for path in paths]
-    write_json(paths[0], report)
-    if as_json:
-        print_json(report)
-    else:
-        tables = iter(make_tables(report))
-        for model in report["models"]:
-            print(paint(title_of(model), BOLD, sys.stdout))
-            for _ in model["kv_bytes_per_token"]:
-                Console(highlight=False).print(next(tables))
-        for line in (*remarks(report), f"written: {', '.join(report['files'])}"):
-            print(line)
-    if not plots:
-        note(MISSING)
+def _sections(report: dict[str, Any]) -> list[Section]:
+    """A title for each model, and under it a table for each KV codec."""
+    tables = iter(make_tables(report))
+    return [(title_of(model), [next(tables) for _ in model["kv_bytes_per_token"]]) for model in report["models"]]
 
 
 class _Told:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
 from pagemill.base.config import OPTIONS, Option
+from pagemill.base.errors import ConfigError
 
 PANEL = "Engine options (also PAGEMILL_<NAME>, or a TOML file)"
 _SHORT_FLAGS = {"model": "-m"}
@@ -34,6 +35,14 @@ def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": None}
     return command
+
+
+def refuse_unused(arguments: Iterable[str], used: Iterable[str], why: str) -> None:
+    """Raise ConfigError for engine options that were given and that the command does not read; why: it does not."""
+    idle = sorted(set(arguments) - set(used))
+    if idle:
+        flags = ", ".join(OPTIONS[name].flag for name in idle)
+        raise ConfigError(f"{flags}: {why}, so this would change nothing; leave it out")
 
 
 def _parameter(each: Option) -> inspect.Parameter:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 import pagemill
 from pagemill.base.config import EngineConfig, resolve_config
 from pagemill.base.errors import ConfigError
@@ -33,11 +31,11 @@ from pagemill.bench.peers_report import Context, make_report, make_tables, remar
 from pagemill.bench.peers_run import Settings, measure
 from pagemill.bench.peers_setup import Environment, SetupError, find_environment, form_path, set_up
 from pagemill.bench.peers_worker import Loaded
-from pagemill.bench.plots import MISSING
-from pagemill.bench.report import file_stem, prepare_directory, write_json
+from pagemill.bench.report import file_stem, prepare_directory
 from pagemill.cli.bench import interrupts
 from pagemill.cli.progress import byte_progress
-from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.cli.publish import publish
+from pagemill.cli.terminal import note
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
 from pagemill.models.hub import resolve
 from pagemill.planner.machine import kernel_threads, this_machine
@@ -79,6 +77,10 @@ def peers(
     if idle:
         raise ConfigError(f"a Python is given for {', '.join(idle)}, which --peers does not name; add it there")
     arguments = dict(engine["arguments"])
+    if "enable_prefix_caching" in arguments:
+        raise ConfigError(
+            "--enable-prefix-caching: prompts are all distinct here and every engine runs without; leave it out"
+        )
     lists = {name: arguments.pop(name, "") for name in ("dtype", "weight_format")}
     modes = [{name: each.strip()} for name, text in lists.items() for each in text.split(",") if each.strip()]
     configs: dict[str, EngineConfig] = {}
@@ -173,21 +175,14 @@ def _contestant(peer: Peer, form: Form, environment: Environment, checkpoint: Ch
 
 
 def _publish(report: dict[str, Any], directory: Path, *, as_json: bool) -> None:
-    stem = directory / file_stem("peers", report["settings"]["model"], report["date"])
-    plots = draw_peers(report, stem)
-    paths = [stem.with_name(stem.name + ".json"), *plots]
-    report["files"] = [str(path) for path in paths]
-    write_json(paths[0], report)
-    if as_json:
-        print_json(report)
-    else:
-        print(paint(title_of(report), BOLD, sys.stdout))
-        for table in make_tables(report):
-            Console(highlight=False).print(table)
-        for line in (*remarks(report), f"written: {stem}.{{{','.join(path.suffix[1:] for path in paths)}}}"):
-            print(line)
-    if not plots:
-        note(MISSING)
+    publish(
+        report,
+        directory / file_stem("peers", report["settings"]["model"], report["date"]),
+        lambda: [(title_of(report), make_tables(report))],
+        lambda: remarks(report),
+        draw=draw_peers,
+        as_json=as_json,
+    )
 
 
 class _Told:

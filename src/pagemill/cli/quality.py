@@ -12,8 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pagemill.base.config import OPTIONS, resolve_config
-from pagemill.base.errors import ConfigError
+from pagemill.base.config import resolve_config
 from pagemill.base.units import format_seconds
 from pagemill.bench.quality import (
     Scores,
@@ -25,10 +24,12 @@ from pagemill.bench.quality import (
 from pagemill.bench.quality_modes import parse_apart, parse_counts, parse_modes
 from pagemill.bench.quality_report import make_report, make_tables, remarks, title_of
 from pagemill.bench.quality_score import perplexity
-from pagemill.bench.report import file_stem, prepare_directory, write_json
+from pagemill.bench.report import file_stem, prepare_directory
 from pagemill.cli.bench import interrupts
+from pagemill.cli.options import refuse_unused
 from pagemill.cli.progress import byte_progress
-from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.cli.publish import publish
+from pagemill.cli.terminal import note
 
 _REFRESH_S = 0.25
 _LINE_S = 10.0
@@ -45,12 +46,7 @@ def quality(
     Returns 130 where Ctrl-C ended it; the whole windows measured by then are reported all the same.
     """
     arguments = dict(engine["arguments"])
-    unused = [OPTIONS[name].flag for name in arguments if name not in _USED]
-    if unused:
-        raise ConfigError(
-            f"{', '.join(unused)}: this bench runs windows of --n-ctx tokens one at a time, so this would change "
-            "nothing; leave it out"
-        )
+    refuse_unused(arguments, _USED, "this bench runs windows of --n-ctx tokens one at a time")
     lists = {name: arguments.pop(name) for name in _LISTS if name in arguments}
     config = resolve_config(arguments, file=engine["file"], origin="command line").config
     named = "dtype" in lists or "weight_format" in lists
@@ -79,17 +75,13 @@ def quality(
 
 
 def _publish(report: dict[str, Any], directory: Path, *, as_json: bool) -> None:
-    path = directory / f"{file_stem('quality', report['settings']['name'], report['date'])}.json"
-    report["files"] = [str(path)]
-    write_json(path, report)
-    if as_json:
-        print_json(report)
-        return
-    print(paint(title_of(report), BOLD, sys.stdout))
-    for table in make_tables(report):
-        Console(highlight=False).print(table)
-    for line in (*remarks(report), f"written: {path}"):
-        print(line)
+    publish(
+        report,
+        directory / file_stem("quality", report["settings"]["name"], report["date"]),
+        lambda: [(title_of(report), make_tables(report))],
+        lambda: remarks(report),
+        as_json=as_json,
+    )
 
 
 class _Display:

@@ -15,6 +15,8 @@ from rich.table import Table
 from pagemill.base.clock import MonotonicClock
 from pagemill.base.errors import ConfigError
 from pagemill.base.units import parse_count, parse_seconds
+from pagemill.bench.figures import MISSING
+from pagemill.bench.simulate_plot import draw_hit_curves
 from pagemill.cache.policies.registry import make_policy
 from pagemill.cli.terminal import BOLD, note, paint, print_json
 from pagemill.simulator.curves import AllocationRow, HitRow, allocation, hit_curves
@@ -22,7 +24,7 @@ from pagemill.simulator.trace import Trace, read_trace
 from pagemill.simulator.workload import GENERATORS, generate
 
 _GENERATED_REQUESTS = 10_000
-_COLOURS = ("#1f6f8b", "#c8553d", "#7a5195", "#2f9e44", "#b8860b", "#d6336c", "#495057")
+_MOST_BLOCKS = 1 << 24
 
 
 def run(
@@ -34,11 +36,16 @@ def run(
     seed: int,
     json_file: str | None,
     plot: str | None,
+    manager: bool,
     as_json: bool,
 ) -> int:
     """Replay `trace` (a file, or a generated load's name) and print a table or one JSON object."""
     names = _names(policies)
     sizes = _sizes(blocks)
+    gap_s = parse_seconds(session_gap)
+    for flag, name in (("--output", json_file), ("--plot", plot)):
+        if name is not None and not Path(name).expanduser().parent.is_dir():
+            raise ConfigError(f"{name} cannot be written: its directory is not there; give another {flag}")
     if plot is not None and Path(plot).suffix not in (".png", ".svg"):
         raise ConfigError(f"--plot {plot}: a plot is a .png or an .svg; name one")
     loaded = _load(trace, session_gap, seed)
@@ -46,19 +53,20 @@ def run(
         if plot is not None:
             raise ConfigError(f"--plot: {loaded.name} has lengths only and gives no hit curve; leave --plot out")
         return _publish_allocation(allocation(loaded), json_file, as_json=as_json)
-    rows = hit_curves(loaded, names, sizes, MonotonicClock(), note)
+    rows = hit_curves(loaded, names, sizes, MonotonicClock(), note, manager=manager)
     report = {
         "trace": loaded.name,
         "num_requests": len(loaded.requests),
         "num_accesses": loaded.num_accesses,
         "num_distinct_blocks": loaded.num_distinct,
         "seed": seed,
-        "session_gap_s": parse_seconds(session_gap),
+        "manager": manager,
+        "session_gap_s": gap_s,
         "rows": [asdict(each) for each in rows],
     }
     _store(report, json_file)
-    if plot is not None:
-        _draw(rows, Path(plot))
+    if plot is not None and not draw_hit_curves(rows, Path(plot).expanduser()):
+        note(MISSING)
     if as_json:
         print_json(report)
         return 0
@@ -81,13 +89,15 @@ def _names(text: str) -> list[str]:
 
 def _sizes(text: str) -> list[int]:
     sizes = sorted({parse_count(each) for each in text.split(",") if each.strip()})
-    if not sizes or sizes[0] < 1:
-        raise ConfigError(f"--blocks {text!r}: give sizes of the cache in blocks from 1, such as 1000,10000")
+    if not sizes or sizes[0] < 1 or sizes[-1] > _MOST_BLOCKS:
+        raise ConfigError(
+            f"--blocks {text!r}: give sizes of the cache in blocks from 1 to {_MOST_BLOCKS:,}, such as 1000,10000"
+        )
     return sizes
 
 
 def _load(trace: str, session_gap: str, seed: int) -> Trace:
-    if trace in GENERATORS and not Path(trace).exists():
+    if trace in GENERATORS and not Path(trace).is_file():
         return generate(trace, _GENERATED_REQUESTS, seed)
     return read_trace(trace, session_gap_s=parse_seconds(session_gap), seed=seed)
 
@@ -125,34 +135,3 @@ def _publish_allocation(row: AllocationRow, json_file: str | None, *, as_json: b
             f"{row.num_steps:,} steps: {row.unused_mean:.2%} of allocated positions unused, p99 {row.unused_p99:.2%}"
         )
     return 0
-
-
-def _draw(rows: list[HitRow], path: Path) -> None:
-    from pagemill.bench.plots import FAINT, INK, MISSING, STYLE
-
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        note(MISSING)
-        return
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-        axes = figure.subplots()
-        axes.set_xscale("log")
-        axes.set_xlabel("cache (blocks)")
-        axes.set_title(f"block hit ratio, {rows[0].trace}", loc="left", color=INK)
-        policies = list(dict.fromkeys(each.policy for each in rows))
-        for at, name in enumerate(policies):
-            mine = [each for each in rows if each.policy == name]
-            colour = _COLOURS[at % len(_COLOURS)]
-            axes.plot([e.blocks for e in mine], [e.block_hit_ratio for e in mine], "o-", color=colour, label=name)
-        bounds = [each for each in rows if each.policy == policies[0]]
-        axes.plot([e.blocks for e in bounds], [e.optimum for e in bounds], "--", color=FAINT, label="optimum")
-        axes.axhline(rows[0].ideal, color=FAINT, linewidth=0.8, linestyle=":", label="never evicts")
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
-        try:
-            figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as error:
-            raise ConfigError(f"the plot cannot be written to {path}: {error.strerror}; give another --plot") from None

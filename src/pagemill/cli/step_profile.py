@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
-
-from rich.console import Console
 
 from pagemill.base.config import resolve_config
 from pagemill.base.errors import ConfigError
-from pagemill.bench.report import file_stem, prepare_directory, write_json
+from pagemill.bench.report import file_stem, prepare_directory
 from pagemill.bench.step_profile import Settings, engine_options, make_report, make_table, measure, parse_streams
 from pagemill.build import build
 from pagemill.cli.bench import interrupts
 from pagemill.cli.progress import byte_progress
-from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.cli.publish import publish
+from pagemill.cli.terminal import note
 
 _INTERRUPTED = 130
+_COLUMNS = 30  # for the stages, and for each number of streams
 
 
 def step(*, streams: str, num_steps: int, sampled: bool, output: str, as_json: bool, engine: dict[str, Any]) -> int:
@@ -29,6 +28,8 @@ def step(*, streams: str, num_steps: int, sampled: bool, output: str, as_json: b
     settings = Settings(parse_streams(streams), num_steps, sampled)
     arguments = engine_options(settings, engine["arguments"])
     config = resolve_config(arguments, file=engine["file"], origin="command line").config
+    if config.executor != "native":
+        raise ConfigError("executor is reference, which has no native step to tell the rest from; leave it at native")
     directory = prepare_directory(output)
     with byte_progress() as report_bytes:
         note(f"loading {config.model} …")
@@ -45,14 +46,13 @@ def step(*, streams: str, num_steps: int, sampled: bool, output: str, as_json: b
         note("interrupted before anything was measured")
         return _INTERRUPTED
     report = make_report(built, config, settings, profiles)
-    path = directory / f"{file_stem('step', report['settings']['name'], report['date'])}.json"
-    report["files"] = [str(path)]
-    write_json(path, report)
-    if as_json:
-        print_json(report)
-    else:
-        how = "top-p and logprobs" if sampled else "greedy"
-        print(paint(f"decode steps of {report['settings']['name']}, {how}", BOLD, sys.stdout))
-        Console(highlight=False).print(make_table(report))
-        print(f"barrier {report['barrier_ns']:,.0f} ns; written: {path}")
+    how = "top-p and logprobs" if sampled else "greedy"
+    publish(
+        report,
+        directory / file_stem("step", report["settings"]["name"], report["date"]),
+        lambda: [(f"decode steps of {report['settings']['name']}, {how}", [make_table(report)])],
+        lambda: [f"barrier {report['barrier_ns']:,.0f} ns"],
+        as_json=as_json,
+        pipe_width=_COLUMNS * (1 + len(settings.streams)),
+    )
     return _INTERRUPTED if stopped else 0

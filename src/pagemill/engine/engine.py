@@ -143,6 +143,10 @@ class Engine:
             self._settle_idle()
         return deltas
 
+    def advance_clock(self) -> None:
+        """Let leases and priorities end whose time is over, as each step does: before asking anything of the cache."""
+        self._cache.advance(self._clock.now())
+
     def settle(self) -> None:
         """Make the moves that wait, such as wipes of dropped blocks, without a step. Costs nothing where none wait."""
         for _ in range(2):  # a copy may be the last to hold what a purge dropped
@@ -160,19 +164,27 @@ class Engine:
         """Have a KV cache of so many blocks, sequences alive: those beyond a smaller size are copied to where room is.
 
         Raises CapacityError where sequences and pins use more or memory is short, and ConfigError where tenants' floors
-        need more; nothing is lost then.
+        need more. The cache keeps its size then, and no sequence loses anything; texts that were evicted to make room
+        stay evicted.
         """
+        self.advance_clock()
         self.settle()
         if num_blocks > self._cache.num_blocks:
             self._executor.resize(num_blocks)
             self._cache.set_num_blocks(num_blocks)
             return
+        before = self._cache.num_blocks
         moves = self._cache.vacate(num_blocks)
-        if moves:
-            self._executor.run(StepPlan((), moves))
+        try:
+            if moves:
+                self._executor.run(StepPlan((), moves))
             self._cache.moved(Moves(moves.wipes))
+            self._cache.relocate()
+            self._executor.resize(num_blocks)
+        except BaseException:
+            self._cache.set_num_blocks(before)
+            raise
         self._cache.set_num_blocks(num_blocks)
-        self._executor.resize(num_blocks)
         self.settle()
 
     def step(self) -> list[Delta]:
@@ -190,7 +202,10 @@ class Engine:
             self._cache.moved(schedule.step.moves)
             self._commit(schedule, result)
         except Exception as error:
-            return deltas + self._fail(schedule.rows, error)
+            deltas += self._fail(schedule.rows, error)
+            if not self._unfinished:
+                self._settle_idle()
+            return deltas
         self._reach("commit")
         self._rate.saw(schedule.step, self._clock.now() - begin_s)
         deltas += self._deltas(schedule, result)
@@ -206,11 +221,13 @@ class Engine:
     def _commit(self, schedule: Schedule, result: StepResult) -> None:
         check_answers([step.seq_id for step in schedule.step.sequences if step.sample], result)
         commit = self._cache.commit
+        failed = {failure.seq_id for failure in result.failures}
         num_tokens = 0
         for step in schedule.step.sequences:
             count = len(step.token_ids)
-            commit(step.seq_id, step.start + count)
             num_tokens += count
+            if step.seq_id not in failed:  # what a row wrote that came to nothing is not to be found by others
+                commit(step.seq_id, step.start + count)
         self._num_computed_tokens += num_tokens
 
     def _deltas(self, schedule: Schedule, result: StepResult) -> list[Delta]:

@@ -107,7 +107,8 @@ class Scheduler:
         return Schedule(StepPlan(tuple(steps)), tuple(rows), tuple(failed))
 
     def _grow_running(self, failed: list[tuple[Sequence, CapacityError]]) -> None:
-        """Blocks for the newest token of each running sequence, the latest giving way to the earliest.
+        """Blocks for the newest token of each running sequence, the latest giving way to the earliest: the latest of
+        all where blocks are short, of its own tenant where that tenant's cap is reached.
 
         Whoever gives way needs at least the blocks it had, one of which is taken now: it cannot enter again at once.
         """
@@ -118,21 +119,34 @@ class Scheduler:
             seq_id, num_tokens = sequence.seq_id, len(sequence.tokens)
             if cache.num_committed(seq_id) == num_tokens:  # computed, but an interrupt lost the sample: once more
                 if not cache.can_resize(seq_id, num_tokens - 1):
-                    self._preempt(running[-1])
+                    self._preempt(self._latest(sequence, num_tokens - 1))
                     continue
                 cache.resize(seq_id, num_tokens - 1)
             if cache.can_resize(seq_id, num_tokens):
                 cache.resize(seq_id, num_tokens)
                 index += 1
-            elif len(running) == 1:
+            elif (latest := self._latest(sequence, num_tokens)) is sequence and self._is_alone(sequence, num_tokens):
                 failed.append(self._fail(sequence))
             else:
-                self._preempt(running[-1])
+                self._preempt(latest)
+
+    def _latest(self, sequence: Sequence, num_tokens: int) -> Sequence:
+        """Who gives way so that `sequence` can grow: nobody of another tenant for what its own tenant's cap denies."""
+        cache = self._cache
+        if not cache.is_capped(sequence.seq_id, num_tokens):
+            return self.running[-1]
+        return next(each for each in reversed(self.running) if cache.same_account(each.seq_id, sequence.seq_id))
+
+    def _is_alone(self, sequence: Sequence, num_tokens: int) -> bool:
+        """True where it is the only one that could give way, so that to wait would help nothing."""
+        cache = self._cache
+        if not cache.is_capped(sequence.seq_id, num_tokens):
+            return len(self.running) == 1
+        return all(each is sequence or not cache.same_account(each.seq_id, sequence.seq_id) for each in self.running)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take the blocks of the latest sequence; it waits in front of all, to be recomputed with what it generated."""
-        assert sequence is self.running[-1]
-        self.running.pop()
+        """Take the blocks of a running sequence; it waits in front of all, to be recomputed with what it generated."""
+        self.running.remove(sequence)
         self._cache.close(sequence.seq_id)
         sequence.status = "waiting"
         sequence.num_preemptions += 1
@@ -142,9 +156,14 @@ class Scheduler:
     def _fail(self, sequence: Sequence) -> tuple[Sequence, CapacityError]:
         cache, num_tokens = self._cache, len(sequence.tokens)
         need = max(cache.blocks_for(num_tokens), cache.blocks_to_open(num_tokens, self._limits.max_model_len))
-        error = self._cache.cap_error(num_tokens, sequence.request.cache) or CapacityError(
-            f"the sequence has {num_tokens:,} tokens and needs {need:,} blocks of the KV cache, which has "
-            f"{cache.num_blocks:,} of {cache.block_size} tokens in all; lower max_tokens or raise kv_cache_memory_bytes"
+        error = (
+            self._cache.cap_error(num_tokens, sequence.request.cache)
+            or self._cache.pin_error(need)
+            or CapacityError(
+                f"the sequence has {num_tokens:,} tokens and needs {need:,} blocks of the KV cache, which has "
+                f"{cache.num_blocks:,} of {cache.block_size} tokens in all; lower max_tokens or raise "
+                f"kv_cache_memory_bytes"
+            )
         )
         self.remove(sequence)
         return sequence, error

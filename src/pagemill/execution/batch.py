@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pagemill.base.errors import IntegrityError
 from pagemill.base.step import SequenceStep, StepPlan
 from pagemill.kernels.batch import Batch
 
@@ -30,7 +31,7 @@ class BatchBuilder:
     def build(self, plan: StepPlan) -> Batch:
         """Rows in the plan's order. logit_rows: the last row of each sequence that samples.
 
-        The arrays are good until the next call.
+        The arrays are good until the next call. Raises IntegrityError for a table that is shorter than its sequence.
         """
         sequences = plan.sequences
         tables = self._table_array(sequences)
@@ -76,7 +77,12 @@ class BatchBuilder:
             self._held = []
         held = self._held
         held += [array("i")] * (len(tables) - len(held))
-        for row, table in enumerate(tables):
+        for row, (sequence, table) in enumerate(zip(sequences, tables, strict=True)):
+            if len(table) * self._block_size < sequence.end:  # behind it stands what another sequence left in this row
+                raise IntegrityError(
+                    f"sequence {sequence.seq_id} has {len(table)} blocks of {self._block_size} positions for "
+                    f"{sequence.end}; report this as a bug"
+                )
             if table != held[row]:
                 self._tables[row, : len(table)] = table
                 held[row] = array("i", table)

@@ -62,6 +62,8 @@ def quantize_q8_0(values: Float32) -> UInt8:
         peak = np.maximum(peak[::2], peak[1::2])
     with np.errstate(over="ignore"):
         scale = (peak / np.float32(127)).astype(np.float16)[:, None]
+    if not np.isfinite(peak).all():
+        raise ModelError("a weight is not a finite number, so that the file is damaged; get it again")
     if not np.isfinite(scale).all():
         raise ModelError(
             "weights beyond ±8.3 million do not fit in q8_0, whose scales are f16; leave weight_format at auto, or "

@@ -43,6 +43,7 @@ MAX_HEADER_BYTES: Final = 1 << 25
 _MAGIC: Final = b"PMPACKED"
 _PREFIX: Final = struct.Struct("<8sII32s")
 _ABANDONED_S: Final = 3600.0
+_EARLIEST_NS: Final = -(1 << 63)  # files may be dated before 1970
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +171,11 @@ def write_packed(
     partial = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
         with partial.open("xb") as file:
-            mtime_ns = time.time_ns()
-            inode = os.fstat(file.fileno()).st_ino
-            text = _header_text(PackedHeader(key, sources, inode, mtime_ns, digest, entries))
+            now_ns = time.time_ns()
+            os.utime(file.fileno(), ns=(now_ns, now_ns))
+            stamp = os.fstat(file.fileno())  # as coarse as the file system keeps it
+            mtime_ns = stamp.st_mtime_ns
+            text = _header_text(PackedHeader(key, sources, stamp.st_ino, mtime_ns, digest, entries))
             file.write(_PREFIX.pack(_MAGIC, FILE_VERSION, len(text), hashlib.sha256(text).digest()))
             file.write(text)
             file.write(_padding(_PREFIX.size + len(text)))
@@ -228,7 +231,7 @@ def _parse_header(text: bytes) -> PackedHeader:
         inode, mtime_ns, digest = _row(table["published"], (int, int, str))
         return PackedHeader(
             key=PackedKey(*_row(table["key"], (str, str, int, int))),
-            sources=tuple(FileStamp(*_row(row, (str, int, int, int, int))) for row in table["sources"]),
+            sources=tuple(FileStamp(*_row(row, (str, int, int, int, int), _EARLIEST_NS)) for row in table["sources"]),
             inode=inode,
             mtime_ns=mtime_ns,
             payload_sha256=digest,
@@ -238,10 +241,10 @@ def _parse_header(text: bytes) -> PackedHeader:
         raise IntegrityError("its header does not say what it should") from None
 
 
-def _row(values: list[Any], kinds: tuple[type, ...]) -> list[Any]:
+def _row(values: list[Any], kinds: tuple[type, ...], lowest: int = 0) -> list[Any]:
     if not isinstance(values, list) or [type(value) for value in values] != list(kinds):
         raise TypeError
-    if any(isinstance(value, int) and not 0 <= value < 1 << 64 for value in values):
+    if any(isinstance(value, int) and not lowest <= value < 1 << 64 for value in values):
         raise ValueError
     return values
 

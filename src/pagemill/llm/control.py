@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 
-from pagemill.base.errors import ConfigError
+from pagemill.base.errors import ConfigError, RequestError
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions
 from pagemill.engine.engine import Engine
 
@@ -41,6 +41,9 @@ class CacheControl:
 
         Raises ConfigError, and changes nothing, where floors exceed the memory or a cap its bounds.
         """
+        for name, value in (("floor_tokens", floor_tokens), ("cap_tokens", cap_tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"{name} is {value!r}; give a whole number of tokens")
         size = self._engine.cache.block_size
         with self._lock:
             cap = None if cap_tokens is None else cap_tokens // size
@@ -54,8 +57,10 @@ class CacheControl:
     def pin(self, prompt: Any, seconds: float, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> Pin:
         """Keep what the cache holds of a prompt for so long. Raises CapacityError beyond the tenant's cap or half of
         the cache."""
+        tokens = self._tokens(prompt, options)
         with self._lock:
-            lease = self._shared.pin(options, array("i", self._token_ids(prompt)), seconds)
+            self._engine.advance_clock()
+            lease = self._shared.pin(options, tokens, seconds)
             return Pin(lease.lease_id, lease.num_tokens, lease.expires_s)
 
     def unpin(self, pin: Pin) -> bool:
@@ -65,11 +70,13 @@ class CacheControl:
 
     def purge(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
         """Drop a text, but not what other texts share with it. Returns blocks dropped, after their pages are wiped."""
-        return self._purged(lambda: self._shared.purge_text(options, array("i", self._token_ids(prompt))))
+        tokens = self._tokens(prompt, options)
+        return self._purged(lambda: self._shared.purge_text(options, tokens))
 
     def purge_prefix(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
         """Drop every text that begins like this. Returns as `purge` does."""
-        return self._purged(lambda: self._shared.purge_prefix(options, array("i", self._token_ids(prompt))))
+        tokens = self._tokens(prompt, options)
+        return self._purged(lambda: self._shared.purge_prefix(options, tokens))
 
     def purge_namespace(self, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
         """Drop every text of a tenant's namespace with this salt, or of a public one. Returns as `purge` does."""
@@ -79,8 +86,19 @@ class CacheControl:
         """Drop every text of a tenant, with its secret. Returns as `purge` does."""
         return self._purged(lambda: self._shared.purge_tenant(tenant))
 
+    def _tokens(self, prompt: Any, options: CacheOptions) -> array[int]:
+        if not isinstance(options, CacheOptions):
+            raise RequestError(f"options is a {type(options).__name__}; give CacheOptions(tenant=…)")
+        try:
+            return array("i", self._token_ids(prompt))
+        except (OverflowError, TypeError) as error:
+            raise RequestError(
+                f"the prompt's token ids are no 32-bit numbers ({error}); give ids of this model"
+            ) from None
+
     def _purged(self, drop: Callable[[], int]) -> int:
         with self._lock:
+            self._engine.advance_clock()
             count = drop()
             self._engine.settle()
             return count

@@ -53,18 +53,22 @@ class Session:
         return output
 
     def stream(self, text: str, params: SamplingParams | None = None) -> Generator[Delta]:
-        """The same as deltas; what has been said when the iterator is left is kept."""
+        """The same as deltas; what has been said when the iterator is left is kept, unless it ended in an error."""
         asked = self._asked(text)
         said: list[str] = []
+        failed = False
         stream = self._llm.stream(self._llm.chat_prompt(asked), params, cache=self._options)
         try:
             for delta in stream:
                 if delta.choice == 0:
                     said.append(delta.text)
                 yield delta
+        except Exception:
+            failed = True
+            raise
         finally:
             stream.close()
-            if said:
+            if said and not failed and not self._closed:
                 self._messages = (*asked, {"role": "assistant", "content": "".join(said)})
 
     def fork(self) -> Session:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pagemill.base.clock import Clock
 from pagemill.base.errors import ConfigError
 from pagemill.cache.policies.registry import make_policy
-from pagemill.simulator.replay import replay, replay_ideal, replay_lru, replay_optimum
+from pagemill.simulator.replay import replay, replay_ideal, replay_manager, replay_optimum
 from pagemill.simulator.trace import Request, Trace
 
 
@@ -51,8 +51,13 @@ def hit_curves(
     blocks: Sequence[int],
     clock: Clock,
     report: Callable[[str], None] = lambda text: None,
+    *,
+    manager: bool = False,
 ) -> list[HitRow]:
-    """A row for each size and policy. Raises ConfigError for unknown policies, sizes below 1, traces without blocks."""
+    """A row for each size and policy. manager: over the engine's cache manager, not the policy alone.
+
+    Raises ConfigError for unknown policies, sizes below 1, traces without blocks.
+    """
     for name in policies:
         make_policy(name, min(blocks))
     ideal = replay_ideal(trace).block_hit_ratio
@@ -63,8 +68,7 @@ def hit_curves(
         for name in policies:
             report(f"{size:,} blocks: {name}")
             start_s = clock.now()
-            # The two agree in every count; only one is quick.
-            done = replay_lru(trace, size) if name == "lru" else replay(trace, make_policy(name, size), size)
+            done = replay_manager(trace, name, size) if manager else replay(trace, make_policy(name, size), size)
             taken_s = max(clock.now() - start_s, 1e-9)
             rows.append(
                 HitRow(

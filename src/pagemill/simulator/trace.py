@@ -104,6 +104,13 @@ def _open(file: Path) -> IO[str]:
     return file.open(encoding="utf-8")
 
 
+def _csv_rows(name: str, rows: Any) -> Iterator[list[str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise _wrong(name, rows.line_num, f"is not CSV ({error})") from None
+
+
 def _wrong(name: str, line: int, what: str) -> ConfigError:
     return ConfigError(f"{name}, line {line:,}: {what}")
 
@@ -114,8 +121,10 @@ def _json_lines(name: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            said = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        except (ValueError, RecursionError) as error:
+            said = getattr(
+                error, "msg", "nested too deep" if isinstance(error, RecursionError) else "a number too long"
+            )
             raise _wrong(name, number, f"is not JSON ({said}); mend or remove the line") from None
         if not isinstance(row, dict):
             raise _wrong(name, number, "is not a JSON object; mend or remove the line")
@@ -223,7 +232,8 @@ def _azure(name: str, lines: Iterator[str]) -> Iterator[Request]:
     header = next(rows)
     if header[:3] != ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]:
         raise _wrong(name, 1, "the columns are not TIMESTAMP,ContextTokens,GeneratedTokens")
-    for row in rows:
+    latest: datetime | None = None
+    for row in _csv_rows(name, rows):
         line = rows.line_num
         if not row:
             continue
@@ -234,6 +244,11 @@ def _azure(name: str, lines: Iterator[str]) -> Iterator[Request]:
             lengths = int(row[1]), int(row[2])
         except ValueError:
             raise _wrong(name, line, f"{','.join(row)[:60]!r} is not a time and two counts of tokens") from None
+        if when.tzinfo is not None:
+            raise _wrong(name, line, "the time has a zone; give times of one zone, without it")
+        if latest is not None and when < latest:
+            raise _wrong(name, line, "the time is before that of the line above; sort the trace by time")
+        latest = when
         for field, value in zip(header[1:], lengths, strict=True):
             _count(name, line, field, value)
         first = first or when

@@ -245,6 +245,7 @@ class Harness:
             for copy in moves.copies:
                 self.store[copy.target] = list(self.store[copy.source])
             cache.moved(Moves(moves.wipes))
+            cache.relocate()
         cache.set_num_blocks(num_blocks)
         del self.store[num_blocks:]
         self.store += [[None] * BLOCK for _ in range(num_blocks - len(self.store))]
