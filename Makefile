@@ -12,7 +12,7 @@ PARITY := build/parity-venv
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint parity bench bench-peers sanitize clean
+.PHONY: help install demo test trust-ci trust lint parity bench bench-peers sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,7 +41,13 @@ demo: $(VENV)/.installed ## a tour of under a minute on the default model
 # Two processes with one kernel thread each suit a machine of two cores.
 test: $(VENV)/.dev ## run the tests
 	@$(BIN)/pagemill models pull smollm2-135m >/dev/null || echo "tests that need the default model are skipped"
-	PAGEMILL_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10 $(ARGS)
+	PAGEMILL_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10 --ignore=tests/trust $(ARGS)
+
+trust-ci: $(VENV)/.dev ## the tests that earn trust, at a size for every change
+	PAGEMILL_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/trust -n 2 --dist worksteal -q $(ARGS)
+
+trust: $(VENV)/.dev ## the same at release size (hours; goes on where it was stopped); writes docs/scorecard.md
+	$(BIN)/python scripts/trust.py $(ARGS)
 
 lint: $(VENV)/.dev ## style and strict types
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ struct Kernels {
     void (*run_step)(const StepContext& ctx, int worker);
     void (*sample_row)(const SamplingJob& job, int row, SamplingScratch& scratch);
     // Entry points of the contract tests: the same code that the step runs.
-    void (*quantize_rows)(const float* x, int rows, int width, Activations& act);
+    void (*quantize_rows)(const float* x, int rows, int width, bool rotated, Activations& act);
     void (*multiply)(const Activations& act, int rows, const Matrix& w, float* y);
     void (*integer_sums)(const Activations& act, int rows, const Matrix& w, int32_t* out);
     const Peaks* peaks;  // how fast the machine is at the target's arithmetic

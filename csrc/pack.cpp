@@ -23,6 +23,7 @@ size_t panel_bytes(Format format, int k) {
         case Format::f32: return size_t(k) * kPanel * 4;
         case Format::f16: return size_t(k) * kPanel * 2;
         case Format::bf16: return size_t((k + 1) / 2) * 2 * kPanel * 2;
+        case Format::i8_rotated: return size_t(k + 4) * kPanel;
         default: return size_t(k / kGroup) * chunk_bytes(format);
     }
 }
@@ -38,6 +39,7 @@ size_t source_row_bytes(Format format, int k) {
         case Format::q4_1_tiles: return size_t(k / kGroup) * 20;
         case Format::q8_0:
         case Format::q8_0_tiles: return size_t(k / kGroup) * 34;
+        case Format::i8_rotated: return size_t(k) + 4;
     }
     return 0;
 }
@@ -96,6 +98,9 @@ void pack_rows(Format format, const uint8_t* rows, int n, int k, int column0, ui
         } else if (format == Format::bf16) {
             for (int j = 0; j < k; j++)
                 std::memcpy(panel + (size_t(j / 2) * 2 * kPanel + column * 2 + j % 2) * 2, rows + size_t(j) * 2, 2);
+        } else if (format == Format::i8_rotated) {
+            for (int j = 0; j < k; j++) panel[(size_t(j / 4) * kPanel + size_t(column)) * 4 + size_t(j % 4)] = uint8_t(rows[4 + j] ^ 0x80);
+            std::memcpy(panel + size_t(k) * kPanel + 4 * column, rows, 4);
         } else {
             pack_group_row(format, rows, k, column, panel);
         }
@@ -158,6 +163,12 @@ void unpack_row(const Matrix& m, int row, float* out) {
                 out[j] = bf16_to_f32(h);
             }
             return;
+        case Format::i8_rotated: {
+            float scale;
+            std::memcpy(&scale, panel + size_t(m.k) * kPanel + 4 * column, 4);
+            for (int j = 0; j < m.k; j++) out[j] = float(int(panel[(size_t(j / 4) * kPanel + size_t(column)) * 4 + size_t(j % 4)]) - 128) * scale;
+            return;
+        }
         default:
             for (int g = 0; g < m.k / kGroup; g++) unpack_group(m.format, panel + g * chunk_bytes(m.format), column, out + g * kGroup);
     }

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <numeric>
 #include <memory>
 #include <new>
 
@@ -38,8 +40,12 @@ uint8_t* allocate(size_t bytes) {
 }
 
 void release(uint8_t* memory, size_t bytes) {
-    if (bytes >= kHuge / 2) munmap(memory, mapped_size(bytes));
-    else std::free(memory);
+    if (bytes >= kHuge / 2) {
+        munmap(memory, mapped_size(bytes));
+        return;
+    }
+    explicit_bzero(memory, bytes);  // the allocator hands it on as it is
+    std::free(memory);
 }
 
 Runner::~Runner() {
@@ -106,6 +112,15 @@ void Runner::reserve(int rows, int logits, int partials) {
     }
 }
 
+void Runner::wipe_activations() {
+    const size_t capacity = size_t(rows_) + 32, used = std::min(size_t(used_rows_) + 32, capacity);
+    if (used_rows_) {
+        for (auto& [memory, bytes] : memory_) std::memset(memory, 0, bytes / capacity * used);
+    }
+    if (partial_memory_.first) std::memset(partial_memory_.first, 0, partial_memory_.second);
+    used_rows_ = 0;
+}
+
 void Runner::run(const Step& step) {
     StepContext ctx;
     ctx.phase_tasks.assign(model_.phases.size(), -1);
@@ -128,6 +143,7 @@ void Runner::run(const Step& step) {
         ctx.phase_tasks[i] = found;
     }
     reserve(step.rows, step.num_logits, partials);
+    used_rows_ = std::max(used_rows_, std::max(step.rows, step.num_logits));
     std::unique_ptr<std::atomic<int>[]> claims(new std::atomic<int>[model_.phases.size()]());
     ctx.model = &model_;
     ctx.step = &step;
@@ -136,6 +152,27 @@ void Runner::run(const Step& step) {
     ctx.barrier = &pool_.barrier();
     ctx.threads = pool_.size();
     ctx.by_rows = step.rows >= 32 * pool_.size();
+    // Logit rows move to the front in their order, which must not overtake one that is still to move.
+    Step kept;
+    StepContext rest;
+    const bool ascending = std::adjacent_find(step.logit_rows, step.logit_rows + step.num_logits, std::greater_equal<>()) == step.logit_rows + step.num_logits;
+    const auto last = std::find_if(model_.phases.rbegin(), model_.phases.rend(), [](const Phase& p) { return p.kind == PhaseKind::attention; });
+    if (step.num_logits < step.rows && ascending && last != model_.phases.rend()) {
+        first_rows_.resize(size_t(step.num_logits));
+        std::iota(first_rows_.begin(), first_rows_.end(), 0);
+        kept = step;
+        kept.rows = step.num_logits;
+        kept.logit_rows = first_rows_.data();
+        rest.model = ctx.model;
+        rest.step = &kept;
+        rest.scratch = ctx.scratch;
+        rest.claims = ctx.claims;
+        rest.barrier = ctx.barrier;
+        rest.threads = ctx.threads;
+        rest.by_rows = kept.rows >= 32 * rest.threads;
+        ctx.rest = &rest;
+        ctx.last_attention = size_t(last.base() - model_.phases.begin()) - 1;
+    }
     pool_.run([&](int worker) { kernels_.run_step(ctx, worker); });
 }
 

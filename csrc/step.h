@@ -17,6 +17,7 @@ public:
     Runner(const Runner&) = delete;
     Runner& operator=(const Runner&) = delete;
     void run(const Step& step);
+    void wipe_activations();  // nothing that the steps so far have computed is left in scratch memory
     int threads() const { return pool_.size(); }
     int64_t shared_splits() const { return shared_splits_; }  // see AttentionTasks; summed over steps and kinds of attention
     Pool& pool() { return pool_; }  // idle between steps
@@ -27,8 +28,9 @@ private:
     const Kernels& kernels_;
     Pool pool_;
     Scratch scratch_;
-    int rows_ = 0, partials_ = 0;
+    int rows_ = 0, partials_ = 0, used_rows_ = 0;
     int64_t shared_splits_ = 0;
+    std::vector<int32_t> first_rows_;
     std::vector<std::pair<uint8_t*, size_t>> memory_;
     std::pair<uint8_t*, size_t> partial_memory_{nullptr, 0};
 };

@@ -8,7 +8,7 @@
 namespace pagemill {
 
 // Weight formats. Matrices are [n, k] (y = W x), packed in panels of 32 columns of y; see pack.h for each layout.
-enum class Format : int { f32 = 0, f16 = 1, bf16 = 2, q4_0 = 3, q4_1 = 4, q8_0 = 5, q4_0_tiles = 6, q4_1_tiles = 7, q8_0_tiles = 8 };
+enum class Format : int { f32 = 0, f16 = 1, bf16 = 2, q4_0 = 3, q4_1 = 4, q8_0 = 5, q4_0_tiles = 6, q4_1_tiles = 7, q8_0_tiles = 8, i8_rotated = 9 };
 constexpr int kPanel = 32;      // columns of a packed panel
 constexpr int kGroup = 32;      // values that share a scale in quantised formats and in quantised activations
 constexpr int kPage = 16;       // positions in a KV page
@@ -74,8 +74,8 @@ struct Activations {
     float* f32 = nullptr;       // [rows][ld]
     uint16_t* bf16 = nullptr;   // [rows][ld], zero padded to an even width
     uint16_t* tiles = nullptr;  // the same in tiles of 16 rows: [rows / 16][ld / 2][16][2]
-    int8_t* i8 = nullptr;       // [rows][ld], groups of 32
-    float* scale = nullptr;     // [rows][ld / 32]
+    int8_t* i8 = nullptr;       // [rows][ld], groups of 32, or whole rows for i8_rotated
+    float* scale = nullptr;     // [rows][ld / 32], a whole row's in its first
     int32_t* sum = nullptr;     // [rows][ld / 32] sum of the group's integers
     float* scaled_sum = nullptr;  // [rows][ld / 32] scale * sum
     int ld = 0;                 // a multiple of 64
@@ -152,6 +152,9 @@ struct StepContext {
     Barrier* barrier = nullptr;
     int threads = 1;
     bool by_rows = false;  // each thread keeps its rows through all products
+    // What comes after the last attention, for the rows whose logits are wanted; null where that is every row.
+    const StepContext* rest = nullptr;
+    size_t last_attention = 0;  // a phase
 };
 
 }  // namespace pagemill

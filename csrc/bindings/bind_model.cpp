@@ -89,13 +89,15 @@ void NativeModel::step(Ints tokens, Ints positions, Ints starts, Ints2 tables, I
 
 void NativeModel::check_phase(const PhaseArguments& a) const {
     const Phase& p = a.phase;
-    int n = 0, k = 0;
+    int n = 0, k = 0, rotated = 0;
     for (int m : p.matrices) {
         require(m >= 0 && m < int(model_.matrices.size()), "phase names a matrix that does not exist");
         n += model_.matrices[size_t(m)].n;
+        rotated += model_.matrices[size_t(m)].format == Format::i8_rotated;
         require(k == 0 || k == model_.matrices[size_t(m)].k, "matrices of a phase differ in width");
         k = model_.matrices[size_t(m)].k;
     }
+    require(rotated == 0 || (rotated == int(p.matrices.size()) && p.kind != PhaseKind::embed), "rotated rows are for products, all of a phase");
     require((p.norm == NormKind::none) == (a.norm_width == 0), "a norm has a weight");
     require(a.norm_width == 0 || a.norm_width == model_.hidden, "norm weight has the wrong size");
     require(a.norm_bias_width == 0 || a.norm_bias_width == model_.hidden, "norm bias has the wrong size");
@@ -182,6 +184,7 @@ void bind_model(nb::module_& m) {
         .def("step", &NativeModel::step, "tokens"_a, "positions"_a, "starts"_a, "tables"_a, "logit_rows"_a, "logits"_a, "best"_a)
         .def_prop_ro("target", &NativeModel::target)
         .def_prop_ro("threads", &NativeModel::threads)
+        .def("wipe_activations", &NativeModel::wipe_activations)
         .def_prop_ro("shared_splits", &NativeModel::shared_splits)
         .def(
             "add_phase",

@@ -34,11 +34,11 @@ static nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate_array(size_t bytes)
     return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(memory, {bytes}, owner);
 }
 
-static nb::tuple quantize_rows(const std::string& target, ConstFloats2 x) {
+static nb::tuple quantize_rows(const std::string& target, ConstFloats2 x, bool rotated) {
     const int rows = int(x.shape(0)), width = int(x.shape(1));
-    require(rows > 0 && width > 0 && width % kGroup == 0, "rows of multiples of 32 values");
+    require(rows > 0 && width > 0 && width % (rotated ? 64 : kGroup) == 0, "rows of multiples of 32 values, 64 if rotated");
     OwnedActivations act(rows, width);
-    target_of(target).quantize_rows(x.data(), rows, width, act.view);
+    target_of(target).quantize_rows(x.data(), rows, width, rotated, act.view);
     auto q = array_of<int8_t>({size_t(rows), size_t(width)});
     auto scale = array_of<float>({size_t(rows), size_t(width / kGroup)});
     auto sum = array_of<int32_t>({size_t(rows), size_t(width / kGroup)});
@@ -57,7 +57,7 @@ static nb::ndarray<nb::numpy, float> product(const std::string& target, int form
     const Matrix m = matrix_of(format, n, k, packed);
     require_layout(target_of(target), m.format);
     OwnedActivations act(rows, k);
-    target_of(target).quantize_rows(x.data(), rows, k, act.view);
+    target_of(target).quantize_rows(x.data(), rows, k, m.format == Format::i8_rotated, act.view);
     auto y = array_of<float>({size_t(rows), size_t(n)});
     target_of(target).multiply(act.view, rows, m, y.data());
     return y;
@@ -68,7 +68,7 @@ static nb::ndarray<nb::numpy, int32_t> integer_sums(const std::string& target, i
     const Matrix m = matrix_of(format, n, k, packed);
     require(int(m.format) >= int(Format::q4_0) && int(m.format) <= int(Format::q8_0), "only quantised formats have integer sums");
     OwnedActivations act(rows, k);
-    target_of(target).quantize_rows(x.data(), rows, k, act.view);
+    target_of(target).quantize_rows(x.data(), rows, k, false, act.view);
     auto y = array_of<int32_t>({size_t(rows), size_t(k / kGroup), size_t(n)});
     target_of(target).integer_sums(act.view, rows, m, y.data());
     return y;
@@ -99,7 +99,7 @@ void bind_weights(nb::module_& m) {
     m.def("panel_bytes", [](int format, int k) { return panel_bytes(format_of(format), k); }, "format"_a, "k"_a);
     m.def("pack", &pack, "format"_a, "k"_a, "rows"_a, "column0"_a, "packed"_a);
     m.def("unpack_row", &unpack, "format"_a, "n"_a, "k"_a, "packed"_a, "row"_a);
-    m.def("quantize_rows", &quantize_rows, "target"_a, "x"_a);
+    m.def("quantize_rows", &quantize_rows, "target"_a, "x"_a, "rotated"_a = false);
     m.def("product", &product, "target"_a, "format"_a, "n"_a, "packed"_a, "x"_a);
     m.def("integer_sums", &integer_sums, "target"_a, "format"_a, "n"_a, "packed"_a, "x"_a);
     m.def("barrier_ns", [](int threads) {

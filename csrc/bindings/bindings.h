@@ -34,7 +34,7 @@ inline void require(bool condition, const char* message) {
 }
 
 inline Format format_of(int format) {
-    require(format >= 0 && format <= int(Format::q8_0_tiles), "unknown weight format");
+    require(format >= 0 && format <= int(Format::i8_rotated), "unknown weight format");
     return Format(format);
 }
 
@@ -47,10 +47,12 @@ inline const Kernels& target_of(const std::string& name) {
 inline void check_k(Format format, int n, int k) {
     require(n > 0 && k > 0 && n <= (1 << 24) && k <= (1 << 20), "matrix sizes out of range");
     require(int(format) < int(Format::q4_0) || k % kGroup == 0, "rows of quantised formats are multiples of 32 long");
+    require(format != Format::i8_rotated || k % 64 == 0, "rotated rows are multiples of 64 long");
 }
 
 inline void require_layout(const Kernels& kernels, Format format) {
-    require(int(format) < int(Format::q4_0_tiles) || kernels.tiles, "this target does not read weights in tiles");
+    const bool tiles = int(format) >= int(Format::q4_0_tiles) && int(format) <= int(Format::q8_0_tiles);
+    require(!tiles || kernels.tiles, "this target does not read weights in tiles");
 }
 
 inline Matrix matrix_of(int format, int n, int k, const ConstBytes& packed) {

@@ -19,6 +19,7 @@ public:
                 const std::vector<std::tuple<size_t, size_t, int, int, int>>& layers);
     void add_phase(const PhaseArguments& a);
     void step(Ints tokens, Ints positions, Ints starts, Ints2 tables, Ints logit_rows, Floats2 logits, MutableInts best);
+    void wipe_activations() { runner_->wipe_activations(); }
     const char* target() const { return kernels_.name; }
     int threads() const { return runner_->threads(); }
     int64_t shared_splits() const { return runner_->shared_splits(); }

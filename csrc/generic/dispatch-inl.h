@@ -16,6 +16,7 @@ static void run_product(const Activations& act, int r0, int r1, const Matrix& w,
         case Format::q4_0: return product<Format::q4_0>(act, r0, r1, w, p0, p1, out);
         case Format::q4_1: return product<Format::q4_1>(act, r0, r1, w, p0, p1, out);
         case Format::q8_0: return product<Format::q8_0>(act, r0, r1, w, p0, p1, out);
+        case Format::i8_rotated: return product_rotated(act, r0, r1, w, p0, p1, out);
 #ifdef PAGEMILL_AMX
         case Format::q4_0_tiles: return product_wide<Format::q4_0_tiles>(act, r0, r1, w, p0, p1, wide, out);
         case Format::q4_1_tiles: return product_wide<Format::q4_1_tiles>(act, r0, r1, w, p0, p1, wide, out);

@@ -35,18 +35,6 @@ static void rotate_head(float* x, const float* table, int rotary_dim, RopeStyle 
     }
 }
 
-template <int H> struct Signs {
-    alignas(64) float lanes[16];
-    constexpr Signs() : lanes() {
-        for (int i = 0; i < 16; i++) lanes[i] = i & H ? -1.0f : 1.0f;
-    }
-};
-// One butterfly between lanes: x[i] + x[i + H] and x[i] - x[i + H].
-template <int H> PM_INLINE F butterfly(F x) {
-    static constexpr Signs<H> signs;
-    return fmla(x, fload(signs.lanes), fswap<H>(x));
-}
-
 // Hadamard rotation in place (orthonormal, blocks of the largest power of two that divides dim): spreads outlier channels.
 // Applied to queries and keys alike, it leaves their products as they are.
 static void hadamard(float* x, int dim) {

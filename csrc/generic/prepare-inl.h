@@ -4,7 +4,7 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-enum Form : int { kFormF32 = 1, kFormBf16 = 2, kFormI8 = 4, kFormTiles = 8 };
+enum Form : int { kFormF32 = 1, kFormBf16 = 2, kFormI8 = 4, kFormTiles = 8, kFormRotated = 16 };
 
 static int form_of(Format format) {
     switch (format) {
@@ -14,6 +14,7 @@ static int form_of(Format format) {
         case Format::q4_0_tiles:
         case Format::q4_1_tiles:
         case Format::q8_0_tiles: return kFormBf16 | kFormTiles;
+        case Format::i8_rotated: return kFormRotated;
         default: return kFormI8;
     }
 }
@@ -39,6 +40,7 @@ static void fill_forms(const Activations& act, int row, int from, int to, int wi
         uint16_t* out = act.bf16 + size_t(row) * act.ld;
         for (int c = from; c < to; c += kLanes) fstore_bf16(out + c, fload_first(x + c, width - c));
     }
+    if (forms & kFormRotated) quantize_rotated_row(act, row, width);  // whole rows, and no other form beside it
     if (forms & kFormI8) {
         const size_t base = size_t(row) * act.groups();
         for (int c = from; c < to; c += kGroup) {
@@ -78,10 +80,11 @@ static void prepare_row(const Phase& p, const float* src, int width, const Activ
     fill_forms(act, row, 0, width, width, forms);
 }
 
-// Columns [from, to) of a row without a norm: copied (attention output) or activated (MLP).
-static void prepare_columns(const Phase& p, const float* src, int width, int from, int to, const Activations& act, int row, int forms) {
+// Columns [from, to) of a row without a norm: copied (attention output, or activated already) or activated (MLP).
+static void prepare_columns(const Phase& p, const float* src, int width, int from, int to, const Activations& act, int row, int forms, bool activated) {
     float* x = act.f32 + size_t(row) * act.ld;
-    for (int c = from; c < to; c += kLanes) {
+    if (activated || p.activation == ActivationKind::none) std::memcpy(x + from, src + from, size_t(to - from) * sizeof(float));
+    else for (int c = from; c < to; c += kLanes) {
         const int n = to - c;
         F y = factivate(p.activation, fload_first(src + c, n));
         if (p.gated) y = fmul(y, fload_first(src + width + c, n));

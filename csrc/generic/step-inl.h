@@ -5,26 +5,26 @@ namespace pagemill {
 namespace PAGEMILL_TARGET {
 
 struct Worker {
-    const StepContext& ctx;
+    const StepContext* ctx;
     const int id;
     TileState tile;
 
-    explicit Worker(const StepContext& context, int worker) : ctx(context), id(worker) {}
-    void barrier() { ctx.barrier->wait(id); }
+    Worker(const StepContext& context, int worker) : ctx(&context), id(worker) {}
+    void barrier() { ctx->barrier->wait(id); }
     // Where a thread keeps its own rows, nothing that it reads was written by another.
-    void between_stages() { if (!ctx.by_rows) barrier(); }
-    int begin_of(int count) const { return int(int64_t(count) * id / ctx.threads); }
-    int end_of(int count) const { return int(int64_t(count) * (id + 1) / ctx.threads); }
+    void between_stages() { if (!ctx->by_rows) barrier(); }
+    int begin_of(int count) const { return int(int64_t(count) * id / ctx->threads); }
+    int end_of(int count) const { return int(int64_t(count) * (id + 1) / ctx->threads); }
     // Rows of the step: where a thread keeps its own, they are whole tiles of 16.
     int first_row() const { return row_before(id); }
     int last_row() const { return row_before(id + 1); }
-    uint16_t* panel() const { return ctx.scratch->panel + size_t(id) * ctx.scratch->panel_stride; }
+    uint16_t* panel() const { return ctx->scratch->panel + size_t(id) * ctx->scratch->panel_stride; }
 
 private:
     int row_before(int worker) const {
-        const int rows = ctx.step->rows;
-        if (!ctx.by_rows) return int(int64_t(rows) * worker / ctx.threads);
-        return std::min(rows, int(int64_t((rows + 15) / 16) * worker / ctx.threads) * 16);
+        const int rows = ctx->step->rows;
+        if (!ctx->by_rows) return int(int64_t(rows) * worker / ctx->threads);
+        return std::min(rows, int(int64_t((rows + 15) / 16) * worker / ctx->threads) * 16);
     }
 };
 
@@ -42,12 +42,12 @@ static void prepare_rows(const Phase& p, const float* src, int ld, int width, co
 
 // All matrices of a phase side by side into y [rows][ld].
 static void run_products(Worker& w, const Phase& p, int rows, float* y, int ld, bool accumulate, float scale, bool by_rows) {
-    const Model& model = *w.ctx.model;
+    const Model& model = *w.ctx->model;
     int column = 0;
     for (int m : p.matrices) {
         const Matrix& matrix = model.matrices[size_t(m)];
         const Output out{y + column, ld, accumulate, scale};
-        const Activations& act = w.ctx.scratch->act;
+        const Activations& act = w.ctx->scratch->act;
         if (by_rows) run_product(act, w.first_row(), w.last_row(), matrix, 0, matrix.panels(), w.panel(), out);
         else run_product(act, 0, rows, matrix, w.begin_of(matrix.panels()), w.end_of(matrix.panels()), w.panel(), out);
         column += matrix.n;
@@ -55,9 +55,9 @@ static void run_products(Worker& w, const Phase& p, int rows, float* y, int ld, 
 }
 
 static void run_embed(Worker& w, const Phase& p) {
-    const Model& model = *w.ctx.model;
-    const Step& step = *w.ctx.step;
-    const Scratch& s = *w.ctx.scratch;
+    const Model& model = *w.ctx->model;
+    const Step& step = *w.ctx->step;
+    const Scratch& s = *w.ctx->scratch;
     for (int row = w.first_row(); row < w.last_row(); row++) {
         float* x = s.x + size_t(row) * s.hidden_ld;
         unpack_row(model.matrices[size_t(p.matrices[0])], step.tokens[row], x);
@@ -72,26 +72,26 @@ static void run_embed(Worker& w, const Phase& p) {
 }
 
 static void run_attention_in(Worker& w, const Phase& p) {
-    const Step& step = *w.ctx.step;
-    const Scratch& s = *w.ctx.scratch;
-    const Model& model = *w.ctx.model;
+    const Step& step = *w.ctx->step;
+    const Scratch& s = *w.ctx->scratch;
+    const Model& model = *w.ctx->model;
     const int forms = forms_of(model, p), r0 = w.first_row(), r1 = w.last_row();
     prepare_rows(p, s.x, s.hidden_ld, model.hidden, s.act, r0, r1, step.rows, forms);
     w.between_stages();
-    run_products(w, p, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx.by_rows);
+    run_products(w, p, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
     w.between_stages();
     for (int row = r0; row < r1; row++) finish_heads(model, step, p, row, s.wide + size_t(row) * s.wide_ld);
     w.barrier();
 }
 
 static void run_attention(Worker& w, const Phase& p, size_t phase_index) {
-    const Scratch& s = *w.ctx.scratch;
-    const AttentionTasks& list = w.ctx.task_lists[size_t(w.ctx.phase_tasks[phase_index])];
-    const AttentionCall call{&w.ctx.model->kv, w.ctx.step, &p, &list, s.wide, s.wide_ld, s.attn, s.attn_ld, s.partials};
+    const Scratch& s = *w.ctx->scratch;
+    const AttentionTasks& list = w.ctx->task_lists[size_t(w.ctx->phase_tasks[phase_index])];
+    const AttentionCall call{&w.ctx->model->kv, w.ctx->step, &p, &list, s.wide, s.wide_ld, s.attn, s.attn_ld, s.partials};
     const int count = int(list.tasks.size());
     // Claimed one ahead, so that the next task's pages are on their way while this one runs.
-    for (int claimed = w.ctx.claims[phase_index].fetch_add(1, std::memory_order_relaxed); claimed < count;) {
-        const int next = w.ctx.claims[phase_index].fetch_add(1, std::memory_order_relaxed);
+    for (int claimed = w.ctx->claims[phase_index].fetch_add(1, std::memory_order_relaxed); claimed < count;) {
+        const int next = w.ctx->claims[phase_index].fetch_add(1, std::memory_order_relaxed);
         run_attention_task(call, list.tasks[size_t(claimed)], next < count ? &list.tasks[size_t(next)] : nullptr, w.tile);
         claimed = next;
     }
@@ -103,41 +103,55 @@ static void run_attention(Worker& w, const Phase& p, size_t phase_index) {
 }
 
 // attention_out and mlp_out: x += scale * (W f(src) + bias), f the activation or nothing.
-static void run_out(Worker& w, const Phase& p, const float* src, int src_ld) {
-    const Step& step = *w.ctx.step;
-    const Scratch& s = *w.ctx.scratch;
-    const Model& model = *w.ctx.model;
+// activated: src holds f(src) already.
+static void run_out(Worker& w, const Phase& p, const float* src, int src_ld, bool activated) {
+    const Step& step = *w.ctx->step;
+    const Scratch& s = *w.ctx->scratch;
+    const Model& model = *w.ctx->model;
     const int forms = forms_of(model, p), width = model.matrices[size_t(p.matrices[0])].k;
-    if (w.ctx.by_rows) {
+    if (w.ctx->by_rows || forms & kFormRotated) {
         for (int row = w.first_row(); row < w.last_row(); row++)
-            prepare_columns(p, src + size_t(row) * src_ld, width, 0, width, s.act, row, forms);
+            prepare_columns(p, src + size_t(row) * src_ld, width, 0, width, s.act, row, forms, activated);
         if (forms & kFormTiles && step.rows > 1) fill_tiles(s.act, w.first_row(), w.last_row(), 0, width);
     } else {  // few rows: the columns of each are dealt out in groups
         const int groups = (width + kGroup - 1) / kGroup;
-        const int from = w.begin_of(groups) * kGroup, to = w.id + 1 == w.ctx.threads ? width : w.end_of(groups) * kGroup;
-        for (int row = 0; row < step.rows; row++) prepare_columns(p, src + size_t(row) * src_ld, width, from, to, s.act, row, forms);
+        const int from = w.begin_of(groups) * kGroup, to = w.id + 1 == w.ctx->threads ? width : w.end_of(groups) * kGroup;
+        for (int row = 0; row < step.rows; row++) prepare_columns(p, src + size_t(row) * src_ld, width, from, to, s.act, row, forms, activated);
         if (forms & kFormTiles && step.rows > 1) fill_tiles(s.act, 0, step.rows, from, to);
     }
     w.between_stages();
-    run_products(w, p, step.rows, s.x, s.hidden_ld, true, p.scale, w.ctx.by_rows);
+    run_products(w, p, step.rows, s.x, s.hidden_ld, true, p.scale, w.ctx->by_rows);
     w.between_stages();
 }
 
-static void run_mlp_in(Worker& w, const Phase& p) {
-    const Step& step = *w.ctx.step;
-    const Scratch& s = *w.ctx.scratch;
-    const Model& model = *w.ctx.model;
+// Whether the MLP's input products hand on f(gate) * up instead of both: where a thread has all columns of its rows.
+static bool gates(const Worker& w, size_t in_index) {
+    const std::vector<Phase>& phases = w.ctx->model->phases;
+    if (in_index + 1 >= phases.size() || phases[in_index + 1].kind != PhaseKind::mlp_out) return false;
+    const Phase &in = phases[in_index], &out = phases[in_index + 1];
+    const std::vector<Matrix>& matrices = w.ctx->model->matrices;
+    return w.ctx->by_rows && out.gated && in.matrices.size() == 2 && can_gate(matrices[size_t(in.matrices[0])], matrices[size_t(in.matrices[1])]);
+}
+
+static void run_mlp_in(Worker& w, size_t index) {
+    const Phase& p = w.ctx->model->phases[index];
+    const Step& step = *w.ctx->step;
+    const Scratch& s = *w.ctx->scratch;
+    const Model& model = *w.ctx->model;
     const int forms = forms_of(model, p);
     prepare_rows(p, s.x, s.hidden_ld, model.hidden, s.act, w.first_row(), w.last_row(), step.rows, forms);
     w.between_stages();
-    run_products(w, p, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx.by_rows);
+    if (gates(w, index))
+        product_gated(s.act, w.first_row(), w.last_row(), model.matrices[size_t(p.matrices[0])], model.matrices[size_t(p.matrices[1])],
+                      model.phases[index + 1].activation, s.wide, s.wide_ld);
+    else run_products(w, p, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
     w.between_stages();
 }
 
 static void run_head(Worker& w, const Phase& p) {
-    const Step& step = *w.ctx.step;
-    const Scratch& s = *w.ctx.scratch;
-    const Model& model = *w.ctx.model;
+    const Step& step = *w.ctx->step;
+    const Scratch& s = *w.ctx->scratch;
+    const Model& model = *w.ctx->model;
     const int forms = forms_of(model, p), rows = step.num_logits;
     w.barrier();
     for (int i = w.begin_of(rows); i < w.end_of(rows); i++)
@@ -160,9 +174,9 @@ static void run_head(Worker& w, const Phase& p) {
 
 // The largest logit of each row: every worker looks through the columns that it computed, worker 0 compares the finds.
 static void run_best(Worker& w) {
-    const Step& step = *w.ctx.step;
-    const int vocab = w.ctx.model->vocab, rows = step.num_logits;
-    int32_t* peaks = w.ctx.scratch->peaks;
+    const Step& step = *w.ctx->step;
+    const int vocab = w.ctx->model->vocab, rows = step.num_logits;
+    int32_t* peaks = w.ctx->scratch->peaks;
     const int panels = (vocab + kPanel - 1) / kPanel;
     const int from = w.begin_of(panels) * kPanel, to = std::min(vocab, w.end_of(panels) * kPanel);
     for (int i = 0; i < rows; i++) peaks[w.id * rows + i] = from < to ? first_peak(step.logits + size_t(i) * size_t(vocab), from, to) : -1;
@@ -171,7 +185,7 @@ static void run_best(Worker& w) {
     for (int i = 0; i < rows; i++) {
         const float* y = step.logits + size_t(i) * size_t(vocab);
         int best = -1;
-        for (int t = 0; t < w.ctx.threads; t++) {
+        for (int t = 0; t < w.ctx->threads; t++) {
             const int found = peaks[t * rows + i];
             if (found < 0) continue;
             if (best < 0 || y[found] > y[best] || y[found] != y[found]) best = found;
@@ -181,26 +195,47 @@ static void run_best(Worker& w) {
     }
 }
 
+// After the last attention only rows whose logits are wanted go on: they move to the front.
+static void keep_logit_rows(Worker& w) {
+    const Step& step = *w.ctx->step;
+    const Scratch& s = *w.ctx->scratch;
+    if (w.id == 0)
+        for (int i = 0; i < step.num_logits; i++) {
+            const size_t row = size_t(step.logit_rows[i]);
+            if (row == size_t(i)) continue;
+            std::memcpy(s.x + size_t(i) * s.hidden_ld, s.x + row * size_t(s.hidden_ld), size_t(s.hidden_ld) * sizeof(float));
+            std::memcpy(s.attn + size_t(i) * s.attn_ld, s.attn + row * size_t(s.attn_ld), size_t(s.attn_ld) * sizeof(float));
+        }
+    w.ctx = w.ctx->rest;
+    w.barrier();
+}
+
+static void run_phase(Worker& w, size_t i) {
+    const Scratch& s = *w.ctx->scratch;
+    const Phase& p = w.ctx->model->phases[i];
+    switch (p.kind) {
+        case PhaseKind::embed: run_embed(w, p); break;
+        case PhaseKind::attention_in: run_attention_in(w, p); break;
+        case PhaseKind::attention: run_attention(w, p, i); break;
+        case PhaseKind::attention_out: run_out(w, p, s.attn, s.attn_ld, false); break;
+        case PhaseKind::mlp_in: run_mlp_in(w, i); break;
+        case PhaseKind::mlp_out: run_out(w, p, s.wide, s.wide_ld, gates(w, i - 1)); break;
+        case PhaseKind::head:
+            if (w.ctx->step->num_logits > 0) {
+                run_head(w, p);
+                run_best(w);
+            }
+            break;
+    }
+}
+
 static void run_step(const StepContext& ctx, int worker) {
     Worker w(ctx, worker);
-    const Scratch& s = *ctx.scratch;
     enter_tiles();
     for (size_t i = 0; i < ctx.model->phases.size(); i++) {
-        const Phase& p = ctx.model->phases[i];
-        switch (p.kind) {
-            case PhaseKind::embed: run_embed(w, p); break;
-            case PhaseKind::attention_in: run_attention_in(w, p); break;
-            case PhaseKind::attention: run_attention(w, p, i); break;
-            case PhaseKind::attention_out: run_out(w, p, s.attn, s.attn_ld); break;
-            case PhaseKind::mlp_in: run_mlp_in(w, p); break;
-            case PhaseKind::mlp_out: run_out(w, p, s.wide, s.wide_ld); break;
-            case PhaseKind::head:
-                if (ctx.step->num_logits > 0) {
-                    run_head(w, p);
-                    run_best(w);
-                }
-                break;
-        }
+        if (ctx.rest && i == ctx.last_attention && ctx.step->num_logits == 0) break;  // keys and values are written
+        run_phase(w, i);
+        if (ctx.rest && i == ctx.last_attention) keep_logit_rows(w);
     }
     leave_tiles();
 }

@@ -7,10 +7,12 @@
 #include "../pack.h"
 #include "../threads.h"
 #include "math-inl.h"
+#include "rotation-inl.h"
 #include "prepare-inl.h"
 #include "product-inl.h"
 #include "amx-inl.h"
 #include "wide-inl.h"
+#include "rotated-inl.h"
 #include "dispatch-inl.h"
 #include "attention-inl.h"
 #include "attention-int8-inl.h"
@@ -24,12 +26,12 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-static void quantize_rows(const float* x, int rows, int width, Activations& act) {
+static void quantize_rows(const float* x, int rows, int width, bool rotated, Activations& act) {
     for (int row = 0; row < rows; row++) {
         std::memcpy(act.f32 + size_t(row) * act.ld, x + size_t(row) * width, size_t(width) * sizeof(float));
-        fill_forms(act, row, 0, width, width, kFormI8 | kFormBf16);
+        fill_forms(act, row, 0, width, width, rotated ? kFormRotated : kFormI8 | kFormBf16);
     }
-    fill_tiles(act, 0, rows, 0, width);
+    if (!rotated) fill_tiles(act, 0, rows, 0, width);
 }
 
 static void multiply(const Activations& act, int rows, const Matrix& w, float* y) {

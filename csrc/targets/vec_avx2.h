@@ -10,6 +10,7 @@ namespace PAGEMILL_TARGET {
 #define PM_INLINE static inline __attribute__((always_inline))
 
 constexpr int kRows = 2;
+constexpr int kRotatedRows = 2;  // rows of a tile without groups
 constexpr int kFloatRows = 3;
 constexpr int kAttendRows = 3;  // rows of a tile that attention computes at once
 constexpr int kScorePages = 1;

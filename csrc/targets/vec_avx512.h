@@ -10,6 +10,7 @@ namespace PAGEMILL_TARGET {
 #define PM_INLINE static inline __attribute__((always_inline))
 
 constexpr int kRows = 6;        // rows of a product tile: 12 integer and 12 float accumulators
+constexpr int kRotatedRows = 12;  // rows of a tile without groups
 constexpr int kFloatRows = 10;  // rows of a float product tile
 constexpr int kAttendRows = 6;  // rows of a tile that attention computes at once
 constexpr int kScorePages = 2;    // pages whose int8 scores a tile computes at once

@@ -20,17 +20,20 @@ if TYPE_CHECKING:
         PagemillError,
         RequestError,
     )
-    from pagemill.base.params import CacheOptions, Retain, SamplingParams
+    from pagemill.base.params import CacheOptions, Grammar, Retain, SamplingParams
     from pagemill.llm import LLM, CompletionOutput, RequestOutput, Session
+    from pagemill.llm.async_llm import AsyncLLM
 
 _HOMES = {
     "LLM": "pagemill.llm",
+    "AsyncLLM": "pagemill.llm.async_llm",
     "RequestOutput": "pagemill.llm",
     "CompletionOutput": "pagemill.llm",
     "Session": "pagemill.llm",
     "SamplingParams": "pagemill.base.params",
     "CacheOptions": "pagemill.base.params",
     "Retain": "pagemill.base.params",
+    "Grammar": "pagemill.base.params",
     "PagemillError": "pagemill.base.errors",
     "ConfigError": "pagemill.base.errors",
     "ModelError": "pagemill.base.errors",
@@ -41,10 +44,12 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CacheOptions",
     "CapacityError",
     "CompletionOutput",
     "ConfigError",
+    "Grammar",
     "IntegrityError",
     "ModelError",
     "PagemillError",

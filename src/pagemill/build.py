@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
 from typing import Final
 
 from pagemill.base.clock import Clock, MonotonicClock
@@ -22,14 +21,16 @@ from pagemill.cache.entry import SharingConfig
 from pagemill.cache.keys import Fingerprint
 from pagemill.cache.manager import CacheManager
 from pagemill.cache.policies.registry import make_policy
+from pagemill.cache.tenancy import Tenancy, quota_blocks
+from pagemill.decoding.grammar import GrammarCompiler
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.engine import Engine
-from pagemill.execution.convert import loaded_format
-from pagemill.execution.loader import kv_codec_for, kv_spec_for, load_executor
-from pagemill.kernels.target import choose_target, numerics_id
-from pagemill.kernels.tensors import BLOCK_BYTES, Tensor
+from pagemill.execution.loader import ConvertedWeights, kv_codec_for, kv_spec_for, load_executor
+from pagemill.kernels.target import arithmetic_of, choose_target, numerics_id
+from pagemill.kernels.tensors import row_bytes
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
 from pagemill.models.hub import Progress, resolve
+from pagemill.models.registry import build_plan
 from pagemill.planner.machine import kernel_threads, this_machine, thread_notice
 from pagemill.planner.memory import blocks_that_fit
 from pagemill.text.tokenizer import Tokenizer, build_tokenizer
@@ -42,7 +43,7 @@ _LOG: Final = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Built:
     """An engine and what it was made of. max_model_len: longest sequence in tokens. tokenizer: None for a checkpoint
-    without a vocabulary, which takes token ids only."""
+    without a vocabulary, which takes token ids only. grammars: compiles what requests bring, for `executor`."""
 
     config: EngineConfig
     engine: Engine
@@ -56,6 +57,7 @@ class Built:
     num_threads: int
     weight_bytes: int
     path: Path
+    grammars: GrammarCompiler
 
 
 def build(config: EngineConfig, *, progress: LoadProgress | None = None, clock: Clock | None = None) -> Built:
@@ -86,6 +88,7 @@ def assemble(
     kv_spec = kv_spec_for(checkpoint, codec, config.block_size)
     weight_bytes = loaded_weight_bytes(checkpoint, config.weights)
     num_blocks = blocks_that_fit(config, kv_spec, max_model_len, weight_bytes, machine.free_bytes)
+    check_quotas(config, num_blocks)
     num_threads = kernel_threads(config, machine)
     if (notice := thread_notice(num_threads, machine)) is not None:
         _LOG.warning(notice)
@@ -101,20 +104,31 @@ def assemble(
         executor=config.executor,
         packed_weights_cache=config.packed_weights_cache,
     )
+    grammars = GrammarCompiler(tokenizer)
+    executor.use_grammars(grammars)
     limits = EngineLimits(
         max_model_len=max_model_len,
         vocab_size=spec.vocab_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        mixed_step_percent=config.mixed_step_percent,
+        max_queued_requests=config.max_queued_requests,
         eos_token_ids=tuple(sorted(tokenizer.stop_ids)) if tokenizer is not None else checkpoint.vocab.stop_ids,
     )
-    sharing = sharing_of(config, kv_spec) if config.enable_prefix_caching == "on" else None
+    shares = config.enable_prefix_caching == "on"
+    sharing = sharing_of(config, kv_spec, spec, executor.weights_id) if shares else None
     cache = CacheManager(num_blocks, config.block_size, config.kv_cache, sharing)  # type: ignore[arg-type]
+    for name in config.public_names:
+        cache.declare_public(name)
+    for tenant in config.tenants:
+        cache.grant(tenant.name, tenant.floor_tokens, tenant.cap_tokens)
 
     def decode(token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return "" if tokenizer is None else tokenizer.decode(token_ids, skip_special=skip_special_tokens)
 
     engine = Engine(executor, cache, limits, decode, clock or MonotonicClock(), seed=config.seed)
+    for tenant in config.tenants:
+        engine.grant(tenant.name, tenant.weight, tenant.priority)
     return Built(
         config=config,
         engine=engine,
@@ -128,21 +142,37 @@ def assemble(
         num_threads=num_threads,
         weight_bytes=weight_bytes,
         path=Path(checkpoint.path),
+        grammars=grammars,
     )
 
 
-def sharing_of(config: EngineConfig, kv_spec: KVSpec) -> SharingConfig:
-    """What makes two blocks of this engine the same. Blocks do not outlive the engine, so that its weights are named by
-    a random number instead of a digest over all of them."""
+def check_quotas(config: EngineConfig, num_blocks: int) -> None:
+    """Raise ConfigError where tenants are promised more than the cache has, before any weights are loaded."""
+    tenancy = Tenancy(num_blocks)
+    for tenant in config.tenants:
+        tenancy.set_quota(tenant.name, *quota_blocks(tenant.floor_tokens, tenant.cap_tokens, config.block_size))
+
+
+def sharing_of(config: EngineConfig, kv_spec: KVSpec, spec: ModelSpec, weights_id: str) -> SharingConfig:
+    """How this engine shares blocks, and what makes two of them the same: all of it is the same after a restart."""
+    target = choose_target()
+    native = config.executor == "native"
     fingerprint = Fingerprint(
-        weights=token_hex(16),
-        weight_format=config.weight_format,
-        compute_dtype=config.dtype,
-        numerics=numerics_id(choose_target()) if config.executor == "native" else config.executor,
+        weights=weights_id,
+        weight_format=config.weights,
+        compute_dtype=arithmetic_of(target),
+        numerics=numerics_id(target if native else config.executor),
         codec=kv_spec.codec,
+        positions=repr(spec.rope),
         block_size=kv_spec.block_size,
     )
-    return SharingConfig(config.cache_policy, fingerprint, kv_spec.block_bytes)
+    return SharingConfig(
+        policy=config.cache_policy,
+        fingerprint=fingerprint,
+        page_bytes=kv_spec.block_bytes,
+        known_tenants_only=config.known_tenants_only == "on",
+        wipes=config.kv_cache_wiping == "on",
+    )
 
 
 def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
@@ -158,12 +188,11 @@ def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def loaded_weight_bytes(checkpoint: Checkpoint, weight_format: str) -> int:
-    """Bytes of the weights once loaded: as stored (auto), or converted (`EngineConfig.weights`)."""
-    if weight_format == "auto":
-        return checkpoint.num_bytes
-    return sum(_converted_bytes(tensor, weight_format) for tensor in checkpoint.tensors.values())
-
-
-def _converted_bytes(tensor: Tensor, weight_format: str) -> int:
-    values, size = BLOCK_BYTES[loaded_format(tensor, weight_format)]
-    return tensor.num_rows * tensor.shape[-1] // values * size
+    """Bytes of the weights once loaded, each in the format that `EngineConfig.weights` gives it."""
+    plan = build_plan(checkpoint.spec, max_positions=1)
+    weights = ConvertedWeights(plan, checkpoint.tensors, weight_format, choose_target())
+    matrices = {handle for handle, each in plan.weights.items() if each.kind == "matrix"}
+    return sum(
+        each.num_rows * row_bytes(weights.format_of(handle) if handle in matrices else each.format, each.shape[-1])
+        for handle, each in checkpoint.tensors.items()
+    )

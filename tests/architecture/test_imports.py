@@ -38,8 +38,8 @@ ALLOWED: dict[str, set[str]] = {
 # Files whose imports are not edges: the lazy command table and the lazy re-export (PEP 562).
 LAZY = {"cli/main.py", "__init__.py"}
 STANDARD_ONLY = {"base", "cache", "engine", "planner", "simulator"}
-# The two files that bring a library into a control-plane unit; nothing in the control plane may import them.
-LIBRARY_DOORS = {"pagemill.text.tokenizer", "pagemill.telemetry.export"}
+# The files that bring a library into a control-plane unit; nothing in the control plane may import them.
+LIBRARY_DOORS = {"pagemill.text.tokenizer", "pagemill.telemetry.export", "pagemill.telemetry.otlp"}
 CONTROL_PLANE = {"base", "cache", "engine", "planner", "simulator", "text", "telemetry"}
 STANDARD_FILES = ["text/stream.py", "text/stop.py"]
 

@@ -93,7 +93,7 @@ def test_variables_that_are_not_options_are_left_alone() -> None:
         ("seed", "x", "2\\^64"),
         ("dtype", "float23", "did you mean float32\\?"),
         ("dtype", 32, "one of auto, float32, bfloat16"),
-        ("weight_format", "q8", "did you mean q8_0\\? choose one of auto, q8_0, bf16, f32"),
+        ("weight_format", "q8", "did you mean q8_0\\? choose one of auto, exact, int8, q8_0, bf16, f32"),
         ("weight_format", "q4_0", "not quantised to 4 bits at load.*; give q8_0, or take a checkpoint that is 4-bit"),
         ("weight_format", "q4_1", "not quantised to 4 bits at load"),
         ("kv_cache", "page", "did you mean paged\\?"),

@@ -91,7 +91,7 @@ def test_no_weights_means_no_parts() -> None:
         (" ,", "auto", "", "--dtype: the list is empty"),
         ("", "auto", "", "--dtype: the list is empty"),
         ("auto", "", "", "--kv-cache-dtype: the list is empty"),
-        ("", "auto", "q4_0", r"--weight-format: unknown 'q4_0'; did you mean q8_0\?.* auto, q8_0, bf16, f32"),
+        ("", "auto", "q4_0", r"--weight-format: unknown 'q4_0'; did you mean q8_0\?.* auto, exact, int8, q8_0, bf16"),
     ],
 )
 def test_unknown_modes_are_listed(dtypes: str, codecs: str, formats: str, message: str) -> None:
@@ -100,7 +100,7 @@ def test_unknown_modes_are_listed(dtypes: str, codecs: str, formats: str, messag
 
 
 def test_parts_of_unknown_weights_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--apart: unknown 'f32';.* auto, q8_0, bfloat16, float32"):
+    with pytest.raises(ConfigError, match=r"--apart: unknown 'f32';.* auto, exact, int8, q8_0, bfloat16, float32"):
         parse_apart("f32")
 
 

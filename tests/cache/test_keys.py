@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagemill.base.errors import ConfigError
 from pagemill.cache.keys import Fingerprint, Namespace, Secrets, child_key, encode_field, root_key
 
 SECRET = bytes(range(32))
@@ -71,18 +70,15 @@ def test_a_block_key_is_the_hash_of_its_parent_and_its_tokens() -> None:
     assert child_key(SECRET, tokens) == hashlib.sha256(SECRET + tokens).digest()
 
 
-def test_secrets_are_random_for_each_tenant_and_can_be_given() -> None:
+def test_secrets_are_random_for_each_tenant_and_can_be_forgotten() -> None:
     secrets, again = Secrets(), Secrets()
     drawn = [secrets.of(each) for each in (Namespace("a"), Namespace("b"), Namespace("a", public=True))]
     assert len(set(drawn)) == 3
     assert secrets.of(Namespace("a", "salt")) == drawn[0]
     assert again.of(Namespace("a")) != drawn[0]
-    secrets.give("a", SECRET)
-    assert secrets.of(Namespace("a")) == SECRET
     secrets.forget("a")
-    assert secrets.of(Namespace("a")) not in (SECRET, drawn[0])
-    with pytest.raises(ConfigError, match="at least 32"):
-        secrets.give("a", b"short")
+    assert secrets.of(Namespace("a")) not in drawn
+    assert secrets.of(Namespace("a", public=True)) == drawn[2], "a tenant named like a public namespace is another"
 
 
 @pytest.mark.parametrize(("first", "second"), list(combinations(range(3), 2)))

@@ -114,7 +114,7 @@ def test_unknown_tenants_are_refused_where_only_known_ones_may_enter() -> None:
     shared.set_quota("known", 0, None)
     store(cache, text(1, 2), CacheOptions("known"))
     with pytest.raises(RequestError, match="'stranger' is unknown") as caught:
-        cache.open(1, 8, 100, text(1, 2), CacheOptions("stranger"))
+        cache.check_options(CacheOptions("stranger"))
     assert caught.value.status == 403
     assert cache.stats().num_sequences == 0
 

@@ -31,7 +31,36 @@ def test_json_is_one_object_with_the_promised_fields(capsys: pytest.CaptureFixtu
     assert found["timing"]["ttft_s"] > 0
     assert found["timing"]["tpot_s"] > 0
     assert list(found["receipt"]) == ["cached_tokens", "computed_tokens", "tiers", "saved_s", "miss"]
-    assert found["receipt"]["miss"] == {"reason": "not seen recently", "token": 0}
+    assert found["receipt"]["miss"] == {"kind": "not seen", "reason": "not seen recently", "token": 0}
+
+
+def test_the_second_of_two_answers_finds_the_prompt_and_is_the_same(
+    capsys: pytest.CaptureFixture[str], tiny_model: str
+) -> None:
+    found = generated(capsys, "Hello, who is there?", "-m", tiny_model, "--repeat", "2", *SMALL)
+    cold, warm = found["answers"]
+    num_prompt = cold["usage"]["prompt_tokens"]
+    assert cold["usage"]["cached_tokens"] == 0
+    assert cold["receipt"]["miss"] == {"kind": "not seen", "reason": "not seen recently", "token": 0}
+    assert warm["usage"]["cached_tokens"] == num_prompt - 1 == warm["receipt"]["cached_tokens"]
+    assert warm["receipt"]["computed_tokens"] == 1
+    assert warm["receipt"]["miss"] is None
+    assert warm["receipt"]["saved_s"] > 0
+    assert warm["token_ids"] == cold["token_ids"]
+
+
+def test_repeated_answers_are_streamed_one_after_the_other(capsys: pytest.CaptureFixture[str], tiny_model: str) -> None:
+    once = generated(capsys, "Hello", "-m", tiny_model, *SMALL)["text"]
+    assert main(["generate", "Hello", "-m", tiny_model, "--repeat", "3", *SMALL]) == 0
+    assert capsys.readouterr().out == 3 * (once + "\n")
+
+
+@pytest.mark.parametrize("count", ["0", "1001"])
+def test_a_number_of_repeats_that_cannot_be_is_refused(
+    capsys: pytest.CaptureFixture[str], tiny_model: str, count: str
+) -> None:
+    assert main(["generate", "Hello", "-m", tiny_model, "--repeat", count]) == 2
+    assert f"--repeat is {count}" in capsys.readouterr().err
 
 
 def test_streamed_text_equals_that_of_json(capsys: pytest.CaptureFixture[str], tiny_model: str) -> None:

@@ -44,6 +44,10 @@ NOT_RUN = {
     "docs/adding-a-model.md": 1,
     "docs/quickstart.md": 2,
     "docs/performance.md": 2,
+    "docs/serve.md": 2,
+    "docs/security.md": 1,
+    "docs/observe.md": 1,
+    "docs/cache.md": 2,
 }
 RUN = ("console", "bash", "python")
 READ = ("toml", "json")

@@ -147,7 +147,7 @@ def test_min_tokens_survives_preemption() -> None:
     for index in range(2):
         rig.add(f"r{index}", prompt(4, index), max_tokens=24, min_tokens=22)
     rig.run()
-    assert rig.engine.stats().num_preemptions == 1
+    assert rig.engine.stats().num_preemptions >= 1
     for index in range(2):
         assert rig.tokens(f"r{index}") == answer(prompt(4, index), 24, 256, min_tokens=22, stop_ids=eos)
 
@@ -190,16 +190,17 @@ def test_abort_in_any_state_leaks_nothing_and_changes_no_other(mode: CacheMode, 
     assert rig.tokens("wait") == answer(prompt(4, 9), 5, 256)
 
 
-def test_abort_of_a_preempted_request_leaks_nothing() -> None:
+@pytest.mark.parametrize(("max_tokens", "num_waiting"), [(24, 0), (29, 1)], ids=["tail", "whole"])
+def test_abort_of_a_preempted_request_leaks_nothing(max_tokens: int, num_waiting: int) -> None:
     rig = Rig(num_blocks=8, max_num_batched_tokens=64)
-    rig.add("first", prompt(4, 1), max_tokens=24)
+    rig.add("first", prompt(4, 1), max_tokens=max_tokens)
     rig.add("second", prompt(4, 9), max_tokens=24)
     while not rig.engine.stats().num_preemptions:
         rig.step()
-    assert rig.engine.stats().num_waiting == 1
+    assert rig.engine.stats().num_waiting == num_waiting
     assert [delta.finish_reason for delta in rig.abort("second")] == ["abort"]
     rig.run()
-    assert rig.tokens("first") == answer(prompt(4, 1), 24, 256)
+    assert rig.tokens("first") == answer(prompt(4, 1), max_tokens, 256)
 
 
 def test_abort_of_an_unknown_or_finished_request_does_nothing() -> None:

@@ -41,7 +41,7 @@ def test_a_receipt_reads_as_a_sentence_and_as_json() -> None:
         "computed_tokens": 10,
         "tiers": {"hot": 40},
         "saved_s": 40 * rate.seconds_per_token,
-        "miss": {"reason": "evicted 2.5 s ago by lru", "token": 40},
+        "miss": {"kind": "evicted", "reason": "evicted 2.5 s ago by lru", "token": 40},
     }
 
 
@@ -50,7 +50,7 @@ def test_hits_are_counted_once_and_not_after_preemption() -> None:
     rig.add("first", range(1, 13), max_tokens=2)
     rig.run()
     for name in ("a", "b", "c"):
-        rig.add(name, [*range(1, 13), ord(name)], max_tokens=14)
+        rig.add(name, [*range(1, 13), ord(name)], max_tokens=24)
     rig.run()
     assert rig.engine.stats().num_preemptions > 0
     for name in ("a", "b", "c"):

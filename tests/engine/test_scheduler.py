@@ -125,10 +125,10 @@ def test_latest_gives_way_when_blocks_run_out_and_its_answer_is_unchanged() -> N
     rig.add("first", prompt(4, 1), max_tokens=24)
     rig.add("second", prompt(4, 9), max_tokens=24)
     rig.run()
-    assert rig.engine.stats().num_preemptions == 1
-    restarts = [row for rows in rig.rows[1:] for row in rows if row.start == 0]
-    assert [(row.seq_id, row.sample) for row in restarts] == [(2, True)]
-    assert restarts[0].count == 4 + 13, "prompt and generated tokens are recomputed together"
+    stats = rig.engine.stats()
+    assert stats.num_preemptions == stats.num_tails_dropped == 3
+    assert not [row for rows in rig.rows[1:] for row in rows if row.start == 0], "what it can keep is not recomputed"
+    assert stats.num_computed_tokens == 2 * 27 + 3 * 4, "its tail is computed again, block by block as it was taken"
     for name, first in (("first", 1), ("second", 9)):
         assert rig.tokens(name) == answer(prompt(4, first), 24, 256)
         assert rig.answers[name, 0].finish_reason == "length"
@@ -252,7 +252,7 @@ def test_sequence_that_cannot_enter_an_idle_cache_fails_instead_of_waiting_forev
     scheduler.add(sequence)
     schedule = scheduler.plan(0.0)
     assert [failed for failed, _ in schedule.failed] == [sequence]
-    assert (schedule.rows, len(scheduler.waiting), scheduler.running) == ((), 0, [])
+    assert (schedule.rows, scheduler.num_waiting, scheduler.running) == ((), 0, [])
     assert cache.stats().num_sequences == 0
     scheduler.remove(sequence)  # a second time changes nothing
     assert sequence.status == "finished"

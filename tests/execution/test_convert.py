@@ -106,7 +106,7 @@ def test_numbers_beyond_the_scales_are_refused() -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown weight format 'q5_k'; choose one of auto, q8_0, bf16, f32"):
+    with pytest.raises(ConfigError, match="unknown weight format 'q5_k'; choose one of auto, exact, int8, q8_0"):
         convert(Tensor.from_array(values()), "q5_k")
 
 
@@ -147,7 +147,7 @@ def test_matrices_that_cannot_be_q8_0_are_told_of(tmp_path: Path, caplog: pytest
         load_executor(checkpoint, weight_format="q8_0", num_blocks=1)
     [notice] = [record.getMessage() for record in caplog.records]
     assert notice.startswith("2 matrices stay in bf16, their rows are no multiple of 32")
-    weights = ConvertedWeights(build_plan(checkpoint.spec), checkpoint.tensors, "q8_0")
+    weights = ConvertedWeights(build_plan(checkpoint.spec), checkpoint.tensors, "q8_0", "scalar")
     assert all(weights[handle].format == "bf16" for handle in weights.matrices_not_in("q8_0"))
     assert weights["embed"].format == "q8_0"
     assert weights["final_norm.weight"].format == checkpoint.tensors["final_norm.weight"].format

@@ -25,12 +25,24 @@ CASES = [
     ("q8_0", "f16"),
     ("f32", "int8"),
     ("q4_1", "int8"),
+    ("rotated", "int8"),
 ]
 
 
 def digest(target: str, fmt: str, codec: str) -> str:
     """SHA-256 over the logits of a prefill of 300 tokens and a decode step."""
-    shape = Shape(format=fmt, q_heads=6, kv_heads=2, hidden=96, vocab=64, qk_norm=True, rope="pairs")
+    rotated = fmt == "rotated"
+    shape = Shape(
+        format="q4_1" if rotated else fmt,
+        rotated=rotated,
+        q_heads=6,
+        kv_heads=2,
+        hidden=192 if rotated else 96,
+        ffn=256 if rotated else 96,
+        vocab=64,
+        qk_norm=True,
+        rope="pairs",
+    )
     executor = native(shape, target, codec=codec)
     ids, table = tokens(301, 64), list(range(20))
     state = hashlib.sha256()

@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from pagemill.base.errors import ConfigError
+from pagemill.base.tenants import TenantOptions, parse_names, parse_tenants, tenants_schema
 from pagemill.base.units import parse_bytes, parse_count
 
 ENV_PREFIX = "PAGEMILL_"
@@ -29,8 +31,15 @@ OTHER_VARIABLES: dict[str, str] = {
     "PAGEMILL_FORCE_TARGET": "Instruction-set target of the kernels: scalar, avx2, avx512, avx512_bf16 or amx.",
     "PAGEMILL_HOME": "Directory of downloaded models and of packed weights (default ~/.cache/pagemill).",
     "PAGEMILL_THREADS": "Kernel threads where num_threads is not set.",
+    "PAGEMILL_ADMIN_KEY": "Key of a server's admin port: asked for by `serve`, sent by `cache stats`.",
+    "PAGEMILL_API_KEY": "Keys of the default tenant that `serve` asks for, separated by spaces.",
+    "PAGEMILL_KEYS": "File of keys of `pagemill keys`.",
 }
 
+
+# What options that are left unset mean for `pagemill serve`.
+SERVED_MIXED_STEP_PERCENT = 180
+SERVED_QUEUED_REQUESTS = 1024
 
 # The weight format that each dtype stands for.
 DTYPE_FORMATS: dict[str, str] = {"auto": "auto", "float32": "f32", "bfloat16": "bf16"}
@@ -70,7 +79,10 @@ def weight_format_of(dtype: str, weight_format: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Options of one engine. Raises ConfigError on values of a wrong type, out of range or contradictory."""
+    """Options of one engine. tenants: what each is granted; from the file's `[tenants.NAME]` tables or from Python.
+
+    Raises ConfigError on values of a wrong type, out of range or contradictory.
+    """
 
     model: str = option("smollm2-135m", "Model: a name, or the path of a GGUF file or a checkpoint directory.")
     dtype: str = option(
@@ -80,9 +92,10 @@ class EngineConfig:
     )
     weight_format: str = option(
         "auto",
-        "Format of the weights in memory: auto follows dtype, which names the same as f32 or bf16; q8_0 quantises to "
-        "groups of 32 signed bytes with a scale.",
-        choices=("auto", "q8_0", "bf16", "f32"),
+        "Format of the weights in memory: auto follows dtype and the machine: with AMX it is int8 for 4-bit and 8-bit "
+        "checkpoints, else exact. exact keeps the checkpoint's own numbers; int8 makes the layers rotated signed bytes "
+        "with a scale a row; q8_0 makes groups of 32 signed bytes, a scale each.",
+        choices=("auto", "exact", "int8", "q8_0", "bf16", "f32"),
         refused={"q4_0": _NO_4_BITS, "q4_1": _NO_4_BITS},
     )
     kv_cache: str = option(
@@ -110,12 +123,38 @@ class EngineConfig:
     cache_policy: str = option(
         "lru", "Which cached block leaves first: the name of an eviction policy (lru, s3fifo, …)."
     )  # fmt: skip
+    kv_cache_wiping: str = option(
+        "on",
+        "Overwrite pages of the prefix cache with zeros as soon as their contents are dropped: on or off.",
+        choices=("on", "off"),
+    )
+    known_tenants_only: str = option(
+        "off",
+        "Refuse tenants that are not named under [tenants] in the file: on or off.",
+        choices=("on", "off"),
+    )
+    public_namespaces: str = option(
+        "",
+        "Namespaces of the prefix cache that all tenants may share, names with commas between them.",
+    )
     max_model_len: int | None = option(
         None, "Longest sequence, prompt and answer together. Unset: the model's context length.", unit="tokens"
     )
     max_num_seqs: int = option(64, "Sequences that run at the same time.", unit="sequences")
     max_num_batched_tokens: int = option(
         512, "Tokens computed in one step; longer prompts are read in chunks.", unit="tokens"
+    )
+    mixed_step_percent: int | None = option(
+        None,
+        "How long a step that reads prompts may take beside sequences that decode, in percent of a step that only "
+        "decodes; prompts are cut to fit. Unset: 180 for serve, no bound for Python.",
+        unit="percent",
+    )
+    max_queued_requests: int | None = option(
+        None,
+        "Requests of one tenant that may wait; more are told to come back later. Unset: 1,024 for serve, no bound for "
+        "Python.",
+        unit="requests",
     )
     num_threads: int | None = option(
         None, "Kernel threads. Unset: PAGEMILL_THREADS, else the cores of this process.", unit="threads"
@@ -132,11 +171,19 @@ class EngineConfig:
         "PAGEMILL_HOME), off, or a directory, written with a slash (./packed).",
     )
 
+    tenants: tuple[TenantOptions, ...] = ()
+
     def __post_init__(self) -> None:
         for each in OPTIONS.values():
             each.check(getattr(self, each.name))
         weight_format_of(self.dtype, self.weight_format)
         self._check_ranges()
+        self._check_sharing()
+
+    @property
+    def public_names(self) -> tuple[str, ...]:
+        """The names in public_namespaces."""
+        return parse_names("public_namespaces", self.public_namespaces)
 
     @property
     def weights(self) -> str:
@@ -155,9 +202,39 @@ class EngineConfig:
         _check_range("max_model_len", self.max_model_len, 1, 2**24)
         _check_range("max_num_seqs", self.max_num_seqs, 1, 65_536)
         _check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        _check_range("mixed_step_percent", self.mixed_step_percent, 101, 100_000)
+        _check_range("max_queued_requests", self.max_queued_requests, 1, 2**20)
         _check_range("num_threads", self.num_threads, 1, 256)
         _check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 2**62)
         _check_range("seed", self.seed, 0, 2**64 - 1)
+
+    def _check_sharing(self) -> None:
+        """Quotas, public names and known tenants mean something only where texts are shared."""
+        parse_names("public_namespaces", self.public_namespaces)
+        if parse_tenants(self.tenants) != self.tenants:
+            raise ConfigError("tenants: give a tuple of TenantOptions")
+        if self.known_tenants_only == "on" and not self.tenants:
+            raise ConfigError(
+                "known_tenants_only is on and no tenant is known; name them under [tenants.NAME] in the file"
+            )
+        if self.enable_prefix_caching == "on" and self.kv_cache == "paged":
+            return
+        why = "there is no prefix cache (enable_prefix_caching, kv_cache)"
+        if quotas := [each.name for each in self.tenants if each.floor_tokens or each.cap_tokens is not None]:
+            raise ConfigError(f"tenant {quotas[0]!r} has floor_tokens or cap_tokens and {why}; leave them out")
+        for name in ("public_namespaces", "known_tenants_only"):
+            if getattr(self, name) not in ("", "off"):
+                raise ConfigError(f"{name} is {getattr(self, name)!r} and {why}; leave it out")
+
+
+def for_serving(config: EngineConfig) -> EngineConfig:
+    """The same configuration with what a server needs where nothing else was said: many users at once, who wait for the
+    next token and must not fill the queue."""
+    return replace(
+        config,
+        mixed_step_percent=config.mixed_step_percent or SERVED_MIXED_STEP_PERCENT,
+        max_queued_requests=config.max_queued_requests or SERVED_QUEUED_REQUESTS,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +265,8 @@ class Option:
         if self.optional and (value is None or (isinstance(value, str) and value.strip().lower() in ("", "none"))):
             return None
         if self.kind == "str":
+            if self.name == "public_namespaces" and isinstance(value, list | tuple):  # as a file or Python gives them
+                value = ",".join(parse_names(self.name, value))
             value = os.fspath(value) if isinstance(value, os.PathLike) else value
             self.check(value)
             return value
@@ -232,6 +311,8 @@ class ResolvedConfig:
 def _options() -> dict[str, Option]:
     table = {}
     for each in fields(EngineConfig):
+        if not each.metadata:
+            continue
         kind, _, rest = str(each.type).partition(" | ")
         meta = each.metadata
         table[each.name] = Option(
@@ -258,7 +339,7 @@ def resolve_config(
     """
     environ = os.environ if environ is None else environ
     values: dict[str, object] = {}
-    origins = dict.fromkeys(OPTIONS, "default")
+    origins = dict.fromkeys([*OPTIONS, "tenants"], "default")
 
     def take(name: str, value: object, source: str, known_as: str) -> None:
         try:
@@ -267,13 +348,23 @@ def resolve_config(
             raise ConfigError(str(error) if source == origin else f"{known_as}: {error}") from None
         origins[name] = source
 
+    def take_tenants(value: object, source: str, known_as: str) -> None:
+        try:
+            values["tenants"] = parse_tenants(value)
+        except ConfigError as error:
+            raise ConfigError(str(error) if source == origin else f"{known_as}: {error}") from None
+        origins["tenants"] = source
+
     path = file if file is not None else environ.get(CONFIG_VARIABLE) or None
     if path is not None:
         for name, value in _read_file(Path(path)).items():
-            take(name, value, f"file {path}", str(path))
+            (take_tenants if name == "tenants" else partial(take, name))(value, f"file {path}", str(path))
     for name, text in _read_environment(environ).items():
         take(name, text, OPTIONS[name].variable, f"environment variable {OPTIONS[name].variable}")
     for name, value in arguments.items():
+        if name == "tenants":
+            take_tenants(value, origin, name)
+            continue
         if name not in OPTIONS:
             raise ConfigError(f"unknown option {name!r};{_suggestion(name, OPTIONS)} options: {', '.join(OPTIONS)}")
         take(name, value, origin, name)
@@ -295,6 +386,7 @@ def json_schema() -> dict[str, object]:
         entry["x-environment"] = each.variable
         entry["x-flag"] = each.flag
         properties[each.name] = entry
+    properties["tenants"] = tenants_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Pagemill engine options",
@@ -315,7 +407,7 @@ def _read_file(path: Path) -> dict[str, object]:
     known: dict[str, object] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
-        if name not in OPTIONS:
+        if name not in OPTIONS and name != "tenants":
             raise ConfigError(f"{path}: unknown option {key!r};{_suggestion(name, OPTIONS)} see `pagemill config show`")
         known[name] = value
     return known

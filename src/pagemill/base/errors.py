@@ -4,7 +4,9 @@
     ├── ConfigError      an option is unknown, misspelt, out of range or contradicts another       exit 2
     ├── ModelError       a model file, tokeniser or template is missing, damaged or unsupported    exit 2
     ├── RequestError     one request is wrong (`status` is its HTTP status)                        exit 2
+    │   └── DeadlineError    it was not finished in the time it was given                          exit 2
     ├── CapacityError    there is not enough memory or room (`retry_after_s` where waiting helps)  exit 2
+    │   └── QueueFullError   too many requests wait (`status` 429: the tenant's own; 503: all)     exit 2
     └── IntegrityError   stored data is not what was stored: quarantined, recomputed, counted      exit 1
 
 Messages say what is wrong and how to mend it. `assert` is for our own mistakes and never for these.
@@ -55,6 +57,24 @@ class CapacityError(PagemillError):
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeadlineError(RequestError):
+    """A request was not finished within its `deadline_s`. `status` is 504."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=504)
+
+
+class QueueFullError(CapacityError):
+    """Too many requests wait. `retry_after_s` is always given.
+
+    `status`: the HTTP status, 429 where the tenant's own requests are too many, 503 where everybody's together are.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float, status: int) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.status = status
 
 
 class IntegrityError(PagemillError):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pagemill.base.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_CHOICES = 128
+MOST_PRIORITY = 100
+MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_BYTES = 2**18
 
 
 def _check(condition: bool, message: str) -> None:
@@ -37,12 +40,39 @@ def _number(name: str, value: Any) -> float:
     raise RequestError(f"{name} is {value!r:.40}; give a number")
 
 
+def _bias(pair: Any) -> tuple[int, float]:
+    _check(isinstance(pair, tuple | list) and len(pair) == 2, f"logit_bias holds {pair!r:.40}; give token id -> number")
+    token, value = _whole("a token of logit_bias", pair[0]), _number("a value of logit_bias", pair[1])
+    _check(token >= 0, f"logit_bias names token {token}; token ids are 0 or more")
+    _check(-100.0 <= value <= 100.0, f"logit_bias of token {token} is {value}; give a number from -100 to 100")
+    return token, value
+
+
 def _listed(name: str, value: object, of: str) -> tuple[object, ...]:
     if value is None:
         return ()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise RequestError(f"{name} is {value!r}; give a list of {of}")
     return tuple(value)
+
+
+GrammarKind = Literal["json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a text must be. kind json_schema: a JSON schema as JSON text; regex: a regular expression over the whole
+    text; lark: a grammar in llguidance's dialect of Lark. Raises RequestError for other kinds and beyond 256 KiB."""
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self) -> None:
+        known = ("json_schema", "regex", "lark")
+        _check(self.kind in known, f"a grammar's kind is {self.kind!r:.40}; give json_schema, regex or lark")
+        _check(isinstance(self.text, str) and self.text != "", f"the {self.kind} is empty or no text; give one")
+        size = len(self.text.encode(errors="replace"))
+        _check(size <= MAX_GRAMMAR_BYTES, f"the {self.kind} has {size:,} bytes; give up to {MAX_GRAMMAR_BYTES:,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +89,14 @@ class SamplingParams:
     logprobs: k ≤ 20 most likely tokens reported per position beside the sampled one (None: nothing reported).
     include_stop_str_in_output: keep the stop string at the end of the text.
     skip_special_tokens: leave special tokens out of the text.
+    presence_penalty, frequency_penalty: taken from the logit of each generated token, once or per occurrence (-2 to 2).
+    repetition_penalty: logits of tokens of prompt and answer are divided by it, multiplied where negative (arXiv
+    1909.05858; 1 is off).  logit_bias: token id -> added to its logit (-100 to 100), at the most 1,024 of them.
+    prompt_logprobs: k ≤ 20 most likely tokens reported per position of the prompt, which is computed in whole for it.
+    grammar: what the text must be; it ends where the grammar does.
+    priority: requests of one tenant with a lower value enter earlier; each unit is worth some seconds of waiting, so
+    that none starves (-100 to 100).  deadline_s: seconds after its arrival at which a request that is not finished ends
+    with an error (None: never).
 
     Raises RequestError (status 400) for values of a wrong type, out of range or contradictory.
     """
@@ -77,6 +115,14 @@ class SamplingParams:
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    priority: int = 0
+    deadline_s: float | None = None
 
     def __post_init__(self) -> None:
         stop: object = self.stop
@@ -89,19 +135,41 @@ class SamplingParams:
         self._check_sampling()
         self._check_lengths()
         self._check_stops()
+        self._check_urgency()
+        self._check_adjustments()
 
     @property
     def greedy(self) -> bool:
         """True where the most likely token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def adjusts_logits(self) -> bool:
+        """True where logits change before a token is chosen: by penalties, biases or a grammar."""
+        return bool(self.logit_bias) or self.grammar is not None or self.penalizes
+
+    @property
+    def penalizes(self) -> bool:
+        """True where tokens of the text so far become less likely, or more."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
+
+    @property
+    def reads_history(self) -> bool:
+        """True where choosing or reporting a token needs the text before it."""
+        return self.adjusts_logits or self.prompt_logprobs is not None
+
     def _read_types(self) -> None:
         """Numbers of any library become Python's; what is no number is refused here, so that no step meets it."""
-        for name in ("temperature", "top_p", "min_p"):
+        bias: Any = self.logit_bias
+        pairs = _listed("logit_bias", bias.items() if isinstance(bias, Mapping) else bias, "pairs")
+        object.__setattr__(self, "logit_bias", tuple(map(_bias, pairs)))
+        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
-        for name in ("top_k", "n", "min_tokens", "seed", "max_tokens", "logprobs"):
+        if self.deadline_s is not None:
+            object.__setattr__(self, "deadline_s", _number("deadline_s", self.deadline_s))
+        for name in ("top_k", "n", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs", "priority"):
             value = getattr(self, name)
-            if value is not None or name in ("top_k", "n", "min_tokens"):
+            if value is not None or name in ("top_k", "n", "min_tokens", "priority"):
                 object.__setattr__(self, name, _whole(name, value))
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             value = getattr(self, name)
@@ -132,11 +200,37 @@ class SamplingParams:
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower one or raise the other",
         )
-        if self.logprobs is not None:
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
             _check(
-                0 <= self.logprobs <= MAX_LOGPROBS,
-                f"logprobs is {self.logprobs}; give a number from 0 to {MAX_LOGPROBS}, or None",
+                count is None or 0 <= count <= MAX_LOGPROBS,
+                f"{name} is {count}; give a number from 0 to {MAX_LOGPROBS}, or None",
             )
+
+    def _check_adjustments(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(-2.0 <= value <= 2.0, f"{name} is {value}; give a number from -2 to 2 (0 is off)")
+        repeat = self.repetition_penalty
+        _check(0.0 < repeat <= 100.0, f"repetition_penalty is {repeat}; give a number above 0 and up to 100 (1 is off)")
+        _check(
+            len(self.logit_bias) <= MAX_LOGIT_BIAS,
+            f"logit_bias names {len(self.logit_bias):,} tokens; give at most {MAX_LOGIT_BIAS:,}",
+        )
+        if self.grammar is not None:
+            _check(isinstance(self.grammar, Grammar), f"grammar is a {type(self.grammar).__name__}; give Grammar(…)")
+            _check(
+                not self.min_tokens and not self.ignore_eos,
+                "a grammar says where the text ends; leave out min_tokens and ignore_eos beside it",
+            )
+
+    def _check_urgency(self) -> None:
+        _check(
+            -MOST_PRIORITY <= self.priority <= MOST_PRIORITY,
+            f"priority is {self.priority}; give a whole number from -{MOST_PRIORITY} (first) to {MOST_PRIORITY} (last)",
+        )
+        if self.deadline_s is not None:
+            _check(0 < self.deadline_s < 1e9, f"deadline_s is {self.deadline_s}; give seconds above 0, or None")
 
     def _check_stops(self) -> None:
         _check(len(self.stop) <= MAX_STOPS, f"{len(self.stop)} stop strings; give at most {MAX_STOPS}")

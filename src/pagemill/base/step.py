@@ -22,7 +22,8 @@ class SequenceStep(NamedTuple):
     block_table: block ids that hold positions 0 .. start+len(token_ids)-1 in order (an `array('i')` that the cache
     owns; the executor only reads it, during the step). sample: take the logits of the last token and choose the next
     one. choice, seed: keys of the random numbers. num_generated: tokens generated before this step (for min_tokens).
-    forbid: token ids that must not be chosen in this step.
+    forbid: token ids that must not be chosen in this step. history: the text so far, prompt and then generated ids (an
+    `array('i')` of the engine's), where the parameters read it (`SamplingParams.reads_history`), else empty.
     """
 
     seq_id: int
@@ -35,6 +36,7 @@ class SequenceStep(NamedTuple):
     choice: int = 0
     num_generated: int = 0
     forbid: tuple[int, ...] = ()
+    history: Sequence[int] = ()
 
     @property
     def end(self) -> int:
@@ -62,13 +64,24 @@ class TokenLogprob(NamedTuple):
     rank: int
 
 
+class PositionLogprobs(NamedTuple):
+    """One position: the token that stands there, and the most likely ones, best first."""
+
+    sampled: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
 class Sample(NamedTuple):
-    """The token chosen for one sequence. `top`: the `params.logprobs` most likely tokens, best first."""
+    """The token chosen for one sequence. `top`: the `params.logprobs` most likely tokens, best first.
+
+    prompt: with the first token of a request that asked for `prompt_logprobs`, its prompt from position 1 on.
+    """
 
     seq_id: int
     token_id: int
     logprob: TokenLogprob | None = None
     top: tuple[TokenLogprob, ...] = ()
+    prompt: tuple[PositionLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

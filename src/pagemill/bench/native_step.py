@@ -24,7 +24,7 @@ from pagemill.kernels.native import NativeExecutor, PackedMatrix, pack_matrix
 from pagemill.kernels.ops import Plan
 from pagemill.kernels.plan import Phase, lower
 from pagemill.kernels.target import arithmetic_of
-from pagemill.kernels.tensors import BLOCK_BYTES, Tensor
+from pagemill.kernels.tensors import BLOCK_BYTES, ROTATED, Tensor
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
 from pagemill.models.hub import KNOWN_MODELS, Progress, resolve
 from pagemill.models.random_init import SHAPES, random_checkpoint, shape
@@ -35,7 +35,7 @@ from pagemill.storage.arena import Arena
 WEIGHTS_SEED = 0
 FILLER_POSITIONS = 512
 _TILE_ROWS, _TILE_DIMS = 8, 32  # from here on attention uses tiles
-_RANDOM_FORMATS = {"auto": "bf16"}
+_RANDOM_FORMATS = {"auto": "bf16", "exact": "bf16", "int8": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def open_packed_model(
     checkpoint = _draw(config) if random else open_checkpoint(resolve(name, progress=progress))
     plan = build_plan(checkpoint.spec, max_positions=min(max_context, checkpoint.spec.context_length))
     phases = lower(plan)
-    weights = ConvertedWeights(plan, checkpoint.tensors, config.weights)
+    weights = ConvertedWeights(plan, checkpoint.tensors, config.weights, target)
     handles = dict.fromkeys(ref.weight for phase in phases for ref in phase.matrices)
     unpacked = {phase.positions for phase in phases if phase.positions is not None}
     unpacked |= {handle for handle, each in plan.weights.items() if each.kind == "vector"}
@@ -255,6 +255,8 @@ def product_arithmetic(weight_format: str, k: int, target: str) -> str:
     """The arithmetic in which a target multiplies a weight format, by the names of roofline_peaks.ARITHMETICS."""
     if weight_format in ("f32", "f16"):
         return "f32"
+    if weight_format == ROTATED:
+        return "tile_int8" if target == "amx" else "int8"
     if weight_format == "bf16":
         return "tile_bf16" if target == "amx" and k % 32 == 0 else "bf16"
     return "tile_bf16" if arithmetic_of(target) == "bf16" else "int8"

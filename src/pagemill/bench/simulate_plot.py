@@ -28,10 +28,18 @@ def draw_hit_curves(rows: Sequence[HitRow], path: Path) -> bool:
         axes.set_xlabel("cache (blocks)")
         axes.set_title(f"block hit ratio, {rows[0].trace}", loc="left", color=INK)
         policies = list(dict.fromkeys(each.policy for each in rows))
+        sizes = sorted({each.blocks for each in rows})
+        axes.set_xticks(sizes, labels=[f"{each:,}" for each in sizes])
+        axes.minorticks_off()
         for at, name in enumerate(policies):
             mine = [each for each in rows if each.policy == name]
             colour = _COLOURS[at % len(_COLOURS)]
-            axes.plot([e.blocks for e in mine], [e.block_hit_ratio for e in mine], "o-", color=colour, label=name)
+            # Later curves are thinner, so that those beneath are seen where they agree.
+            width, size = max(3.6 - 0.5 * at, 1.2), max(8.0 - at, 3.5)
+            ratios = [e.block_hit_ratio for e in mine]
+            axes.plot(
+                [e.blocks for e in mine], ratios, "o-", color=colour, label=name, linewidth=width, markersize=size
+            )
         bounds = [each for each in rows if each.policy == policies[0]]
         axes.plot([e.blocks for e in bounds], [e.optimum for e in bounds], "--", color=FAINT, label="optimum")
         axes.axhline(rows[0].ideal, color=FAINT, linewidth=0.8, linestyle=":", label="never evicts")

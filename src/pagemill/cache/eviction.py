@@ -14,6 +14,18 @@ from pagemill.cache.block import DEFAULT_PRIORITY, Node
 from pagemill.cache.policies.base import BlockInfo, Policy
 from pagemill.cache.policies.registry import make_policy
 
+# What attention adds to the work of a token for each position before it, by multiplications in the default model:
+# 30 layers x 9 heads x 64 x 2 = 34,560, to 106 million of its matrices.
+_COST_PER_POSITION = 3.3e-4
+_MOST_INFOS = 4096
+FIRST_SPARE_HANDLE = 1 << 40  # beyond every block
+
+
+def recompute_cost(position: int) -> float:
+    """Time to compute a block that begins at this position, relative to one at the start of a text, in steps of an
+    eighth: attention reads what lies before it."""
+    return 1.0 + int(position * _COST_PER_POSITION * 8) / 8
+
 
 class Shelves:
     """Policies by partition and priority. Mutated by every method.
@@ -21,7 +33,9 @@ class Shelves:
     policy: name of the policy of each shelf. capacity: blocks of the whole cache. page_bytes: of one block.
     """
 
-    __slots__ = ("_capacity", "_expiries", "_levels", "_num_set", "_page_bytes", "_policies", "policy")
+    __slots__ = (
+        "_capacity", "_expiries", "_infos", "_levels", "_moved", "_num_set", "_page_bytes", "_policies", "policy",
+    )  # fmt: skip
 
     def __init__(self, policy: str, capacity: int, page_bytes: int = 1) -> None:
         self.policy = policy
@@ -31,42 +45,105 @@ class Shelves:
         self._levels: dict[int, list[int]] = {}
         self._expiries: list[tuple[float, int, Node]] = []
         self._num_set = 0
+        self._infos: dict[tuple[int, int, int, int, tuple[int, int]], BlockInfo] = {}
+        self._moved: dict[int, Node] = {}  # by handle, nodes whose block is another by now
         self._shelf(0, DEFAULT_PRIORITY)
 
-    def insert(self, node: Node, partition: int, num_tokens: int, *, locked: bool) -> None:
-        """A block has been published."""
-        parent = node.parent
-        assert parent is not None
-        depth = node.depth
-        info = BlockInfo(
+    def insert(
+        self, node: Node, partition: int, num_tokens: int, *, locked: bool, text: tuple[int, int] = (0, 0)
+    ) -> None:
+        """A block has been published. text: length in tokens of the text that it came in with, and how many blocks of
+        that were found; 0 where it is not told."""
+        name = (node.depth, num_tokens, node.priority, node.account, text)
+        info = self._infos.get(name)
+        if info is None:
+            info = self._info(name)
+        shelf = node.shelf = self._shelf(partition, node.priority)
+        handle = node.handle = node.block
+        if self._moved and handle in self._moved:  # a node that was moved away goes by this number
+            self._num_set += 1
+            handle = node.handle = FIRST_SPARE_HANDLE + self._num_set
+            self._moved[handle] = node
+        shelf.insert(handle, node.key, info)
+        if locked:
+            shelf.lock(handle)
+
+    def _info(self, name: tuple[int, int, int, int, tuple[int, int]]) -> BlockInfo:
+        """What a policy is told of such a block; the latest are kept, as the blocks of a text have much in common."""
+        depth, num_tokens, priority, account, (text_tokens, num_known_blocks) = name
+        if len(self._infos) >= _MOST_INFOS:
+            self._infos.clear()
+        info = self._infos[name] = BlockInfo(
             num_tokens=num_tokens,
             depth=depth,
             num_bytes=self._page_bytes,
-            recompute_cost=1.0 + depth * 0.002,
-            priority=node.priority,
-            namespace=node.account,
-            parent=None if depth == 0 else parent.key,
+            recompute_cost=recompute_cost(depth * num_tokens),
+            priority=priority,
+            namespace=account,
+            text_tokens=text_tokens,
+            num_known_blocks=num_known_blocks,
         )
-        shelf = node.shelf = self._shelf(partition, node.priority)
-        shelf.insert(node.block, node.key, info)
-        if locked:
-            shelf.lock(node.block)
+        return info
+
+    def lock(self, node: Node) -> None:
+        """The block has a first reason to stay."""
+        assert node.shelf is not None
+        node.shelf.lock(node.handle)
+
+    def unlock(self, node: Node) -> None:
+        """The block has no reason to stay any more."""
+        assert node.shelf is not None
+        node.shelf.unlock(node.handle)
+
+    def touch_chain(self, nodes: list[Node]) -> None:
+        """A text is used: its blocks from the first to the last, which count as used from the last to the first."""
+        shelf, handles = None, []
+        for node in reversed(nodes):
+            if node.shelf is not shelf and shelf is not None:
+                shelf.touch_all(handles)
+                handles = []
+            shelf = node.shelf
+            handles.append(node.handle)
+        if shelf is not None:
+            shelf.touch_all(handles)
+
+    def renumber(self, node: Node, block: int) -> None:
+        """The node's contents are in another block. Policies know it by its handle, so that it keeps its place."""
+        node.block = block
+        self._moved[node.handle] = node
 
     def move(self, node: Node, partition: int, num_tokens: int, *, locked: bool) -> None:
         """The block's priority or partition has changed."""
         assert node.shelf is not None
-        node.shelf.remove(node.block, False)
+        node.shelf.remove(node.handle, False)
+        if self._moved:
+            self._moved.pop(node.handle, None)
         self.insert(node, partition, num_tokens, locked=locked)
 
     def remove(self, node: Node, *, evicted: bool) -> None:
         """The block's contents go."""
         assert node.shelf is not None
-        node.shelf.remove(node.block, evicted)
+        node.shelf.remove(node.handle, evicted)
         node.shelf = None
+        if self._moved:
+            self._moved.pop(node.handle, None)
 
-    def on_miss(self, key: bytes, partition: int) -> None:
-        """A text asked for this block and it is not there."""
-        self._shelf(partition, DEFAULT_PRIORITY).on_miss(key)
+    def on_misses(self, keys: list[bytes], partition: int) -> None:
+        """A text asked for these blocks and they are not there."""
+        on_miss = self._shelf(partition, DEFAULT_PRIORITY).on_miss
+        for key in keys:
+            on_miss(key)
+
+    def drop(self, partition: int) -> None:
+        """A partition has no blocks any more and goes, with what its policies remember."""
+        for level in self._levels.pop(partition, ()):
+            del self._policies[partition, level]
+
+    def resize(self, capacity: int) -> None:
+        """The cache has so many blocks from now on."""
+        self._capacity = capacity
+        for policy in self._policies.values():
+            policy.resize(capacity)
 
     def victim(self, partitions: Iterable[int]) -> int | None:
         """The next block to evict: of the lowest priority, and among equals of the partition named first."""
@@ -79,6 +156,8 @@ class Shelves:
                 if block is not None:
                     best, lowest = block, level
                     break
+        if best is not None and best in self._moved:
+            return self._moved[best].block
         return best
 
     def expire_at(self, node: Node, when_s: float | None) -> None:

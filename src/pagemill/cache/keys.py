@@ -15,8 +15,6 @@ import secrets
 import struct
 from dataclasses import dataclass, fields
 
-from pagemill.base.errors import ConfigError
-
 DOMAIN = b"pagemill/kv-block/1"
 KEY_BYTES = 32
 TOKEN_BYTES = 4
@@ -84,9 +82,9 @@ def child_key(parent: bytes, tokens: bytes) -> bytes:
 
 
 class Secrets:
-    """The secret of each tenant and public name: given by the operator, else random for the life of the process.
+    """The secret of each tenant and public name: random, for the life of the process.
 
-    Mutated by `of` (draws a secret at its first use), `give` and `forget`.
+    Mutated by `of`, which draws a secret at its first use, and `forget`.
     """
 
     __slots__ = ("_secrets",)
@@ -94,22 +92,17 @@ class Secrets:
     def __init__(self) -> None:
         self._secrets: dict[tuple[str, bool], bytes] = {}
 
+    def __len__(self) -> int:
+        return len(self._secrets)
+
     def of(self, namespace: Namespace) -> bytes:
-        """The namespace's secret, 32 bytes at the least."""
+        """The namespace's secret, 32 bytes."""
         name = (namespace.tenant, namespace.public)
         secret = self._secrets.get(name)
         if secret is None:
             secret = self._secrets[name] = secrets.token_bytes(KEY_BYTES)
         return secret
 
-    def give(self, tenant: str, secret: bytes, *, public: bool = False) -> None:
-        """Use this secret from now on. Raises ConfigError where it is shorter than 32 bytes."""
-        if len(secret) < KEY_BYTES:
-            raise ConfigError(
-                f"the secret of {tenant!r} has {len(secret)} bytes; give at least {KEY_BYTES} random ones"
-            )
-        self._secrets[(tenant, public)] = bytes(secret)
-
-    def forget(self, tenant: str) -> None:
+    def forget(self, tenant: str, *, public: bool = False) -> None:
         """Drop a tenant's secret: keys made with it are never made again."""
-        self._secrets.pop((tenant, False), None)
+        self._secrets.pop((tenant, public), None)

@@ -77,6 +77,12 @@ class Leases:
                 found.append(lease)
         return found
 
+    def clear(self) -> None:
+        """Every lease has ended, by force."""
+        self.num_forced += len(self._leases)
+        self._leases, self._ends, self.num_references = {}, [], 0
+        self._holders.clear()
+
     def renumber(self, moved: Mapping[int, int]) -> None:
         """Blocks have new ids: old -> new."""
         for lease_id, lease in self._leases.items():

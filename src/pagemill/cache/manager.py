@@ -25,16 +25,18 @@ from array import array
 from typing import Literal, get_args
 
 from pagemill.base.errors import CapacityError, ConfigError, IntegrityError
-from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, Retain
+from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions
 from pagemill.base.transfer import NO_MOVES, Moves
-from pagemill.cache.block import Node
+from pagemill.cache.curve import ReuseCurve
 from pagemill.cache.entry import CacheStats, SharingConfig
-from pagemill.cache.keys import TOKEN_BYTES
 from pagemill.cache.pool import BlockPool
+from pagemill.cache.publishing import Publisher
 from pagemill.cache.receipt import Lookup
 from pagemill.cache.resizing import check_size, relocate, vacate
-from pagemill.cache.sequences import NEVER, SequenceBlocks, verify_sequences
+from pagemill.cache.sequences import SequenceBlocks, verify_sequences
 from pagemill.cache.sharing import SharedBlocks
+from pagemill.cache.tenancy import quota_blocks
+from pagemill.cache.windows import Windows
 
 CacheMode = Literal["paged", "contiguous", "none"]
 
@@ -43,14 +45,15 @@ class CacheManager:
     """Block tables of all open sequences over one pool. Mutated by `open`, `resize`, `commit` and `close`.
 
     block_size: token positions in a block. sharing: how a paged cache shares blocks; None leaves every sequence alone,
-    as do the other modes. shared: what is published, None without sharing. Every operation that raises has changed
+    as do the other modes. shared: what is published, None without sharing. curve: what caches of other sizes would have
+    hit of the texts looked up, nothing without sharing. Every operation that raises has changed
     nothing; an unknown or twice opened sequence is a mistake of ours and an AssertionError. Raises ConfigError for
     sizes out of range.
     """
 
     __slots__ = (
-        "_num_asked", "_num_hit", "_num_owned", "_num_positions", "_pool", "_sequences", "_targets", "block_size",
-        "mode", "shared",
+        "_damage", "_num_asked", "_num_hit", "_num_owned", "_num_positions", "_num_quarantined", "_num_rebuilds",
+        "_pool", "_publisher", "_sequences", "_targets", "block_size", "curve", "mode", "shared",
     )  # fmt: skip
 
     def __init__(
@@ -63,14 +66,21 @@ class CacheManager:
         self.block_size = block_size
         self.mode: CacheMode = mode
         sharing = sharing if mode == "paged" else None
-        self._pool = BlockPool(num_blocks, wipes=sharing is not None)
+        self._pool = BlockPool(num_blocks, wipes=sharing is not None and sharing.wipes)
         self.shared = None if sharing is None else SharedBlocks(self._pool, block_size, sharing)
         self._sequences: dict[int, SequenceBlocks] = {}
         self._num_positions = 0
         self._num_owned = 0  # entries of all tables: a block that three share counts three times
+        self.curve = ReuseCurve()
+        self._publisher: Publisher | None = None
+        if self.shared is not None:
+            self._publisher = Publisher(self.shared, self._pool, block_size, self.curve)
         self._targets: dict[int, int] = {}  # while a smaller size is made ready: block -> where it goes
         self._num_asked = 0
         self._num_hit = 0
+        self._damage: str | None = None  # what an operation met that cannot be, until `rebuild`
+        self._num_rebuilds = 0
+        self._num_quarantined = 0
 
     @property
     def num_blocks(self) -> int:
@@ -81,6 +91,10 @@ class CacheManager:
     def num_free_blocks(self) -> int:
         """Blocks that nobody holds and nothing is kept in."""
         return self._pool.num_free
+
+    def is_held(self, block: int) -> bool:
+        """True where a sequence, a pin or a copy holds the block."""
+        return self._pool.num_holders(block) > 0
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` positions."""
@@ -127,8 +141,8 @@ class CacheManager:
         """
         assert seq_id not in self._sequences, f"sequence {seq_id} is open already"
         assert 0 <= num_tokens <= reserve, (num_tokens, reserve)
-        if self.shared is not None:
-            return self._open_shared(self.shared, seq_id, num_tokens, tokens, options)
+        if self.shared is not None and self._publisher is not None:
+            return self._open_shared(self.shared, self._publisher, seq_id, num_tokens, tokens, options)
         count = self.blocks_to_open(num_tokens, reserve)
         table = self._pool.allocate_run(count) if self.mode == "contiguous" else self._pool.allocate(count)
         history = 0 if self.mode == "none" else num_tokens
@@ -138,7 +152,13 @@ class CacheManager:
         return Lookup(0)
 
     def _open_shared(
-        self, shared: SharedBlocks, seq_id: int, num_tokens: int, tokens: array[int] | None, options: CacheOptions
+        self,
+        shared: SharedBlocks,
+        publisher: Publisher,
+        seq_id: int,
+        num_tokens: int,
+        tokens: array[int] | None,
+        options: CacheOptions,
     ) -> Lookup:
         bypass = tokens is None or options.bypass
         entry = shared.entry(
@@ -146,20 +166,27 @@ class CacheManager:
             array("i") if tokens is None else tokens,
             num_tokens,
         )
-        table = shared.enter(entry)
+        table, lookup, missing = shared.enter(entry)
         sequence = SequenceBlocks(table, entry.num_hit, num_tokens, account=entry.account, node=entry.node)
+        if shared.windows is not None:
+            tail = None if entry.tail is None else entry.tail.block
+            shared.windows.enter(sequence, len(entry.shared), tail, entry.num_tail_tokens)
+        sequence.root = entry.match.root
+        sequence.root.num_sequences += 1
+        entry.account.num_sequences += 1
         if not bypass:
             sequence.tokens, sequence.retain = tokens, options.retain
-            sequence.missing, sequence.first_missing = entry.missing, len(entry.shared)
+            sequence.missing, sequence.first_missing = missing, len(entry.shared)
             sequence.publish_at = (len(entry.shared) + 1) * self.block_size
-            for node in shared.tree.chain(entry.node) if options.retain else ():
-                self._retain(shared, sequence, node)
+            self.curve.record([node.key for node in entry.match.nodes] + missing)
+            for node in entry.match.nodes if options.retain else ():
+                publisher.retain(sequence, node)
         self._sequences[seq_id] = sequence
         self._num_owned += len(table)
         self._num_positions += num_tokens
-        self._num_asked += entry.lookup.num_asked
-        self._num_hit += entry.num_hit
-        return entry.lookup
+        self._num_asked += lookup.num_asked
+        self._num_hit += lookup.num_hit
+        return lookup
 
     def can_resize(self, seq_id: int, num_tokens: int) -> bool:
         """True where `resize` will succeed."""
@@ -169,7 +196,13 @@ class CacheManager:
             return self.mode != "contiguous" and growth <= self._available(sequence)
         if num_tokens >= sequence.committed:
             return True
-        return not self._must_copy(sequence, num_tokens) or self._available(sequence) > 0
+        if self._publisher is None:
+            return True
+        if self.shared is not None and self.shared.windows is not None:
+            kept = self.shared.windows.longest(sequence.table, num_tokens)
+            need = self.blocks_for(num_tokens) - kept // self.block_size if kept < num_tokens else 0
+            return need + self._publisher.must_copy(sequence, kept) <= self._available(sequence)
+        return not self._publisher.must_copy(sequence, num_tokens) or self._available(sequence) > 0
 
     def resize(self, seq_id: int, num_tokens: int) -> None:
         """Set a sequence's history to `num_tokens`: growth for the next tokens, rollback and truncation alike.
@@ -178,7 +211,7 @@ class CacheManager:
         reservation). A rollback into a block that others may read goes on in a copy of it. Raises CapacityError where
         blocks are short.
         """
-        sequence = self._sequences[seq_id]
+        sequence, asked = self._sequences[seq_id], num_tokens
         assert num_tokens >= 0
         table = sequence.table
         count = -(-num_tokens // self.block_size)
@@ -186,8 +219,11 @@ class CacheManager:
             self._grow(sequence, num_tokens, count)
         elif num_tokens < sequence.history:
             sequence.missing = ()
-            if sequence.node is not None and num_tokens < sequence.committed:
-                self._roll_back(sequence, num_tokens)
+            if sequence.first_read and self.shared is not None and self.shared.windows is not None:
+                num_tokens = self._rewind(self.shared.windows, seq_id, sequence, num_tokens)
+                count = -(-num_tokens // self.block_size)
+            if self._publisher is not None and num_tokens < sequence.committed:
+                self._publisher.roll_back(sequence, num_tokens)
             if count < len(table) and self.mode != "contiguous":
                 self._release(table[count:])
                 self._num_owned -= len(table) - count
@@ -196,6 +232,18 @@ class CacheManager:
         sequence.history = num_tokens
         if num_tokens < sequence.committed:
             sequence.committed = num_tokens
+        if num_tokens < asked:
+            self.resize(seq_id, asked)
+
+    def _rewind(self, windows: Windows, seq_id: int, sequence: SequenceBlocks, num_tokens: int) -> int:
+        """Go back in the window groups, to where they still have what the next token reads: what lies between is to be
+        computed again. Returns that length."""
+        if not self.can_resize(seq_id, num_tokens):
+            raise CapacityError("a rollback needs blocks of the KV cache and there are none", retry_after_s=1.0)
+        if num_tokens < sequence.committed:
+            num_tokens = windows.longest(sequence.table, num_tokens)
+        windows.roll_back(sequence, num_tokens, -(-num_tokens // self.block_size))
+        return num_tokens
 
     def _grow(self, sequence: SequenceBlocks, num_tokens: int, count: int) -> None:
         table = sequence.table
@@ -207,10 +255,24 @@ class CacheManager:
         if self.shared is not None:
             assert sequence.account is not None
             grown = self.shared.allocate(sequence.account, count - len(table))
+            if self.shared.windows is not None:
+                self.shared.windows.grow(grown)
         else:
             grown = self._pool.allocate(count - len(table))
         table.extend(grown)
         self._num_owned += len(grown)
+
+    def grow(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
+        """`resize` to at least what has been committed, where `can_resize`, in one go. False, and nothing is changed,
+        where blocks are short. sequence: from `blocks_of`."""
+        growth = -(-num_tokens // self.block_size) - len(sequence.table)
+        if growth > 0:
+            if self.mode == "contiguous" or growth > self._available(sequence):
+                return False
+            self._grow(sequence, num_tokens, len(sequence.table) + growth)
+        self._num_positions += num_tokens - sequence.history
+        sequence.history = num_tokens
+        return True
 
     def commit(self, seq_id: int, num_tokens: int) -> None:
         """Keys and values of positions 0 .. num_tokens-1 are written and verified; blocks that are full are published.
@@ -224,113 +286,48 @@ class CacheManager:
             return
         sequence.committed = num_tokens
         if num_tokens >= sequence.publish_at:
-            assert self.shared is not None
-            self._publish(self.shared, sequence)
+            assert self._publisher is not None
+            self._publisher.publish(sequence)
+        if sequence.first_read and self.shared is not None and self.shared.windows is not None:
+            self.shared.windows.move_on(sequence)
 
     def publish_tail(self, seq_id: int) -> None:
         """Let what a running sequence has committed be found to its last token, as its siblings wish. What it writes
         behind that is its own; whoever hits the tail copies it."""
-        sequence = self._sequences[seq_id]
-        shared, node, tokens = self.shared, sequence.node, sequence.tokens
-        if shared is None or node is None or tokens is None or not node.alive:
-            return
-        start = sequence.publish_at - self.block_size
-        if sequence.committed <= start or shared.is_copying(sequence.table[start // self.block_size]):
-            return
-        data = tokens[start : sequence.committed].tobytes()
-        if shared.tree.extended_by(node, data) is not None:
-            return
-        self._take_back_tail(shared, sequence)
-        sequence.tail = shared.publish(
-            node, sequence.table[start // self.block_size], data, None, self._wish(sequence, start, sequence.committed)
-        )
+        if self._publisher is not None:
+            self._publisher.publish_tail(self._sequences[seq_id])
 
     def close(self, seq_id: int) -> None:
-        """End a sequence in whatever state. What it has committed stays to be found, the rest of its blocks is free."""
+        """End a sequence in whatever state. What it has committed stays to be found, the rest of its blocks is free.
+
+        Whoever ends must get through: a contradiction that is met here is kept for `check` to raise.
+        """
         sequence = self._sequences[seq_id]
-        if sequence.tokens is not None:
-            self.publish_tail(seq_id)
+        try:
+            if sequence.tokens is not None:
+                self.publish_tail(seq_id)
+            if sequence.first_read and self.shared is not None and self.shared.windows is not None:
+                self.shared.windows.roll_back(sequence, 0, 0)
+            self._release(sequence.table)
+        except Exception as error:
+            self._damage = f"closing sequence {seq_id}: {error!r}"
         del self._sequences[seq_id]
-        self._release(sequence.table)
+        if sequence.root is not None and sequence.account is not None:
+            sequence.root.num_sequences -= 1
+            sequence.account.num_sequences -= 1
         self._num_owned -= len(sequence.table)
         self._num_positions -= sequence.history
 
-    def _publish(self, shared: SharedBlocks, sequence: SequenceBlocks) -> None:
-        """Publish every full block that is not yet. One that another sequence has published is exchanged for that."""
-        size, tokens, table = self.block_size, sequence.tokens, sequence.table
-        assert tokens is not None
-        while sequence.publish_at <= sequence.committed:
-            end, node = sequence.publish_at, sequence.node
-            assert node is not None
-            if not node.alive:  # its beginning was purged: nothing can be found behind it
-                sequence.tokens, sequence.publish_at = None, NEVER
-                return
-            index = end // size - 1
-            data = tokens[end - size : end].tobytes()
-            self._take_back_tail(shared, sequence)
-            there = node.children.get(data)
-            if there is None:
-                missing = index - sequence.first_missing
-                key = sequence.missing[missing] if 0 <= missing < len(sequence.missing) else None
-                there = shared.publish(node, table[index], data, key, self._wish(sequence, end - size, end))
-            else:
-                shared.hold([there.block])
-                shared.release([table[index]])
-                table[index] = there.block
-                self._retain(shared, sequence, there)
-            sequence.node = there
-            sequence.publish_at = end + size
+    def grant(self, tenant: str, floor_tokens: int = 0, cap_tokens: int | None = None) -> None:
+        """Name a tenant, with what other tenants' demand cannot push it below and what it cannot rise above, in token
+        positions. Raises ConfigError, and changes nothing, where that cannot be. Without sharing there are none."""
+        if self.shared is not None:
+            self.shared.set_quota(tenant, *quota_blocks(floor_tokens, cap_tokens, self.block_size))
 
-    def _roll_back(self, sequence: SequenceBlocks, num_tokens: int) -> None:
-        """Leave the published blocks that reach beyond `num_tokens`; the one it lies within becomes its own."""
-        shared, size = self.shared, self.block_size
-        assert shared is not None
-        copies = self._must_copy(sequence, num_tokens)
-        if copies and not self._available(sequence):
-            raise CapacityError("a rollback needs one block of the KV cache and none is free", retry_after_s=1.0)
-        if (
-            sequence.tail is not None
-            and num_tokens < sequence.publish_at - size + len(sequence.tail.tokens) // TOKEN_BYTES
-        ):
-            self._take_back_tail(shared, sequence)
-        whole, node = num_tokens // size, sequence.node
-        while node is not None and node.depth >= whole and node.parent is not None:
-            last, node = node, node.parent
-            if last.depth == whole and num_tokens % size and not copies and last.alive:
-                shared.discard(last)
-        sequence.node = node
-        if copies:
-            assert sequence.account is not None
-            source = sequence.table[whole]
-            target = shared.copy_on_write(sequence.account, source, num_tokens % size)
-            sequence.table[whole] = target
-            shared.release([source])
-        if sequence.tokens is not None:
-            sequence.publish_at = (whole + 1) * size
-
-    def _must_copy(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
-        """True where the block that `num_tokens` ends in is published and others hold or follow it."""
-        node, whole = sequence.node, num_tokens // self.block_size
-        if node is None or node.depth < whole or not num_tokens % self.block_size:
-            return False
-        return node.depth > whole or bool(node.children) or self._pool.num_holders(sequence.table[whole]) > 1
-
-    def _take_back_tail(self, shared: SharedBlocks, sequence: SequenceBlocks) -> None:
-        if sequence.tail is not None:
-            if sequence.tail.alive:
-                shared.discard(sequence.tail)
-            sequence.tail = None
-
-    def _wish(self, sequence: SequenceBlocks, start: int, end: int) -> Retain | None:
-        """The highest priority that the request asked for any of these positions."""
-        wishes = [each for each in sequence.retain if each.start < end and start < each.end]
-        return max(wishes, key=lambda each: each.priority, default=None)
-
-    def _retain(self, shared: SharedBlocks, sequence: SequenceBlocks, node: Node) -> None:
-        start = node.depth * self.block_size
-        wish = self._wish(sequence, start, start + self.block_size) if sequence.retain else None
-        if wish is not None:
-            shared.retain(node, wish)
+    def declare_public(self, name: str) -> None:
+        """Let requests share the namespace `name` across tenants. Raises ConfigError for an empty name."""
+        if self.shared is not None:
+            self.shared.tenancy.declare_public(name)
 
     def is_capped(self, seq_id: int, num_tokens: int) -> bool:
         """True where a sequence cannot grow to `num_tokens` for its tenant's cap, whatever others give up."""
@@ -356,6 +353,12 @@ class CacheManager:
         else:
             self.shared.release(blocks)
 
+    def check_options(self, options: CacheOptions) -> None:
+        """Raise RequestError (403) where a request may not share in what it names: an unknown tenant where only known
+        ones may, or a public namespace that nobody declared."""
+        if self.shared is not None:
+            self.shared.tenancy.check(options)
+
     def cap_error(self, num_tokens: int, options: CacheOptions) -> CapacityError | None:
         """The error of a text that its tenant's cap can never hold, None where it can."""
         return None if self.shared is None else self.shared.cap_error(self.blocks_for(num_tokens), options)
@@ -378,7 +381,11 @@ class CacheManager:
         Raises CapacityError where sequences and pins use more, ConfigError where floors do; nothing is changed then.
         """
         check_size(self._pool, self.shared, num_blocks, self.mode)
-        self._targets, moves = vacate(self._pool, self.shared, num_blocks, self.block_size)
+        try:
+            self._targets, moves = vacate(self._pool, self.shared, num_blocks, self.block_size)
+        except IntegrityError as error:
+            self._damage = str(error)
+            raise
         return moves
 
     def relocate(self) -> None:
@@ -398,6 +405,12 @@ class CacheManager:
         """Wipes and copies that the data plane makes before it computes; the same until `moved`."""
         return NO_MOVES if self.shared is None else self.shared.moves()
 
+    def window_table(self, seq_id: int, group: int) -> array[int]:
+        """Pages of a sequence's blocks in a window group, in order; -1 for those that it reads no more."""
+        assert self.shared is not None
+        assert self.shared.windows is not None
+        return self.shared.windows.table(self._sequences[seq_id], group)
+
     def moved(self, moves: Moves) -> None:
         """The data plane has made these moves."""
         if self.shared is not None:
@@ -407,6 +420,10 @@ class CacheManager:
         """Move the cache's clock: leases and priorities end with it."""
         if self.shared is not None:
             self.shared.advance(now_s)
+
+    def blocks_of(self, seq_id: int) -> SequenceBlocks:
+        """The blocks and lengths of an open sequence, the same object until it is closed: to be read, not written."""
+        return self._sequences[seq_id]
 
     def block_table(self, seq_id: int) -> array[int]:
         """The sequence's block ids in order, `array('i')` owned by the cache: to be read, not written nor kept."""
@@ -437,14 +454,36 @@ class CacheManager:
             num_asked_tokens=self._num_asked,
             num_hit_tokens=self._num_hit,
             num_evicted_blocks=shared.num_evicted if shared else 0,
+            num_rebuilds=self._num_rebuilds,
+            num_quarantined_blocks=self._num_quarantined,
         )
 
     def check(self) -> None:
-        """Conservation in O(1): every block is free, cached or owned. Raises IntegrityError."""
-        self._pool.check()
-        stats = self.stats()
-        if stats.num_leaked_blocks or stats.num_unused_positions < 0:
-            raise IntegrityError(f"the KV cache lost count of its blocks: {stats}")
+        """What production checks before each step, in O(1): every block is free, cached or owned, nothing contradicted
+        itself since, and one more block in turn is what pool and tree say. Raises IntegrityError; see `rebuild`."""
+        if self._damage is not None:
+            raise IntegrityError(f"the KV cache contradicts itself: {self._damage}")
+        pool, shared = self._pool, self.shared
+        pool.check()
+        num_held = self._num_owned + (shared.num_references if shared is not None else 0)
+        if pool.num_references != num_held or self._num_owned * self.block_size < self._num_positions:
+            raise IntegrityError(f"the KV cache lost count of its blocks: {self.stats()}")
+        if shared is not None:
+            shared.check()
+
+    def rebuild(self) -> None:
+        """Quarantine everything: no text is found any more, every sequence is gone and to be opened and computed again,
+        every page that was in use is wiped before it is. For when the cache contradicts itself; never fails."""
+        counts = self._pool.counts()
+        self._num_rebuilds += 1
+        self._num_quarantined += min(max(counts.num_active + counts.num_cached, 0), counts.num_blocks)
+        self._sequences.clear()
+        self._num_positions = self._num_owned = 0
+        self._targets = {}
+        self._damage = None
+        self._pool.reset()
+        if self.shared is not None:
+            self.shared.rebuild()
 
     def verify(self) -> None:
         """Every invariant of lengths and ownership, in O(num_blocks), for tests. Raises IntegrityError."""
@@ -452,6 +491,8 @@ class CacheManager:
         self.check()
         if self.shared is not None:
             self.shared.verify()
+            if self.shared.windows is not None:
+                self.shared.windows.verify([each for each in self._sequences.values() if each.first_read])
         counted = verify_sequences(self._sequences, self._pool, self.shared, self.mode, self.block_size)
         if counted != (self._num_owned, self._num_positions):
             raise IntegrityError(f"{counted} blocks and positions in tables: {self.stats()}")

@@ -12,7 +12,7 @@ order in which cached blocks leave is a policy's and not kept here.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pagemill.base.errors import CapacityError, ConfigError, IntegrityError
@@ -38,8 +38,8 @@ class BlockPool:
     """
 
     __slots__ = (
-        "_held", "_next", "_num_active", "_num_cached", "_num_free", "_num_withdrawn", "_prev", "_published", "_refs",
-        "_wipes", "_withdrawn", "dirty", "num_blocks", "num_references",
+        "_held", "_highest", "_next", "_num_active", "_num_cached", "_num_free", "_num_withdrawn", "_prev",
+        "_published", "_refs", "_wipes", "_withdrawn", "dirty", "num_blocks", "num_references",
     )  # fmt: skip
 
     def __init__(self, num_blocks: int, *, wipes: bool = False) -> None:
@@ -59,6 +59,7 @@ class BlockPool:
         self._num_cached = 0
         self._num_withdrawn = 0
         self.num_references = 0  # holders of all blocks
+        self._highest = -1  # of the blocks ever taken; pages behind it were never written
         self._wipes = wipes
         self.dirty: dict[int, None] = {}
 
@@ -90,6 +91,11 @@ class BlockPool:
     def num_holders(self, block: int) -> int:
         """How many hold the block: 0 is free."""
         return self._refs[block]
+
+    def num_idle(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks nobody holds."""
+        refs = self._refs
+        return sum(1 for block in blocks if not refs[block])
 
     def can_allocate(self, count: int) -> bool:
         """True where `allocate(count)` will succeed."""
@@ -193,13 +199,18 @@ class BlockPool:
         """True where the block is free."""
         return not self._held[block] and not self._published[block]
 
+    def is_withdrawn(self, block: int) -> bool:
+        """True where the block is out of service."""
+        return bool(self._withdrawn[block])
+
     def take_over(self, block: int, target: int) -> None:
-        """A block just allocated gets the holders and the publication of a held one, which goes out of service."""
-        assert self._refs[block] > 0, f"block {block} is not held"
+        """A block just allocated gets the holders and the publication of another, which goes out of service."""
+        assert self._refs[block] > 0 or self._published[block], f"block {block} is free"
         assert self._refs[target] == 1, f"block {target} is not fresh"
         self._refs[target], self._refs[block] = self._refs[block], 0
         self._published[target], self._published[block] = self._published[block], 0
-        self._withdrawn[block] = 1
+        self._held[target] = int(self._refs[target] > 0)
+        self._held[block] = self._withdrawn[block] = 1
         self._num_active -= 1
         self._num_withdrawn += 1
         self.num_references -= 1
@@ -248,6 +259,25 @@ class BlockPool:
             before = block
         self._link(before, num_blocks)
 
+    def reset(self) -> None:
+        """Every block is free, whatever it was; those that may hold something await a wipe. O(n)."""
+        num_blocks = self.num_blocks
+        self._next = array("i", [*range(1, num_blocks + 1), 0])
+        self._prev = array("i", [num_blocks, *range(num_blocks)])
+        self._refs = array("i", bytes(4 * num_blocks))
+        self._held, self._published, self._withdrawn = (bytearray(num_blocks) for _ in range(3))
+        self._num_free = num_blocks
+        self._num_active = self._num_cached = self._num_withdrawn = self.num_references = 0
+        self.dirty = dict.fromkeys(range(min(self._highest + 1, num_blocks))) if self._wipes else {}
+
+    def check_block(self, block: int) -> None:
+        """The state of one block in O(1). Raises IntegrityError where it contradicts itself."""
+        refs, held, published = self._refs[block], self._held[block], self._published[block]
+        if refs < 0 or held != (refs > 0 or self._withdrawn[block]) or (published and self._withdrawn[block]):
+            raise IntegrityError(
+                f"block {block} of the KV cache has {refs} holders, held {held}, published {published}"
+            )
+
     def check(self) -> None:
         """The conservation law in O(1). Raises IntegrityError where blocks were lost or made up."""
         known = self._num_free + self._num_active + self._num_cached + self._num_withdrawn
@@ -277,6 +307,8 @@ class BlockPool:
             )
 
     def _hold(self, blocks: array[int]) -> None:
+        if blocks:
+            self._highest = max(self._highest, max(blocks))
         for block in blocks:
             self._refs[block] = 1
             self._held[block] = 1

@@ -18,6 +18,8 @@ from pagemill.base.errors import IntegrityError
 from pagemill.cache.block import Node
 from pagemill.cache.keys import TOKEN_BYTES, Fingerprint, Namespace, Secrets, child_key, root_key
 
+MOST_EMPTY_ROOTS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -40,12 +42,12 @@ def common_tokens(a: bytes, b: bytes) -> int:
 
 
 class PrefixTree:
-    """Nodes of all namespaces. Mutated by `root`, `add`, `remove` and `forget_root`.
+    """Nodes of all namespaces. Mutated by `root`, `add`, `remove`, `forget_root` and `clear`.
 
     block_size: tokens in a block. nodes: by block id. index: by key.
     """
 
-    __slots__ = ("_block_bytes", "_roots", "_secrets", "block_size", "index", "nodes")
+    __slots__ = ("_block_bytes", "_crowd", "_fingerprints", "_roots", "_secrets", "block_size", "index", "nodes")
 
     def __init__(self, block_size: int, secrets: Secrets) -> None:
         self.block_size = block_size
@@ -54,6 +56,8 @@ class PrefixTree:
         self._block_bytes = block_size * TOKEN_BYTES
         self._secrets = secrets
         self._roots: dict[tuple[Namespace, Fingerprint], Node] = {}
+        self._fingerprints: dict[Fingerprint, None] = {}
+        self._crowd = MOST_EMPTY_ROOTS
 
     def root(self, namespace: Namespace, fingerprint: Fingerprint) -> Node:
         """Where texts of this namespace under this fingerprint begin; made at first use."""
@@ -62,15 +66,19 @@ class PrefixTree:
         if root is None:
             key = root_key(self._secrets.of(namespace), namespace, fingerprint)
             root = self._roots[name] = Node(-1, key, b"", None, -1)
+            self._fingerprints[fingerprint] = None
         return root
 
-    def roots_of(self, tenant: str) -> list[tuple[Namespace, Fingerprint, Node]]:
-        """Every root of a tenant's own namespaces, salted ones included."""
-        return [(n, f, root) for (n, f), root in self._roots.items() if n.tenant == tenant and not n.public]
+    def roots_of(self, tenant: str, *, public: bool = False) -> list[tuple[Namespace, Fingerprint, Node]]:
+        """Every root of a tenant's own namespaces, or of a public name, salted ones included."""
+        return [(n, f, root) for (n, f), root in self._roots.items() if n.tenant == tenant and n.public == public]
 
     def siblings_of(self, namespace: Namespace, fingerprint: Fingerprint) -> list[Node]:
         """Roots of the same namespace under other fingerprints."""
-        return [root for (n, f), root in self._roots.items() if n == namespace and f != fingerprint]
+        if len(self._fingerprints) < 2:
+            return []
+        found = (self._roots.get((namespace, other)) for other in self._fingerprints if other != fingerprint)
+        return [root for root in found if root is not None]
 
     def forget_root(self, namespace: Namespace, fingerprint: Fingerprint) -> None:
         """Drop a root that has no blocks."""
@@ -79,11 +87,19 @@ class PrefixTree:
             root.alive = False
             del self._roots[(namespace, fingerprint)]
 
-    def drop_empty_roots(self, keep: int) -> None:
-        """Drop roots without blocks where there are more than `keep` roots, so that salts do not pile up."""
-        if len(self._roots) > keep:
-            for name in [name for name, root in self._roots.items() if not root.children]:
+    def drop_empty_roots(self) -> None:
+        """Drop roots that have neither blocks nor open sequences where there are many, so that salts do not pile up.
+        O(roots), seldom enough to cost O(1) for each that was made."""
+        if len(self._roots) > self._crowd:
+            for name in [name for name, root in self._roots.items() if not root.children and not root.num_sequences]:
                 self.forget_root(*name)
+            self._crowd = max(MOST_EMPTY_ROOTS, 2 * len(self._roots))
+
+    def clear(self) -> None:
+        """No text is there. Nodes that somebody still names are dead."""
+        for node in (*self._roots.values(), *self.nodes.values()):
+            node.alive = False
+        self.nodes, self.index, self._roots, self._fingerprints = {}, {}, {}, {}
 
     def find(self, root: Node, tokens: bytes, most: int) -> Match:
         """What is there of the first `most` tokens of a text, whole blocks first. tokens: packed."""
@@ -101,6 +117,10 @@ class PrefixTree:
             return Match(root, nodes)
         tail, num_tokens = self._nearest(node, rest)
         return Match(root, nodes, tail, num_tokens) if num_tokens else Match(root, nodes)
+
+    def num_tokens(self, match: Match) -> int:
+        """Tokens that a match has in all."""
+        return len(match.nodes) * self.block_size + match.num_tail_tokens
 
     def _nearest(self, node: Node, rest: bytes) -> tuple[Node, int]:
         order = node.order

@@ -45,29 +45,40 @@ class Lookup:
 
 
 class EvictedKeys:
-    """Keys evicted lately, with time. Mutated by `add`. Bounded: the oldest go first."""
+    """Keys that left lately, with time. Mutated by `add`, `forget`, `resize` and `clear`. Bounded by `capacity`: the
+    oldest go first."""
 
-    __slots__ = ("_capacity", "_keys")
+    __slots__ = ("_keys", "capacity")
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+        self.capacity = capacity
         self._keys: OrderedDict[bytes, float] = OrderedDict()
 
     def add(self, key: bytes, now_s: float) -> None:
-        """A key has been evicted."""
+        """A key has left."""
         self._keys[key] = now_s
         self._keys.move_to_end(key)
-        if len(self._keys) > self._capacity:
+        if len(self._keys) > self.capacity:
             self._keys.popitem(last=False)
 
     def when(self, key: bytes) -> float | None:
-        """When the key was evicted, None where it was not or is forgotten."""
+        """When the key left, None where it did not or is forgotten."""
         return self._keys.get(key)
 
     def forget(self, keys: list[bytes]) -> None:
         """Drop keys, as after a purge."""
         for key in keys:
             self._keys.pop(key, None)
+
+    def resize(self, capacity: int) -> None:
+        """Remember so many at the most from now on."""
+        self.capacity = capacity
+        while len(self._keys) > capacity:
+            self._keys.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._keys.clear()
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -1,7 +1,7 @@
 """Another number of blocks while sequences live. Owns the choice of what goes and what moves, no bytes.
 
-Growth adds free blocks. Shrinking drops cached blocks that lie beyond the new end, evicts by policy until those in use
-find room below it, and has these copied there; tables, tree, leases and order of eviction follow.
+Growth adds free blocks. Shrinking evicts by policy, above floors first, until what is left fits, and has what lies
+beyond the new end copied to where room is, cached or in use; tables, tree and leases follow.
 """
 
 from __future__ import annotations
@@ -33,24 +33,18 @@ def check_size(pool: BlockPool, shared: SharedBlocks | None, num_blocks: int, mo
 def vacate(
     pool: BlockPool, shared: SharedBlocks | None, num_blocks: int, block_size: int
 ) -> tuple[dict[int, int], Moves]:
-    """Leave blocks from `num_blocks` on: free ones out of service, and a place held for each that is in use.
+    """Leave blocks from `num_blocks` on: free ones out of service, and a place held for each that has contents.
 
     Returns where these go, and the copies that must be made before `relocate`. No other moves may be pending.
     """
     beyond = range(num_blocks, pool.num_blocks)
     if shared is not None:
-        for block in beyond:
-            node = shared.tree.nodes.get(block)
-            if node is not None and node.alive and not pool.num_holders(block):
-                shared.purge(node)
-        num_homeless = sum(1 for block in beyond if pool.num_holders(block))
-        num_vacant = sum(1 for block in beyond if pool.is_vacant(block))
-        while pool.num_free < num_vacant + num_homeless:
+        while pool.num_active + pool.num_cached > num_blocks:
             shared.evict_any()
     for block in beyond:
         if pool.is_vacant(block):
             pool.withdraw(block)
-    homeless = [block for block in beyond if pool.num_holders(block)]
+    homeless = [block for block in beyond if not pool.is_withdrawn(block)]
     targets = dict(zip(homeless, pool.allocate(len(homeless)), strict=True))
     wipes = tuple(target for target in targets.values() if target in pool.dirty)
     return targets, Moves(wipes, tuple(Copy(block, target, block_size) for block, target in targets.items()))

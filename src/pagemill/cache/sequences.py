@@ -24,7 +24,8 @@ class SequenceBlocks:
 
     tokens: the caller's, of which positions below `committed` are final; None where nothing is to be published. node:
     of its last published whole block, or the root. publish_at: length at which the next block is full. tail: node of
-    the beginning of its part-filled block, where that was published. missing: keys of the prompt's blocks from index
+    the beginning of its part-filled block, where that was published. root: where its text begins. first_read: by window
+    group, index of the first block that it holds a page of. missing: keys of the prompt's blocks from index
     first_missing on.
     """
 
@@ -37,6 +38,8 @@ class SequenceBlocks:
     node: Node | None = None
     tail: Node | None = None
     retain: tuple[Retain, ...] = ()
+    root: Node | None = None
+    first_read: list[int] = field(default_factory=list)
     missing: Ordered[bytes] = ()
     first_missing: int = 0
 

@@ -14,28 +14,30 @@ from pagemill.base.errors import CapacityError, IntegrityError, RequestError
 from pagemill.base.params import CacheOptions, Retain
 from pagemill.base.transfer import NO_MOVES, Copy, Moves
 from pagemill.cache.block import DEFAULT_PRIORITY, Node
-from pagemill.cache.entry import Entry, Removed, SharingConfig, Stored
+from pagemill.cache.entry import Entered, Entry, Removed, SharingConfig, Stored
 from pagemill.cache.eviction import Shelves
-from pagemill.cache.keys import TOKEN_BYTES, Secrets, child_key
+from pagemill.cache.keys import TOKEN_BYTES, Secrets
 from pagemill.cache.leases import Lease, Leases
+from pagemill.cache.lookup import Lookups
 from pagemill.cache.pool import BlockPool
-from pagemill.cache.prefix import Match, PrefixTree
-from pagemill.cache.receipt import EvictedKeys, Lookup, Miss
+from pagemill.cache.prefix import PrefixTree
 from pagemill.cache.tenancy import Account, Tenancy
+from pagemill.cache.verification import verify_blocks
+from pagemill.cache.windows import Windows
 
-EVICTED_KEYS_PER_BLOCK = 4
-MOST_EMPTY_ROOTS = 4096
+KEYS_PER_BLOCK = 4
 
 
 class SharedBlocks:
     """Published blocks over a pool. Mutated by every method that is not a question.
 
-    now_s: time of the last `advance`. on_event: told of each Stored and Removed, in order.
+    now_s: time of the last `advance`. on_event, listener: told of each Stored and Removed, in order. on_used: of
+    the nodes that a sequence found, first to last. num_wiped: pages overwritten.
     """
 
     __slots__ = (
-        "_config", "_copies", "_entry", "_owner", "_pool", "_version", "evicted", "leases", "now_s", "num_evicted",
-        "on_event", "secrets", "shelves", "tenancy", "tree",
+        "_config", "_copies", "_entry", "_owner", "_patrol", "_pool", "_version", "leases", "listener", "lookups",
+        "now_s", "num_evicted", "num_wiped", "on_event", "on_used", "secrets", "shelves", "tenancy", "tree", "windows",
     )  # fmt: skip
 
     def __init__(self, pool: BlockPool, block_size: int, config: SharingConfig) -> None:
@@ -43,90 +45,53 @@ class SharedBlocks:
         self._config = config
         self._owner = array("i", bytes(4 * pool.num_blocks))
         self._copies: dict[int, Copy] = {}  # by target
+        self._patrol = 0  # the block that `check` looks at next
         self._version = 0  # of everything that an entry depends on
         self._entry: tuple[array[int], int, CacheOptions, int, Entry] | None = None
         self.secrets = Secrets()
         self.tree = PrefixTree(block_size, self.secrets)
         self.shelves = Shelves(config.policy, pool.num_blocks, config.page_bytes)
         self.tenancy = Tenancy(pool.num_blocks, known_only=config.known_tenants_only)
-        self.evicted = EvictedKeys(EVICTED_KEYS_PER_BLOCK * pool.num_blocks)
+        self.windows = Windows.make(config.windows, block_size, config.wipes, pool.is_published)
+        self.lookups = Lookups(pool, self.tree, self.tenancy, self.windows, KEYS_PER_BLOCK * pool.num_blocks)
         self.leases = Leases()
-        self.num_evicted = 0
+        self.num_evicted = self.num_wiped = 0
         self.now_s = 0.0
         self.on_event: Callable[[Stored | Removed], None] | None = None
+        self.listener: Callable[[Stored | Removed], None] | None = None
+        self.on_used: Callable[[Sequence[Node]], None] | None = None
 
     # What is there
 
     def available(self, account: Account) -> int:
         """Blocks that the account could take now."""
-        return self.tenancy.available(account, self._pool.num_free, self._pool.num_cached)
+        count = self.tenancy.available(account, self._pool.num_free, self._pool.num_cached)
+        return count if self.windows is None else min(count, self.windows.num_available())
 
     def entry(self, options: CacheOptions, tokens: array[int], num_tokens: int) -> Entry:
-        """How a sequence whose known tokens are the first `num_tokens` of `tokens` would enter now. Changes nothing but
-        opening an account or a root; raises RequestError as `Tenancy.namespace` does."""
+        """How a sequence whose known tokens are the first `num_tokens` of `tokens` would enter now."""
         last = self._entry
         if last is not None and last[0] is tokens and last[1:4] == (num_tokens, options, self._version):
             return last[4]
-        entry = self._find_entry(options, tokens, num_tokens)
+        self._make_room_for_accounts()
+        entry = self.lookups.find(options, self._config.fingerprint, tokens, num_tokens)
         self._entry = (tokens, num_tokens, options, self._version, entry)
         return entry
 
-    def _find_entry(self, options: CacheOptions, tokens: array[int], num_tokens: int) -> Entry:
-        namespace = self.tenancy.namespace(options.tenant, options.salt, options.public)
-        account = self.tenancy.account(namespace)
-        size = self.tree.block_size
-        count = -(-num_tokens // size)
-        self.tree.drop_empty_roots(MOST_EMPTY_ROOTS)
-        root = self.tree.root(namespace, self._config.fingerprint)
-        room = self.tenancy.room(account, self._pool.num_free, self._pool.num_cached)
-        most = num_tokens - 1
-        if options.bypass or most < 1:
-            miss = Miss("bypassed", 0) if options.bypass else None
-            lookup = Lookup(max(most, 0), miss=miss)
-            return Entry(account, root, root, [], None, 0, count, self.available(account), room, lookup, [])
-        data = tokens[:num_tokens].tobytes()
-        match = self.tree.find(root, data, most)
-        shared = [node.block for node in match.nodes]
-        revived = sum(1 for block in shared if not self._pool.num_holders(block))
-        spare, room = self.available(account) - revived, room - revived
-        num_new = count - len(shared)
-        tail, num_tail = match.tail, match.num_tail_tokens
-        if tail is not None and not self._pool.num_holders(tail.block):
-            if spare - 1 >= num_new:
-                spare, room = spare - 1, room - 1
-            elif spare >= num_new:  # the source would have to go to make room for its own copy
-                tail, num_tail = None, 0
-        num_hit = len(shared) * size + num_tail
-        missing = self._missing_keys(match, data, most)
-        miss = None if num_hit == most else self._miss(options, match, data, num_hit, most, missing)
-        node = match.nodes[-1] if match.nodes else root
-        lookup = Lookup(most, num_hit, num_hit, miss)
-        return Entry(account, root, node, shared, tail, num_tail, num_new, spare, room, lookup, missing)
+    def account_of(self, options: CacheOptions) -> Account:
+        """Whose blocks a request's are."""
+        self._make_room_for_accounts()
+        return self.tenancy.account(self.tenancy.namespace(options.tenant, options.salt, options.public))
 
-    def _missing_keys(self, match: Match, data: bytes, most: int) -> list[bytes]:
-        size = self.tree.block_size * TOKEN_BYTES
-        key = match.nodes[-1].key if match.nodes else match.root.key
-        found = []
-        for at in range(len(match.nodes) * size, most * TOKEN_BYTES - size + 1, size):
-            key = child_key(key, data[at : at + size])
-            found.append(key)
-        return found
-
-    def _miss(
-        self, options: CacheOptions, match: Match, data: bytes, num_hit: int, most: int, missing: list[bytes]
-    ) -> Miss:
-        """Why position `num_hit` was not found; from this namespace's own memory alone."""
-        when = self.evicted.when(missing[0]) if missing else None
-        if when is not None:
-            return Miss("evicted", num_hit, max(self.now_s - when, 0.0), self.shelves.policy)
-        namespace = self.tenancy.namespace(options.tenant, options.salt, options.public)
-        for root in self.tree.siblings_of(namespace, self._config.fingerprint):
-            other = self.tree.find(root, data, most)
-            if len(other.nodes) * self.tree.block_size + other.num_tail_tokens > num_hit:
-                return Miss("other format", num_hit)
-        last = match.nodes[-1] if match.nodes else match.root
-        follows = match.tail is None or len(match.tail.tokens) > TOKEN_BYTES * match.num_tail_tokens
-        return Miss("differs" if last.children and follows else "not seen", num_hit)
+    def _make_room_for_accounts(self) -> None:
+        """Where names have piled up, idle accounts go, with their roots and secrets: nothing is found by these."""
+        if not self.tenancy.is_crowded:
+            return
+        self._version += 1
+        for account in self.tenancy.drop_idle():
+            for namespace, fingerprint, _ in self.tree.roots_of(account.tenant, public=account.public):
+                self.tree.forget_root(namespace, fingerprint)
+            self.secrets.forget(account.tenant, public=account.public)
 
     @property
     def num_references(self) -> int:
@@ -149,30 +114,31 @@ class SharedBlocks:
 
     # Blocks in and out
 
-    def enter(self, entry: Entry) -> array[int]:
-        """Take what `entry` names: hold the hits, copy the tail, allocate the rest. Returns the block table.
+    def enter(self, entry: Entry) -> Entered:
+        """Take what `entry` names: hold the hits, copy the tail, allocate the rest.
 
         Raises CapacityError, and changes nothing, where blocks are short.
         """
         if entry.num_new > max(entry.num_spare, 0):
             raise self._shortage(entry.account, entry.num_new)
-        for node in reversed(self.tree.chain(entry.node)):
-            assert node.shelf is not None
-            node.shelf.touch(node.block)
+        missing = self.lookups.missing_keys(entry)
+        lookup = self.lookups.explain(entry, self._config.fingerprint, missing, self.now_s, self.shelves.policy)
+        self.shelves.touch_chain(entry.match.nodes)
         self.hold(entry.shared)
+        if self.on_used is not None:
+            self.on_used(entry.match.nodes)
         tail = entry.tail
         if tail is not None:
-            assert tail.shelf is not None
-            tail.shelf.touch(tail.block)
+            self.shelves.touch_chain([tail])
             self.hold([tail.block])
-        for key in entry.missing:
-            self.shelves.on_miss(key, entry.account.partition)
+        if missing:
+            self.shelves.on_misses(missing, entry.account.partition)
         table = array("i", entry.shared)
         table.extend(self.allocate(entry.account, entry.num_new))
         if tail is not None:
             target = table[len(entry.shared)]
             self._copies[target] = Copy(tail.block, target, entry.num_tail_tokens)
-        return table
+        return Entered(table, lookup, missing)
 
     def allocate(self, account: Account, count: int) -> array[int]:
         """Take `count` blocks for an account, evicting what has to go. Raises CapacityError, and changes nothing, where
@@ -184,7 +150,7 @@ class SharedBlocks:
         while count and account.cap is not None and account.used + count > account.cap:
             self._evict([account])
         while pool.num_free < count:
-            self._evict(self.tenancy.givers(account))
+            self._evict(self.tenancy.givers(account, pool.num_cached))
         blocks = pool.allocate(count)
         for block in blocks:
             self._owner[block] = account.index
@@ -199,8 +165,7 @@ class SharedBlocks:
             node = nodes[block]
             accounts[self._owner[block]].cached -= 1
             if not node.children:
-                assert node.shelf is not None
-                node.shelf.lock(block)
+                self.shelves.lock(node)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Take a holder from each block. Copies into blocks that become free are no longer made."""
@@ -215,8 +180,7 @@ class SharedBlocks:
                     above.append(account)
                 node = nodes[block]
                 if not node.children:
-                    assert node.shelf is not None
-                    node.shelf.unlock(block)
+                    self.shelves.unlock(node)
             else:
                 account.used -= 1
                 if self._copies and block in self._copies:
@@ -226,8 +190,17 @@ class SharedBlocks:
 
     # Publication
 
-    def publish(self, parent: Node, block: int, tokens: bytes, key: bytes | None, retain: Retain | None) -> Node:
-        """Let a held block be found behind `parent`. What its tokens begin with and nobody holds makes way for it."""
+    def publish(
+        self,
+        parent: Node,
+        block: int,
+        tokens: bytes,
+        key: bytes | None,
+        retain: Retain | None,
+        text: tuple[int, int] = (0, 0),
+    ) -> Node:
+        """Let a held block be found behind `parent`. What its tokens begin with and nobody holds makes way for it.
+        text: as policies are told, `Shelves.insert`."""
         self._version += 1
         shorter = self.tree.beginning_of(parent, tokens)
         node = self.tree.add(parent, block, tokens, key)
@@ -238,13 +211,13 @@ class SharedBlocks:
             if retain.ttl_s is not None:
                 self.shelves.expire_at(node, self.now_s + retain.ttl_s)
         if len(parent.children) == 1 and parent.shelf is not None and not self._pool.num_holders(parent.block):
-            parent.shelf.lock(parent.block)
+            self.shelves.lock(parent)
         partition = self.tenancy.accounts[node.account].partition
-        self.shelves.insert(node, partition, len(tokens) // TOKEN_BYTES, locked=True)
+        self.shelves.insert(node, partition, len(tokens) // TOKEN_BYTES, locked=True, text=text)
         if shorter is not None and not self._pool.num_holders(shorter.block):
             self.discard(shorter)
-        if self.on_event is not None:
-            self.on_event(Stored(node.key, parent.key, block, len(tokens) // TOKEN_BYTES))
+        if self.on_event is not None or self.listener is not None:
+            self._tell(Stored(node.key, parent.key, block, len(tokens) // TOKEN_BYTES))
         return node
 
     def discard(self, node: Node, *, evicted: bool = False) -> None:
@@ -258,10 +231,17 @@ class SharedBlocks:
             account.cached -= 1
             account.used -= 1
         self._pool.unpublish(block)
+        if self.windows is not None:
+            self.windows.drop(block)
         if parent.shelf is not None and not parent.children and not self._pool.num_holders(parent.block):
-            parent.shelf.unlock(parent.block)
-        if self.on_event is not None:
-            self.on_event(Removed(node.key, evicted))
+            self.shelves.unlock(parent)
+        if self.on_event is not None or self.listener is not None:
+            self._tell(Removed(node.key, evicted))
+
+    def _tell(self, event: Stored | Removed) -> None:
+        for told in (self.on_event, self.listener):
+            if told is not None:
+                told(event)
 
     def retain(self, node: Node, retain: Retain) -> None:
         """Give a published block this priority and this much time from now, if that is more than it has."""
@@ -282,13 +262,14 @@ class SharedBlocks:
 
     def set_quota(self, tenant: str, floor: int, cap: int | None) -> None:
         """A tenant's floor and cap in blocks; its cached blocks beyond the cap go at once, those in use as they end."""
+        known = self.tenancy.partition_of(tenant)
         account = self.tenancy.set_quota(tenant, floor, cap)
         self._version += 1
-        partition = account.index + 1 if self.tenancy.own_partition(account) else 0
-        if partition != account.partition:
-            account.partition = partition
+        if known != account.partition:
             for node in [each for each in self.tree.nodes.values() if each.account == account.index]:
                 self._shelve(node, node.priority, anew=True)
+            if known:
+                self.shelves.drop(known)
         self._keep_cap(account)
 
     def _keep_cap(self, account: Account) -> None:
@@ -311,9 +292,10 @@ class SharedBlocks:
         """
         if not 0 < seconds < 1e9:
             raise RequestError(f"a lease of {seconds} seconds; give a time above 0")
+        self.tenancy.check(options)
+        account = self.account_of(options)
         nodes = self.chain_of(options, tokens)
         blocks = [node.block for node in nodes]
-        account = self.tenancy.account(self.tenancy.namespace(options.tenant, options.salt, options.public))
         fresh = self.leases.num_fresh(blocks)
         most = self._pool.num_blocks // 2
         if account.cap is not None and account.pinned + fresh > account.cap:
@@ -351,11 +333,12 @@ class SharedBlocks:
         for each in nodes:
             if each.alive:  # the end of a lease may have let it go already
                 self.discard(each)
-        self.evicted.forget([each.key for each in nodes])
+        self.lookups.forget(nodes)
         return len(nodes)
 
     def purge_text(self, options: CacheOptions, tokens: array[int]) -> int:
         """Drop what is published of a text and of no other that goes on from it. Returns blocks dropped."""
+        self.tenancy.check(options)
         count = 0
         for node in reversed(self.chain_of(options, tokens)):
             if node.children:
@@ -366,6 +349,7 @@ class SharedBlocks:
     def purge_prefix(self, options: CacheOptions, tokens: array[int]) -> int:
         """Drop every text that begins with these tokens: blocks that hold their last position or any behind it. What a
         running sequence has not published yet is published as it goes on."""
+        self.tenancy.check(options)
         nodes, size = [self._root(options), *self.chain_of(options, tokens)], self.tree.block_size
         if len(nodes) <= len(tokens) // size:
             return 0
@@ -377,8 +361,9 @@ class SharedBlocks:
 
     def purge_namespace(self, options: CacheOptions) -> int:
         """Drop every text of the namespace that these options name, its salt included."""
-        namespace = self.tenancy.namespace(options.tenant, options.salt, options.public)
+        self.tenancy.check(options)
         count = self.purge(self._root(options))
+        namespace = self.tenancy.namespace(options.tenant, options.salt, options.public)
         self.tree.forget_root(namespace, self._config.fingerprint)
         return count
 
@@ -389,6 +374,14 @@ class SharedBlocks:
             count += self.purge(root)
             self.tree.forget_root(namespace, fingerprint)
         self.secrets.forget(tenant)
+        return count
+
+    def remove_tenant(self, tenant: str) -> int:
+        """`purge_tenant`, and its quota goes with it. Returns blocks dropped."""
+        count = self.purge_tenant(tenant)
+        if self.tenancy.is_known(tenant):
+            self.set_quota(tenant, 0, None)
+            self.tenancy.undeclare(tenant)
         return count
 
     # What the data plane is to do
@@ -404,6 +397,7 @@ class SharedBlocks:
         """The data plane has carried out `moves`."""
         for block in moves.wipes:
             self._pool.dirty.pop(block, None)
+        self.num_wiped += len(moves.wipes)
         for copy in moves.copies:
             if self._copies.get(copy.target) is copy:
                 del self._copies[copy.target]
@@ -423,23 +417,20 @@ class SharedBlocks:
 
     def evict_any(self) -> None:
         """Evict a block as for a smaller cache: of who is above a floor, and only then of anyone."""
-        self._evict(self.tenancy.above_floors() or [a for a in self.tenancy.accounts if a.partition])
+        self._evict(self.tenancy.to_shrink(self._pool.num_cached))
 
     def renumber(self, moved: Mapping[int, int]) -> None:
-        """Blocks in use have new ids: old -> new."""
+        """Blocks with contents have new ids: old -> new."""
         self._version += 1
         for old, new in moved.items():
             self._owner[new] = self._owner[old]
             node = self.tree.nodes.pop(old, None)
             if node is not None:
-                shelf = node.shelf
-                assert shelf is not None
-                shelf.remove(old, False)
-                node.block = new
                 self.tree.nodes[new] = node
-                partition = self.tenancy.accounts[node.account].partition
-                self.shelves.insert(node, partition, len(node.tokens) // TOKEN_BYTES, locked=True)
+                self.shelves.renumber(node, new)
         self.leases.renumber(moved)
+        if self.windows is not None:
+            self.windows.renumber(moved)
 
     def set_num_blocks(self, num_blocks: int) -> None:
         """The pool has another size."""
@@ -447,53 +438,57 @@ class SharedBlocks:
         self.tenancy.num_blocks = num_blocks
         del self._owner[num_blocks:]
         self._owner.extend([0] * (num_blocks - len(self._owner)))
+        self.shelves.resize(num_blocks)
+        self.lookups.resize(KEYS_PER_BLOCK * num_blocks)
 
     def _evict(self, givers: Iterable[Account | None]) -> None:
         block = self.shelves.victim(0 if each is None else each.partition for each in givers)
         if block is None:
             raise IntegrityError("no cached block can be evicted although the accounts say so; report this as a bug")
         node = self.tree.nodes[block]
-        self.evicted.add(node.key, self.now_s)
+        self.lookups.evict(node, self.now_s)
         self.num_evicted += 1
         self.discard(node, evicted=True)
 
     def _shortage(self, account: Account, count: int) -> CapacityError:
-        if account.cap is not None and count > account.cap - account.used + account.cached:
-            return CapacityError(
-                f"{count} blocks of the KV cache are needed; tenant {account.name!r} may have {account.cap} and uses "
-                f"{account.used}; raise its quota or run fewer or shorter sequences",
-                retry_after_s=1.0,
-            )
-        return self._pool.shortage(count, self.available(account))
+        return account.shortage(count) or self._pool.shortage(count, self.available(account))
 
     def cap_error(self, count: int, options: CacheOptions) -> CapacityError | None:
         """The error of a text of `count` blocks that its account's cap can never hold, None where it can."""
-        account = self.tenancy.account(self.tenancy.namespace(options.tenant, options.salt, options.public))
-        if account.cap is None or count <= account.cap:
-            return None
-        return CapacityError(
-            f"the sequence needs {count} blocks of the KV cache and tenant {account.name!r} may have {account.cap}; "
-            f"shorten it or raise the tenant's quota"
-        )
+        return self.account_of(options).never(count)
+
+    def check(self) -> None:
+        """Look at the next block in turn, in O(1). Raises IntegrityError where pool, tree and accounts contradict each
+        other there."""
+        pool = self._pool
+        block = self._patrol = (self._patrol + 1) % pool.num_blocks
+        pool.check_block(block)
+        node = self.tree.nodes.get(block)
+        if pool.is_published(block) != (node is not None):
+            raise IntegrityError(f"block {block} is published in the pool or in the tree, and not in both")
+        if node is not None:
+            account = self.tenancy.accounts[node.account]
+            named = node.block == block and node.alive and self.tree.index.get(node.key) is node
+            if not named or node.shelf is None or not 0 <= account.cached <= account.used:
+                raise IntegrityError(f"{node} is not what block {block} holds, or {account} is miscounted")
+
+    def rebuild(self) -> None:
+        """Drop every text and every hold, whatever state they are in; the pool has been reset. Quotas, public names and
+        secrets stay, pins end."""
+        self._version += 1
+        keys = list(self.tree.index)
+        self.tree.clear()
+        self.lookups.clear()
+        self.tenancy.clear()
+        self.leases.clear()
+        self._copies.clear()
+        if self.windows is not None:
+            self.windows.clear()
+        self._owner = array("i", bytes(4 * self._pool.num_blocks))
+        self.shelves = Shelves(self._config.policy, self._pool.num_blocks, self._config.page_bytes)
+        for key in keys:
+            self._tell(Removed(key, False))
 
     def verify(self) -> None:
         """Pool, tree and accounts agree, in O(n), for tests. Raises IntegrityError."""
-        self.tree.verify()
-        pool = self._pool
-        published = {block for block in range(pool.num_blocks) if pool.is_published(block)}
-        if published != set(self.tree.nodes):
-            raise IntegrityError(f"published blocks {sorted(published)} are not the tree's {sorted(self.tree.nodes)}")
-        used = [0] * len(self.tenancy.accounts)
-        cached = list(used)
-        for block in range(pool.num_blocks):
-            if pool.num_holders(block) or block in published:
-                used[self._owner[block]] += 1
-                cached[self._owner[block]] += not pool.num_holders(block)
-        for account in self.tenancy.accounts:
-            if (account.used, account.cached) != (used[account.index], cached[account.index]):
-                raise IntegrityError(f"{account} counts other than {used[account.index]}, {cached[account.index]}")
-            if account.cap is not None and account.used > account.cap and account.cached:
-                raise IntegrityError(f"{account} is above its cap and holds cached blocks")
-        for target, copy in self._copies.items():
-            if not pool.num_holders(copy.source) or not pool.num_holders(target) or copy.target != target:
-                raise IntegrityError(f"{copy} names a block that nobody holds")
+        verify_blocks(self._pool, self.tree, self.tenancy, self._owner, self._copies)

@@ -10,7 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from pagemill.cli.access_options import access_options
+from pagemill.cli.keys_commands import keys_app
 from pagemill.cli.options import engine_options
+from pagemill.cli.simulate_options import serving_options
 from pagemill.cli.terminal import silence_stdout
 
 _SETTINGS: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
@@ -23,9 +26,12 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Fetch, list, remove and describe models.", **_SETTINGS)
 bench_app = typer.Typer(help="Measure on this machine: table, JSON, plots.", **_SETTINGS)
+cache_app = typer.Typer(help="What the prefix cache holds, found, and would find at other sizes.", **_SETTINGS)
 config_app = typer.Typer(help="The engine's options: values in force, where they come from, schema.", **_SETTINGS)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
 app.add_typer(bench_app, name="bench", rich_help_panel="This machine")
+app.add_typer(cache_app, name="cache", rich_help_panel="This machine")
+app.add_typer(keys_app(_SETTINGS), name="keys", rich_help_panel="Generate")
 app.add_typer(config_app, name="config", rich_help_panel="This machine")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -86,6 +92,9 @@ def generate(
     ignore_eos: IgnoreEos = False,
     n: Annotated[int, typer.Option("-n", "--n", help="Number of answers (needs a temperature above 0).")] = 1,
     logprobs: Annotated[int | None, typer.Option(help="Report the k most likely tokens at each position.")] = None,
+    repeat: Annotated[
+        int, typer.Option(help="Ask so often, one after the other; with --json all answers in one list.")
+    ] = 1,
     json: Json = False,
     engine: dict[str, Any] | None = None,
 ) -> None:
@@ -102,7 +111,7 @@ def generate(
         "n": n,
         "logprobs": logprobs,
     }
-    _act(ctx, "generate", prompt=prompt, sampling=sampling, as_json=json, engine=engine)
+    _act(ctx, "generate", prompt=prompt, repeat=repeat, sampling=sampling, as_json=json, engine=engine)
 
 
 @app.command(rich_help_panel="Generate")
@@ -130,7 +139,44 @@ def chat(
     _act(ctx, "chat", system=system, sampling=sampling, engine=engine)
 
 
+@app.command(rich_help_panel="Generate")
+@engine_options
+@access_options
+def serve(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(help="The model: a name or a path; also --model.", metavar="[MODEL]")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at (0: any that is free).")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name that clients ask for; may be given several times.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="File with a chat template, in place of the model's own.", metavar="FILE")
+    ] = None,
+    shutdown_timeout: Annotated[
+        str, typer.Option(help="How long running requests may go on after SIGTERM, as 30 or 2m.")
+    ] = "30",
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse requests with fields that are not known.")] = False,
+    access: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """Serve a model over HTTP with OpenAI's API. One line when ready; Ctrl-C and SIGTERM let requests finish."""
+    server = {
+        "host": host,
+        "port": port,
+        "served_model_name": served_model_name,
+        "chat_template": chat_template,
+        "shutdown_timeout": shutdown_timeout,
+        "strict": strict,
+        "access": access,
+    }
+    _act(ctx, "serve", name=name, server=server, engine=engine)
+
+
 @app.command(rich_help_panel="This machine")
+@serving_options
 def simulate(
     ctx: typer.Context,
     trace: Annotated[
@@ -144,21 +190,12 @@ def simulate(
     plot: Annotated[str | None, typer.Option(help="Draw the curves: a .png or .svg file.", metavar="FILE")] = None,
     manager: Annotated[bool, typer.Option("--manager", help="Replay over the engine's whole cache manager.")] = False,
     json: Json = False,
+    served: dict[str, Any] | None = None,
 ) -> None:
     """Replay a trace over eviction policies, without a model: hit ratios by policy and size beside the optimum."""
-    _act(
-        ctx,
-        "simulate",
-        trace=trace,
-        policies=policy,
-        blocks=blocks,
-        session_gap=session_gap,
-        seed=seed,
-        json_file=output,
-        plot=plot,
-        manager=manager,
-        as_json=json,
-    )
+    given = {"trace": trace, "policies": policy, "blocks": blocks, "session_gap": session_gap, "seed": seed}
+    given |= {"json_file": output, "plot": plot, "manager": manager, "as_json": json}
+    _act(ctx, "simulate.serve", **given, served=served) if served else _act(ctx, "simulate", **given)
 
 
 @app.command(rich_help_panel="This machine")
@@ -356,6 +393,59 @@ def bench_growth(
     _act(ctx, "bench.growth", rounds=rounds, quick=quick, output=output, as_json=json, engine=engine)
 
 
+@bench_app.command("cache")
+@engine_options
+def bench_cache(
+    ctx: typer.Context,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Groups of rows, separated by commas: ttft, bytes, overhead, wipe, unused, hits, eviction, live, "
+            "latency (unset: all).",
+            show_default=False,
+        ),
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Samples of what is repeated.")] = 5,
+    quick: Quick = False,
+    trace: Annotated[
+        str | None, typer.Option(help="Trace with block ids for the hit ratio (unset: generated).", metavar="FILE")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Trace of lengths for the unused positions (unset: generated).", metavar="FILE")
+    ] = None,
+    cpu_time: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-time",
+            help="Count CPU time on one kernel thread, for ratios on a busy machine; leaves llama.cpp out.",
+        ),
+    ] = False,
+    python_llama: PeerPython = None,
+    environments: Annotated[
+        str, typer.Option(help="Directory of the peers' environments.", metavar="DIRECTORY")
+    ] = "~/.cache/pagemill/peers",
+    output: Output = "bench-results",
+    json: Json = False,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """The cache in memory against its goals: first token from a cached prefix, cost, unused room, hits, streams."""
+    _act(
+        ctx,
+        "bench.cache",
+        rows=rows,
+        num_runs=runs,
+        quick=quick,
+        cpu_time=cpu_time,
+        trace=trace,
+        lengths=lengths,
+        python_llama=python_llama,
+        environments=environments,
+        output=output,
+        as_json=json,
+        engine=engine,
+    )
+
+
 @bench_app.command("step")
 @engine_options
 def bench_step(
@@ -370,6 +460,28 @@ def bench_step(
     """Where the time of a decode step goes: native call, schedule, batch, sampling, commit, deltas, rest."""
     given = {"streams": streams, "num_steps": steps, "sampled": sampled, "output": output}
     _act(ctx, "bench.step", **given, as_json=json, engine=engine)
+
+
+@cache_app.callback()
+def cache() -> None:
+    """What the prefix cache holds, found, and would find at other sizes."""
+
+
+@cache_app.command("stats")
+def cache_stats(
+    ctx: typer.Context,
+    trace: Annotated[
+        str | None,
+        typer.Argument(help="A trace with block ids to replay here, or a load: chat, agents, … (instead of --url)"),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Admin address of a running server.", metavar="URL")] = None,
+    key: Annotated[str | None, typer.Option(help="The operator's key (unset: PAGEMILL_ADMIN_KEY).")] = None,
+    blocks: Annotated[str, typer.Option(help="Size of the cache that a trace is replayed over, in blocks.")] = "10000",
+    seed: Annotated[int, typer.Option(help="Seed of session starts and generated loads.")] = 0,
+    json: Json = False,
+) -> None:
+    """Use of the cache, tokens found, and the expected hit ratio at other sizes: of a server, or of a trace."""
+    _act(ctx, "cache.stats", trace=trace, url=url, key=key, blocks=blocks, seed=seed, as_json=json)
 
 
 @config_app.command("show")

@@ -21,6 +21,13 @@ def show(*, engine: dict[str, Any], as_json: bool) -> None:
                 name: {"value": getattr(resolved.config, name), "origin": resolved.origins[name], "unit": each.unit}
                 for name, each in OPTIONS.items()
             }
+            | {
+                "tenants": {
+                    "value": {each.name: each.describe() for each in resolved.config.tenants},
+                    "origin": resolved.origins["tenants"],
+                    "unit": "",
+                }
+            }
         )
         return
     table = Table(box=None, pad_edge=False)
@@ -30,6 +37,9 @@ def show(*, engine: dict[str, Any], as_json: bool) -> None:
         value = getattr(resolved.config, name)
         shown = "unset" if value is None else f"{value:,}" if isinstance(value, int) and each.unit else str(value)
         table.add_row(name, shown, resolved.origins[name], each.help)
+    for tenant in resolved.config.tenants:
+        granted = ", ".join(f"{name} {value}" for name, value in tenant.describe().items() if value is not None)
+        table.add_row(f"tenants.{tenant.name}", granted, resolved.origins["tenants"], "What this tenant is granted.")
     Console(highlight=False).print(table)
 
 

@@ -6,32 +6,41 @@ import sys
 from typing import Any
 
 from pagemill.base.config import resolve_config
-from pagemill.base.errors import RequestError
+from pagemill.base.errors import ConfigError, RequestError
 from pagemill.base.params import SamplingParams
 from pagemill.base.units import format_seconds
 from pagemill.cli.progress import byte_progress
 from pagemill.cli.terminal import BOLD, note, paint, print_json
 from pagemill.llm import LLM, CompletionOutput, RequestOutput
 
+MOST_REPEATS = 1000
 
-def run(*, prompt: str, sampling: dict[str, Any], as_json: bool, engine: dict[str, Any]) -> None:
-    """Generate from one prompt ("-": stdin) and print text as it comes, or one JSON object."""
+
+def run(*, prompt: str, repeat: int, sampling: dict[str, Any], as_json: bool, engine: dict[str, Any]) -> None:
+    """Generate from one prompt ("-": stdin) and print text as it comes, or one JSON object; `repeat` times over, one
+    after the other on one engine, whose cache then has the prompt."""
+    if not 1 <= repeat <= MOST_REPEATS:
+        raise ConfigError(f"--repeat is {repeat}; give a number of times from 1 to {MOST_REPEATS:,}")
     params = SamplingParams(**sampling)
     text = read_stdin() if prompt == "-" else prompt
     with open_llm(engine, quiet=as_json) as llm:
         if as_json:
-            [answer] = llm.generate(text, params)
-            if answer.error is not None:
-                raise answer.error
-            print_json(describe(answer))
-        elif params.n > 1 or params.logprobs is not None:
-            [answer] = llm.generate(text, params)
-            if answer.error is not None:
-                raise answer.error
-            for choice in answer.outputs:
-                _print_choice(choice, several=params.n > 1)
-        else:
-            _stream(llm, text, params)
+            answers = [describe(_answer(llm, text, params)) for _ in range(repeat)]
+            print_json(answers[0] if repeat == 1 else {"answers": answers})
+            return
+        for _ in range(repeat):
+            if params.n > 1 or params.logprobs is not None:
+                for choice in _answer(llm, text, params).outputs:
+                    _print_choice(choice, several=params.n > 1)
+            else:
+                _stream(llm, text, params)
+
+
+def _answer(llm: LLM, text: str, params: SamplingParams) -> RequestOutput:
+    [answer] = llm.generate(text, params)
+    if answer.error is not None:
+        raise answer.error
+    return answer
 
 
 def open_llm(engine: dict[str, Any], *, quiet: bool, defaults: dict[str, object] | None = None) -> LLM:

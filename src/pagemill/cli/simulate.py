@@ -40,15 +40,15 @@ def run(
     as_json: bool,
 ) -> int:
     """Replay `trace` (a file, or a generated load's name) and print a table or one JSON object."""
-    names = _names(policies)
-    sizes = _sizes(blocks)
+    names = policy_names(policies)
+    sizes = block_sizes(blocks)
     gap_s = parse_seconds(session_gap)
     for flag, name in (("--output", json_file), ("--plot", plot)):
         if name is not None and not Path(name).expanduser().parent.is_dir():
             raise ConfigError(f"{name} cannot be written: its directory is not there; give another {flag}")
     if plot is not None and Path(plot).suffix not in (".png", ".svg"):
         raise ConfigError(f"--plot {plot}: a plot is a .png or an .svg; name one")
-    loaded = _load(trace, session_gap, seed)
+    loaded = load_trace(trace, session_gap, seed)
     if not any(each.blocks for each in loaded.requests):
         if plot is not None:
             raise ConfigError(f"--plot: {loaded.name} has lengths only and gives no hit curve; leave --plot out")
@@ -64,7 +64,7 @@ def run(
         "session_gap_s": gap_s,
         "rows": [asdict(each) for each in rows],
     }
-    _store(report, json_file)
+    store_report(report, json_file)
     if plot is not None and not draw_hit_curves(rows, Path(plot).expanduser()):
         note(MISSING)
     if as_json:
@@ -78,7 +78,8 @@ def run(
     return 0
 
 
-def _names(text: str) -> list[str]:
+def policy_names(text: str) -> list[str]:
+    """Names of policies from `lru,gittins`. Raises ConfigError."""
     names = list(dict.fromkeys(each.strip() for each in text.split(",") if each.strip()))
     if not names:
         raise ConfigError("--policy names no policy; give some, such as lru,gittins")
@@ -87,7 +88,8 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _sizes(text: str) -> list[int]:
+def block_sizes(text: str) -> list[int]:
+    """Sizes of a cache in blocks from `1000,10k`, the smallest first. Raises ConfigError."""
     sizes = sorted({parse_count(each) for each in text.split(",") if each.strip()})
     if not sizes or sizes[0] < 1 or sizes[-1] > _MOST_BLOCKS:
         raise ConfigError(
@@ -96,13 +98,15 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _load(trace: str, session_gap: str, seed: int) -> Trace:
+def load_trace(trace: str, session_gap: str, seed: int) -> Trace:
+    """The trace in a file, or a generated load of that name. Raises ConfigError."""
     if trace in GENERATORS and not Path(trace).is_file():
         return generate(trace, _GENERATED_REQUESTS, seed)
     return read_trace(trace, session_gap_s=parse_seconds(session_gap), seed=seed)
 
 
-def _store(report: dict[str, Any], json_file: str | None) -> None:
+def store_report(report: dict[str, Any], json_file: str | None) -> None:
+    """Write a report as JSON where a file is named. Raises ConfigError where that is not possible."""
     if json_file is None:
         return
     try:
@@ -126,7 +130,7 @@ def _table(rows: list[HitRow]) -> Table:
 
 def _publish_allocation(row: AllocationRow, json_file: str | None, *, as_json: bool) -> int:
     report = {"trace": row.trace, "allocation": asdict(row)}
-    _store(report, json_file)
+    store_report(report, json_file)
     if as_json:
         print_json(report)
     else:

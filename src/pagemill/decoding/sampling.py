@@ -1,7 +1,8 @@
 """From logits to one token per row: greedy or drawn, with log-probabilities. Owns the order of the cuts and their ties;
 knows nothing of sequences, steps or stops (`forbid` says what must not be chosen).
 
-    logits -> forbid -> greedy: the largest, ties to the lowest id
+    logits (adjusted, `adjust.py`)
+           -> forbid -> greedy: the largest, ties to the lowest id
                      -> ÷ temperature -> top-k -> top-p -> min-p -> inverse CDF in the order of token ids
 
 The cuts mean what they mean in vLLM, in the order of its V0 sampler:
@@ -13,7 +14,7 @@ The cuts mean what they mean in vLLM, in the order of its V0 sampler:
 A weight is exp((logit - largest) ÷ temperature) in whole 2^-40ths: an f32 polynomial without fused operations, rounded.
 Whole numbers make every sum exact, so neither the order of summation nor threads, batch or instruction set can change a
 token. This module is the specification; `csrc/generic/sampling-inl.h` chooses the same tokens without sorting.
-Log-probabilities are those of the raw logits, before forbid, temperature and cuts, good to 1e-6.
+Log-probabilities are those of the raw logits, before adjustments, forbid, temperature and cuts, good to 1e-6.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _sample_row(row: _Logits, request: SamplingRow, best: int) -> Sample | Sampl
     token = best if params.greedy else _draw(allowed, request)
     if params.logprobs is None:
         return Sample(request.seq_id, token)
-    return _with_logprobs(row, request.seq_id, token, params.logprobs)
+    return report(row, request.seq_id, token, params.logprobs)
 
 
 def _draw(row: _Logits, request: SamplingRow) -> int:
@@ -142,7 +143,7 @@ def _share(total: int, p: float) -> int:
     return min(total, max(1, math.ceil(p * float(total))))
 
 
-def _with_logprobs(row: _Logits, seq_id: int, token: int, count: int) -> Sample:
+def report(row: _Logits, seq_id: int, token: int, count: int) -> Sample:
     """The chosen token and the `count` most likely ones (ties: lower id first), from raw logits [vocab] f32."""
     assert count <= MAX_LOGPROBS
     largest = float(row.max())

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from math import inf
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pagemill.base.step import Sample, SampleFailure, SequenceStep, TokenLogprob
-from pagemill.decoding.sampling import NOT_A_NUMBER, NOTHING_LEFT, SamplingRow, sample
+from pagemill.decoding.adjust import Adjusted, LogitAdjuster
+from pagemill.decoding.sampling import NOT_A_NUMBER, NOTHING_LEFT, SamplingRow, report, sample
 from pagemill.kernels.sampling import CHOSEN, ROW_DTYPE, Choices, NativeSampler
 from pagemill.kernels.sampling import NOT_A_NUMBER as STATUS_NOT_A_NUMBER
 
@@ -30,21 +32,32 @@ class StepSampler(Protocol):
     ) -> tuple[Samples, Failures]:
         """One sample or one failure for each row, each in the order of rows.
 
-        logits: [rows, vocab] f32. best: [rows] i32, the first largest logit of each row, or its first NaN.
+        logits: [rows, vocab] f32, may be changed. best: [rows] i32, the first largest logit of each row, or its first
+        NaN, may be changed.
         """
         ...
 
 
 class SpecificationSampler:
-    """The specification itself, row by row: for executors without native logits, and for tests."""
+    """The specification itself, row by row: for executors without native logits, and for tests. Mutated by `choose`
+    (how far texts have come in their grammars)."""
+
+    def __init__(self, adjuster: LogitAdjuster | None = None) -> None:
+        self._adjuster = adjuster or LogitAdjuster()
 
     def choose(
         self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
     ) -> tuple[Samples, Failures]:
         requests = [SamplingRow(s.seq_id, s.params, s.seed, s.choice, s.end, s.forbid) for s in rows]
+        which = [index for index, each in enumerate(rows) if each.params.adjusts_logits]
+        adjusted = None
+        if which:
+            logits, best = logits.copy(), best.copy()
+            adjusted = self._adjuster.adjust(rows, which, logits, best)
         chosen = sample(logits, requests, best.tolist())
         samples = tuple(s for s in chosen if isinstance(s, Sample))
-        return samples, tuple(s for s in chosen if isinstance(s, SampleFailure))
+        failures = tuple(s for s in chosen if isinstance(s, SampleFailure))
+        return (samples, failures) if adjusted is None else _as_computed(rows, adjusted, samples, failures)
 
 
 class BatchSampler:
@@ -53,12 +66,15 @@ class BatchSampler:
     A sequence's parameters, seed and choice never change, so that its number stands for them.
     """
 
-    def __init__(self, native: NativeSampler) -> None:
+    def __init__(self, native: NativeSampler, adjuster: LogitAdjuster | None = None) -> None:
         self._native = native
+        self._adjuster = adjuster or LogitAdjuster()
         self._seq_ids: list[int] = []
+        self._which: list[int] = []  # rows whose logits are adjusted
         self._packed: dict[int, bytes] = {}
         self._requests = np.zeros(0, ROW_DTYPE)
         self._most_logprobs = -1
+        self._plain = False  # all rows take their largest logit and report nothing
 
     def choose(
         self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
@@ -66,12 +82,16 @@ class BatchSampler:
         seq_ids = [s.seq_id for s in rows]
         if seq_ids != self._seq_ids:
             self._remember(seq_ids, rows)
+        if self._plain and (samples := _largest(rows, logits, best)) is not None:
+            return samples, ()
         requests = self._requests
         requests["position"] = [s.start + len(s.token_ids) for s in rows]
+        adjusted = self._adjuster.adjust(rows, self._which, logits, best) if self._which else None
         choices = self._native.sample(logits, best, requests, _forbidden(rows), self._most_logprobs)
         if choices.reports is None and not choices.status.any():
             return tuple(map(Sample, seq_ids, choices.tokens.tolist())), ()
-        return _read(rows, requests, choices, logits.shape[1])
+        samples, failures = _read(rows, requests, choices, logits.shape[1])
+        return (samples, failures) if adjusted is None else _as_computed(rows, adjusted, samples, failures)
 
     def _remember(self, seq_ids: list[int], rows: Sequence[SequenceStep]) -> None:
         known = self._packed
@@ -79,6 +99,36 @@ class BatchSampler:
         self._requests = np.frombuffer(bytearray().join(map(packed.__getitem__, seq_ids)), ROW_DTYPE)
         self._most_logprobs = int(self._requests["logprobs"].max(initial=-1))
         self._seq_ids = seq_ids
+        self._which = [index for index, each in enumerate(rows) if each.params.adjusts_logits]
+        self._plain = not self._which and self._most_logprobs < 0 and all(each.params.greedy for each in rows)
+
+
+def _largest(rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]) -> Samples | None:
+    """The largest logit of each row, which is known already; None where one may not be taken."""
+    tokens = best.tolist()
+    value = logits.item
+    samples = []
+    for index, (step, token) in enumerate(zip(rows, tokens, strict=True)):
+        if step.forbid or not value(index, token) > -inf:  # NaN is not, either
+            return None
+        samples.append(Sample(step.seq_id, token))
+    return tuple(samples)
+
+
+def _as_computed(
+    rows: Sequence[SequenceStep], adjusted: Adjusted, samples: Samples, failures: Failures
+) -> tuple[Samples, Failures]:
+    """Log-probabilities of adjusted rows from their logits as computed, and why rows failed."""
+    raw = {rows[index].seq_id: row for index, row in adjusted.raw.items()}
+    if raw:
+        counts = {each.seq_id: each.params.logprobs or 0 for each in rows}
+        samples = tuple(
+            report(raw[s.seq_id], s.seq_id, s.token_id, counts[s.seq_id]) if s.seq_id in raw else s for s in samples
+        )
+    if adjusted.failed:
+        reasons = {rows[index].seq_id: reason for index, reason in adjusted.failed.items()}
+        failures = tuple(SampleFailure(f.seq_id, reasons.get(f.seq_id, f.reason)) for f in failures)
+    return samples, failures
 
 
 def _pack(step: SequenceStep) -> bytes:
@@ -116,12 +166,12 @@ def _read(
                 top = tuple(map(TokenLogprob, ids[:count], values, range(1, count + 1)))
                 reports[i] = TokenLogprob(token, logprob, rank), top
     tokens, statuses = choices.tokens.tolist(), choices.status.tolist()
-    for step, token, status, report in zip(rows, tokens, statuses, reports, strict=True):
+    for step, token, status, told in zip(rows, tokens, statuses, reports, strict=True):
         if status != CHOSEN:
             reason = NOT_A_NUMBER.format(token=token) if status == STATUS_NOT_A_NUMBER else NOTHING_LEFT
             failures.append(SampleFailure(step.seq_id, reason))
-        elif report is None:
+        elif told is None:
             samples.append(Sample(step.seq_id, token))
         else:
-            samples.append(Sample(step.seq_id, token, *report))
+            samples.append(Sample(step.seq_id, token, *told))
     return tuple(samples), tuple(failures)

@@ -19,7 +19,9 @@ class EngineLimits:
     """Sizes that requests are held to. Raises ConfigError on values below 1.
 
     max_model_len: longest sequence, prompt and answer together. eos_token_ids: the model's own end-of-text ids.
-    max_num_seqs: sequences that run at a time. max_num_batched_tokens: tokens computed in a step.
+    max_num_seqs: sequences that run at a time. max_num_batched_tokens: tokens computed in a step. mixed_step_percent:
+    how long a step that reads prompts may make those wait who decode, in percent of a step without (None: no bound).
+    max_queued_requests: requests of one tenant that may wait (None: no bound).
     """
 
     max_model_len: int
@@ -27,12 +29,18 @@ class EngineLimits:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     eos_token_ids: tuple[int, ...] = ()
+    mixed_step_percent: int | None = None
+    max_queued_requests: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}; give at least 1")
+        if self.mixed_step_percent is not None and self.mixed_step_percent <= 100:
+            raise ConfigError(f"mixed_step_percent is {self.mixed_step_percent}; give more than 100, or None")
+        if self.max_queued_requests is not None and self.max_queued_requests < 1:
+            raise ConfigError(f"max_queued_requests is {self.max_queued_requests}; give at least 1, or None")
         if self.max_model_len < 2:
             raise ConfigError("max_model_len is 1; give at least 2: one token of prompt and one of answer")
 
@@ -134,6 +142,7 @@ class Admission:
                     f"a retained range is {each.start} to {each.end} and the prompt has {num_prompt_tokens:,} tokens; "
                     f"end it at {num_prompt_tokens:,} at the most"
                 )
+        self._cache.check_options(options)
         error = self._cache.cap_error(num_prompt_tokens, options)
         if error is not None:
             raise error

@@ -5,11 +5,13 @@ One thread owns an engine. Whatever fails, fails as the last delta of the reques
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 from pagemill.base.errors import RequestError
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
@@ -24,10 +26,14 @@ from pagemill.engine.receipt import PrefillRate, Receipt
 from pagemill.engine.request import Marks, Request, Sequence
 from pagemill.engine.scheduler import Schedule, Scheduler
 
+_LOG: Final = logging.getLogger(__name__)
+_MOST_RECOVERIES: Final = 3
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counts of an engine: now (running, waiting, cache) and since its start (steps, tokens computed, preemptions)."""
+    """Counts of an engine: now (running, waiting, cache) and since its start (steps, tokens computed, preemptions; of
+    these, those that dropped no more than a tail; sequences whose deadline passed)."""
 
     num_running: int
     num_waiting: int
@@ -35,6 +41,8 @@ class EngineStats:
     num_computed_tokens: int
     num_preemptions: int
     cache: CacheStats
+    num_tails_dropped: int = 0
+    num_expired: int = 0
 
 
 class Engine:
@@ -45,8 +53,22 @@ class Engine:
     """
 
     __slots__ = (
-        "_admission", "_cache", "_clock", "_executor", "_next_seq_id", "_num_computed_tokens", "_num_requests",
-        "_num_steps", "_output", "_rate", "_scheduler", "_seed", "_unfinished", "on_stage",
+        "_admission",
+        "_cache",
+        "_clock",
+        "_damage",
+        "_executor",
+        "_next_seq_id",
+        "_num_computed_tokens",
+        "_num_recoveries",
+        "_num_requests",
+        "_num_steps",
+        "_output",
+        "_rate",
+        "_scheduler",
+        "_seed",
+        "_unfinished",
+        "on_stage",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +93,8 @@ class Engine:
         self._next_seq_id = 0
         self._num_steps = 0
         self._num_computed_tokens = 0
+        self._num_recoveries = 0  # since a step came to its end
+        self._damage: Exception | None = None  # raised where a request ended; mended before anything else
         self.on_stage: Callable[[str], None] | None = None
 
     @property
@@ -83,16 +107,23 @@ class Engine:
         """True while a request waits or runs: `step` has something to do."""
         return bool(self._unfinished)
 
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens computed since the start."""
+        return self._num_computed_tokens
+
     def stats(self) -> EngineStats:
         """Counts, in O(1)."""
         scheduler = self._scheduler
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=scheduler.num_waiting,
             num_steps=self._num_steps,
             num_computed_tokens=self._num_computed_tokens,
             num_preemptions=scheduler.num_preemptions,
             cache=self._cache.stats(),
+            num_tails_dropped=scheduler.num_tails_dropped,
+            num_expired=scheduler.num_expired,
         )
 
     @property
@@ -117,31 +148,43 @@ class Engine:
         """Queue a request; its answer comes out of `step` as deltas, `params.n` choices of them.
 
         arrival_s: on the engine's clock, None for now. cache: whose blocks it may share, and how. Raises RequestError
-        for a wrong request or an id in use, and CapacityError for a prompt that no emptying of the cache would let in;
-        the engine is unchanged then.
+        for a wrong request or an id in use, CapacityError for a prompt that no emptying of the cache would let in, and
+        QueueFullError where too many wait; the engine is unchanged then.
         """
         if request_id in self._unfinished:
             raise RequestError(f"request id {request_id!r} is in use; give each request its own", status=409)
         arrival_s = self._clock.now() if arrival_s is None else arrival_s
         seed = derive_seed(self._seed, self._num_requests)
         request = self._admission.admit(request_id, prompt_token_ids, params, seed, arrival_s, cache)
+        self._scheduler.check_room(cache.tenant)
         sequences = [self._sequence(request, choice) for choice in range(params.n)]
         for sequence in sequences[1:]:
             sequence.first = sequences[0]
         self._num_requests += 1
         self._unfinished[request_id] = sequences
-        for sequence in sequences:
-            self._output.open(sequence)
-            self._scheduler.add(sequence)
+        try:
+            for sequence in sequences:
+                self._output.open(sequence)
+                self._scheduler.add(sequence)
+        except Exception as error:
+            del self._unfinished[request_id]
+            self._recover(error)
+            raise
         return request
 
     def abort(self, request_id: str) -> list[Delta]:
         """End a request in whatever state and free its blocks. Returns the last delta of each choice still open;
         none where the request is unknown or has just finished."""
         deltas = self._end(self._unfinished.get(request_id, ()), "abort")
-        if not self._unfinished:
+        if self._damage is not None:
+            deltas += self._recover(self._damage)
+        elif not self._unfinished:
             self._settle_idle()
         return deltas
+
+    def grant(self, tenant: str, weight: float = 1.0, priority: int = 0) -> None:
+        """A tenant's part of the engine beside other tenants, from now on (`Shares.grant`). Raises ConfigError."""
+        self._scheduler.shares.grant(tenant, weight, priority)
 
     def advance_clock(self) -> None:
         """Let leases and priorities end whose time is over, as each step does: before asking anything of the cache."""
@@ -189,8 +232,16 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run one step. Returns what it added, in the plan's order; possibly nothing, for a chunk of a prompt."""
+        deltas = self._step()
+        return deltas if self._damage is None else deltas + self._recover(self._damage)
+
+    def _step(self) -> list[Delta]:
         begin_s = self._clock.now()
-        schedule = self._scheduler.plan(begin_s)
+        try:
+            self._cache.check()
+            schedule = self._scheduler.plan(begin_s)
+        except Exception as error:
+            return self._recover(error)
         deltas = [delta for sequence, error in schedule.failed for delta in self._end([sequence], "error", error)]
         self._reach("schedule")
         if not schedule.rows:
@@ -199,17 +250,42 @@ class Engine:
         self._num_steps += 1
         try:
             result = self._executor.run(schedule.step)
-            self._cache.moved(schedule.step.moves)
-            self._commit(schedule, result)
+            check_answers([step.seq_id for step in schedule.step.sequences if step.sample], result)
         except Exception as error:
             deltas += self._fail(schedule.rows, error)
             if not self._unfinished:
                 self._settle_idle()
             return deltas
+        try:
+            self._cache.moved(schedule.step.moves)
+            num_tokens = self._commit(schedule, result)
+        except Exception as error:
+            return deltas + self._recover(error)
+        self._num_recoveries = 0
         self._reach("commit")
-        self._rate.saw(schedule.step, self._clock.now() - begin_s)
+        seconds = self._clock.now() - begin_s
+        self._rate.saw(schedule.step, seconds)
+        self._scheduler.ran(schedule, num_tokens, seconds)
         deltas += self._deltas(schedule, result)
         self._reach("deltas")
+        if not self._unfinished:
+            self._settle_idle()
+        return deltas
+
+    def _recover(self, error: Exception) -> list[Delta]:
+        """The control plane contradicts itself. Nothing that the cache holds is trusted any more: all of it is dropped
+        and wiped, and what runs is computed again, to the same tokens. Where that does not help, what is unfinished
+        fails."""
+        self._num_recoveries += 1
+        _LOG.error("the KV cache is dropped and computed again: %s: %s", type(error).__name__, error, exc_info=error)
+        self._damage = None
+        self._cache.rebuild()
+        sequences = [each for request in self._unfinished.values() for each in request]
+        self._output.keep(sequences)
+        self._scheduler.restart(each for each in sequences if each.status != "finished")
+        hopeless = self._num_recoveries > _MOST_RECOVERIES
+        lost = [each for each in sequences if hopeless or each.status == "finished"]
+        deltas = self._end(lost, "error", error)
         if not self._unfinished:
             self._settle_idle()
         return deltas
@@ -218,8 +294,8 @@ class Engine:
         if self.on_stage is not None:
             self.on_stage(stage)
 
-    def _commit(self, schedule: Schedule, result: StepResult) -> None:
-        check_answers([step.seq_id for step in schedule.step.sequences if step.sample], result)
+    def _commit(self, schedule: Schedule, result: StepResult) -> int:
+        """Tell the cache what was computed. Returns the number of tokens."""
         commit = self._cache.commit
         failed = {failure.seq_id for failure in result.failures}
         num_tokens = 0
@@ -229,6 +305,7 @@ class Engine:
             if step.seq_id not in failed:  # what a row wrote that came to nothing is not to be found by others
                 commit(step.seq_id, step.start + count)
         self._num_computed_tokens += num_tokens
+        return num_tokens
 
     def _deltas(self, schedule: Schedule, result: StepResult) -> list[Delta]:
         """What each sampled row tells. A row without a token, or whose text cannot be made, fails its own request."""
@@ -273,8 +350,12 @@ class Engine:
         return deltas
 
     def _with_receipt(self, sequence: Sequence, delta: Delta) -> Delta:
-        """The last delta of a choice, saying what the cache did for it."""
-        receipt = self.receipt_of(sequence)
+        """The last delta of a choice, saying what the cache did for it, where that can be told."""
+        try:
+            receipt = self.receipt_of(sequence)
+        except Exception as error:
+            _LOG.error("a request ends without its receipt: %s: %s", type(error).__name__, error, exc_info=error)
+            return delta
         if receipt is None:
             return delta
         return delta._replace(num_cached_tokens=receipt.num_cached_tokens, receipt=receipt)
@@ -287,12 +368,16 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         """Blocks, text and place of a sequence that has ended; its request's when it was the last choice."""
-        self._scheduler.remove(sequence)
-        self._output.close(sequence)
         request_id = sequence.request.request_id
         self._unfinished[request_id].remove(sequence)
         if not self._unfinished[request_id]:
             del self._unfinished[request_id]
+        try:
+            self._scheduler.remove(sequence)
+            self._output.close(sequence)
+        except Exception as error:
+            self._damage = error
+        sequence.status = "finished"
 
     def _sequence(self, request: Request, choice: int) -> Sequence:
         self._next_seq_id += 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
-from pagemill.base.step import Sample, StepResult, TokenLogprob
+from pagemill.base.step import PositionLogprobs, Sample, StepResult
 from pagemill.engine.ports import Decode
 from pagemill.engine.receipt import Receipt
 from pagemill.engine.request import Marks, Request, Sequence
@@ -16,14 +16,6 @@ from pagemill.text.stop import StopMatcher
 from pagemill.text.stream import IncrementalDetokenizer, Pieces
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class PositionLogprobs:
-    """One generated position: the token taken, and the `logprobs` most likely ones, best first."""
-
-    sampled: TokenLogprob
-    top: tuple[TokenLogprob, ...]
 
 
 class Delta(NamedTuple):
@@ -34,7 +26,8 @@ class Delta(NamedTuple):
     text: final text only; characters cut by a token and text that may begin a stop string come later. logprobs: one
     entry a token where the request asked for them. stop_reason: the stop string or the id from stop_token_ids that
     ended it, None for the model's own end of text. error: set exactly where finish_reason is "error".
-    num_cached_tokens, receipt: what the cache did for the prompt, told by the last delta.
+    num_cached_tokens, receipt: what the cache did for the prompt, told by the last delta. prompt_logprobs: of the
+    prompt from position 1 on, told by the first delta where the request asked for them.
     """
 
     request_id: str
@@ -48,6 +41,7 @@ class Delta(NamedTuple):
     error: Exception | None = None
     num_cached_tokens: int = 0
     receipt: Receipt | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -120,6 +114,11 @@ class Output:
         """Forget a sequence that has ended."""
         self._texts.pop(sequence.seq_id, None)
 
+    def keep(self, sequences: Iterable[Sequence]) -> None:
+        """Forget all but these."""
+        alive = {sequence.seq_id for sequence in sequences}
+        self._texts = {seq_id: text for seq_id, text in self._texts.items() if seq_id in alive}
+
     @property
     def num_open(self) -> int:
         """Choices that have not ended."""
@@ -139,7 +138,8 @@ class Output:
         logprobs: tuple[PositionLogprobs, ...] = ()
         if sample.logprob is not None and request.params.logprobs is not None:
             logprobs = (PositionLogprobs(sample.logprob, sample.top),)
-        return Delta(request.request_id, sequence.choice, (token_id,), text, marks, logprobs, reason, stop)
+        made = Delta(request.request_id, sequence.choice, (token_id,), text, marks, logprobs, reason, stop)
+        return made._replace(prompt_logprobs=sample.prompt) if sample.prompt else made
 
     def ending(self, sequence: Sequence, reason: FinishReason, now_s: float, error: Exception | None = None) -> Delta:
         """The last delta of a sequence that no token ends: aborted or failed. Text held back is dropped."""

@@ -7,8 +7,17 @@ from typing import Protocol
 
 from pagemill.base.clock import Clock
 from pagemill.base.step import Executor
+from pagemill.cache.entry import Removed, Stored
 
-__all__ = ["Clock", "Decode", "Executor"]
+__all__ = ["CacheEvent", "CacheListener", "Clock", "Decode", "Executor"]
+
+CacheEvent = Stored | Removed
+
+
+class CacheListener(Protocol):
+    """Is told of each block that can be found from now on or no longer, in order; must not raise nor use the engine."""
+
+    def __call__(self, event: CacheEvent) -> None: ...
 
 
 class Decode(Protocol):

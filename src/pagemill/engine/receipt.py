@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pagemill.base.step import StepPlan
-from pagemill.cache.receipt import Lookup
+from pagemill.cache.receipt import Lookup, Reason
 
 MOST_WEIGHT = 0.2
 FEWEST_TOKENS = 16  # a row, on average
@@ -17,8 +17,8 @@ class Receipt:
     """num_prompt_tokens = num_cached_tokens + num_computed_tokens; hits by tier are in `tiers`.
 
     saved_s: estimated seconds of prefill that the hits spared, by the rate seen so far. miss: why the token at
-    miss_position was not found ("evicted 3.1 s ago by lru", …), None where all that can be hit was. Recomputation
-    after preemption is not in it.
+    miss_position was not found ("evicted 3.1 s ago by lru", …), None where all that can be hit was; reason: the same as
+    one of `cache.receipt.Reason`, to be counted. Recomputation after preemption is not in it.
     """
 
     num_prompt_tokens: int
@@ -27,6 +27,7 @@ class Receipt:
     saved_s: float
     miss: str | None = None
     miss_position: int | None = None
+    reason: Reason | None = None
 
     @property
     def num_computed_tokens(self) -> int:
@@ -39,7 +40,9 @@ class Receipt:
             "computed_tokens": self.num_computed_tokens,
             "tiers": dict(self.tiers),
             "saved_s": self.saved_s,
-            "miss": None if self.miss is None else {"reason": self.miss, "token": self.miss_position},
+            "miss": None
+            if self.miss is None
+            else {"kind": self.reason, "reason": self.miss, "token": self.miss_position},
         }
 
     def __str__(self) -> str:
@@ -78,4 +81,5 @@ class PrefillRate:
             saved_s=lookup.num_hit * self.seconds_per_token,
             miss=None if miss is None else str(miss),
             miss_position=None if miss is None else miss.position,
+            reason=None if miss is None else miss.reason,
         )

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
 from pagemill.cache.receipt import Lookup
+from pagemill.cache.sequences import SequenceBlocks
 
 Status = Literal["waiting", "running", "finished"]
 
@@ -55,8 +56,10 @@ class Sequence:
     """One choice of a request on its way. Mutated by the scheduler (status, marks) and by the output (tokens, marks).
 
     tokens: `array('i')`, prompt and then generated ids. How many of them are computed is the cache's to say.
-    num_preemptions: how often its blocks were taken for an earlier sequence. lookup: what its first entry found in the
-    cache. first: choice 0 of the same request, whose prompt the others wait for and share.
+    num_preemptions: how often its blocks, or some of them, were taken for another. lookup: what its first entry found
+    in the cache. first: choice 0 of the same request, whose prompt the others wait for and share. rank: its place
+    in the order of first entries, from 1, never changed; 0 before. num_passed: how many later ones entered before it.
+    reads_history: of its parameters, which say so at some cost. blocks: what the cache holds for it while it runs.
     """
 
     seq_id: int
@@ -68,8 +71,17 @@ class Sequence:
     num_preemptions: int = 0
     lookup: Lookup | None = None
     first: Sequence | None = None
+    rank: int = 0
+    num_passed: int = 0
+    reads_history: bool = False
+    blocks: SequenceBlocks | None = None
 
     @property
     def num_generated(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt_token_ids)
+
+
+def tenant_of(sequence: Sequence) -> str:
+    """Whose turn its turn is."""
+    return sequence.request.cache.tenant

@@ -1,98 +1,168 @@
-"""Who runs in the next step, and how many tokens of each. Owns the order of waiting and running sequences.
+"""Who runs in the next step, and how many tokens of each. Owns the running sequences and puts the parts together.
 
 Continuous batching (Orca, OSDI 2022) over a paged cache (vLLM, arXiv 2309.06180) with chunked prefill (Sarathi,
-arXiv 2308.16369). First come, first served: at any moment every running sequence came before every waiting one, and
-blocks or tokens that run short are denied to the latest. So the earliest always advances, and everyone becomes the
-earliest: nothing starves and nothing livelocks.
+arXiv 2308.16369). One step: running sequences get one token each, then prompts are read in chunks out of what
+`budget.py` leaves, and waiting sequences enter (`entering.py`) as long as tokens, places and blocks reach to them.
 
-One step: running sequences get one token each, then prompts are read in chunks out of what is left of
-`max_num_batched_tokens`, then waiting sequences enter while tokens, places and blocks last.
+Nothing starves. Of those that have entered, the one of the lowest rank (first entry) never gives way, always advances
+and ends; the others follow in turn (`preemption.py`). Of those that have not, each tenant's turn comes in proportion to
+its weight (`fairness.py`), in a tenant's queue only so many can come before another (`queue.py`, `entering.py`), and
+whoever's turn it is and who finds no room is not overtaken by those who would take that room.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from pagemill.base.errors import CapacityError
+from pagemill.base.errors import CapacityError, PagemillError
 from pagemill.base.step import SequenceStep, StepPlan
 from pagemill.cache.manager import CacheManager
 from pagemill.engine.admission import EngineLimits
-from pagemill.engine.request import Sequence
+from pagemill.engine.backlog import Backlog
+from pagemill.engine.budget import StepBudget
+from pagemill.engine.deadlines import Deadlines
+from pagemill.engine.entering import Choice, Entering
+from pagemill.engine.fairness import Shares
+from pagemill.engine.preemption import choose_victim
+from pagemill.engine.queue import TenantQueue
+from pagemill.engine.request import Sequence, tenant_of
+
+Failed = tuple[tuple[Sequence, PagemillError], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A step to run. rows: the sequences of `step.sequences`, in its order. failed: sequences that can never run on,
-    already taken out, with the reason."""
+    """A step to run. rows: the sequences of `step.sequences`, in its order. num_decoding: the first of them, which have
+    one token each; the others read prompts. failed: sequences that can never run on, already taken out, with the
+    reason."""
 
     step: StepPlan
     rows: tuple[Sequence, ...]
-    failed: tuple[tuple[Sequence, CapacityError], ...] = ()
+    failed: Failed = ()
+    num_decoding: int = 0
 
 
 class Scheduler:
-    """Waiting and running sequences over one cache. Mutated by `add`, `plan` and `remove`."""
+    """Waiting and running sequences over one cache. Mutated by `add`, `plan`, `ran` and `remove`. running: by rank."""
 
-    __slots__ = ("_cache", "_limits", "num_preemptions", "running", "waiting")
+    __slots__ = (
+        "_backlog", "_budget", "_cache", "_deadlines", "_entering", "_limits", "_next_rank", "_now_s", "_num_queued",
+        "_num_waiting", "num_expired", "num_preemptions", "num_tails_dropped", "running", "shares",
+    )  # fmt: skip
 
     def __init__(self, limits: EngineLimits, cache: CacheManager) -> None:
         self._limits = limits
         self._cache = cache
-        self.waiting: deque[Sequence] = deque()
+        self.shares = Shares()
         self.running: list[Sequence] = []
+        self._entering = Entering(limits, cache, self.shares, self.running)
+        self._budget = StepBudget(limits.max_num_batched_tokens, limits.mixed_step_percent)
+        self._backlog = Backlog(limits.max_queued_requests)
+        self._deadlines = Deadlines()
+        self._next_rank = 1
+        self._num_waiting = 0
+        self._num_queued = 0
+        self._now_s = 0.0
         self.num_preemptions = 0
+        self.num_tails_dropped = 0
+        self.num_expired = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait."""
+        return self._num_waiting
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that have not begun."""
+        return self._num_queued
+
+    def check_room(self, tenant: str) -> None:
+        """Raise QueueFullError unless one more request of the tenant may wait."""
+        share = self.shares.active.get(tenant)
+        num_own = 0 if share is None else share.num_queued
+        self._backlog.check(tenant, num_own, self._num_queued, self._limits.max_num_seqs - len(self.running))
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence behind all others."""
-        sequence.status = "waiting"
-        self.waiting.append(sequence)
+        """Queue a new sequence."""
+        sequence.reads_history = sequence.request.params.reads_history
+        share = self.shares.of(tenant_of(sequence))
+        share.num_queued += sequence.first is None
+        self._num_queued += sequence.first is None
+        self._deadlines.add(sequence)
+        self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out in whatever state, with its blocks. Removing a finished one does nothing."""
+        if sequence.status == "finished":
+            return
+        share = self.shares.active[tenant_of(sequence)]
         if sequence.status == "running":
-            self.running.remove(sequence)
-            self._cache.close(sequence.seq_id)
-        elif sequence.status == "waiting":
-            self.waiting.remove(sequence)
+            self._leave(sequence)
+            if sequence.first is None:
+                self._backlog.finished(self._now_s, len(self.running))
+        else:
+            share.queue.remove(sequence)
+            self._num_waiting -= 1
+            if not sequence.rank and sequence.first is None:
+                share.num_queued -= 1
+                self._num_queued -= 1
         sequence.status = "finished"
+        self._deadlines.forget(sequence)
+        self._entering.changed()
+        if share.is_idle:
+            self.shares.rest(share)
 
     def plan(self, now_s: float) -> Schedule:
         """The next step: rows with their blocks taken. Nothing is computed until the cache is told so, therefore a
         plan that was not run is planned again.
 
-        Nobody enters unless each that runs has a row, so that those who decode never outnumber the budget.
+        No more run than a step has tokens, so that each that decodes has its row.
         """
+        self._now_s = now_s
         self._cache.advance(now_s)
+        failed: list[tuple[Sequence, PagemillError]] = []
+        for sequence, error in self._deadlines.due(now_s):
+            self.num_expired += 1
+            self.remove(sequence)
+            failed.append((sequence, error))
         if self._cache.mode == "none":
-            return self._plan_recompute(now_s)
-        failed: list[tuple[Sequence, CapacityError]] = []
-        self._grow_running(failed)
+            return self._plan_recompute(now_s, failed)
+        if self._num_waiting and (displaced := self._entering.displaced()) is not None:
+            self._send_back(displaced)
         rows: list[Sequence] = []
         steps: list[SequenceStep] = []
         prompts: list[Sequence] = []
-        for sequence in self.running:
-            if self._num_uncomputed(sequence) == 1:
-                rows.append(sequence)
-                steps.append(self._row(sequence, 1))
-            else:
-                prompts.append(sequence)
-        budget = self._limits.max_num_batched_tokens - len(rows)
-        for sequence in prompts:
-            if not budget:
-                break
-            budget -= self._add_chunk(sequence, budget, rows, steps)
-        while budget and self._can_admit(failed):
-            budget -= self._add_chunk(self._admit(now_s), budget, rows, steps)
-        return Schedule(StepPlan(tuple(steps), self._cache.moves()), tuple(rows), tuple(failed))
+        short = self._grow_running(failed, rows, steps, prompts)
+        num_decoding = len(rows)
+        left = self._budget.for_prompts(num_decoding)
+        if self._num_waiting and left and not short:
+            self._let_in(prompts, left, failed)
+        if prompts and left:
+            self._read_prompts(prompts, left, rows, steps)
+        return Schedule(StepPlan(tuple(steps), self._cache.moves()), tuple(rows), tuple(failed), num_decoding)
 
-    def _plan_recompute(self, now_s: float) -> Schedule:
+    def ran(self, schedule: Schedule, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens was computed and took so long: tenants are charged, and the budget learns."""
+        num_decoding = schedule.num_decoding
+        self._budget.saw(num_decoding, num_tokens - num_decoding, seconds)
+        active = self.shares.active
+        if len(active) == 1:
+            [only] = active.values()
+            self.shares.charge(only, 0, num_decoding)
+            return
+        for sequence in schedule.rows[:num_decoding]:
+            if (share := active.get(tenant_of(sequence))) is not None:
+                self.shares.charge(share, 0, 1)
+
+    def _plan_recompute(self, now_s: float, failed: list[tuple[Sequence, PagemillError]]) -> Schedule:
         """Mode none: every row is a whole history from position 0. The earliest always runs, whatever its length; the
         others where tokens and scratch blocks last. A row left out loses nothing, for there is nothing to lose."""
         cache = self._cache
-        while self.waiting and len(self.running) < self._limits.max_num_seqs:
-            self._admit(now_s)
-        failed = []
+        while self._num_waiting and len(self.running) < self._limits.max_num_seqs:
+            self._enter(self.shares.waiting()[0].queue.first(1)[0], now_s)
         while self.running and cache.blocks_for(len(self.running[0].tokens)) > cache.num_blocks:
             failed.append(self._fail(self.running[0]))
         rows: list[Sequence] = []
@@ -106,54 +176,105 @@ class Scheduler:
             budget -= self._add_chunk(sequence, num_tokens, rows, steps)
         return Schedule(StepPlan(tuple(steps)), tuple(rows), tuple(failed))
 
-    def _grow_running(self, failed: list[tuple[Sequence, CapacityError]]) -> None:
-        """Blocks for the newest token of each running sequence, the latest giving way to the earliest: the latest of
-        all where blocks are short, of its own tenant where that tenant's cap is reached.
-
-        Whoever gives way needs at least the blocks it had, one of which is taken now: it cannot enter again at once.
-        """
-        cache, running = self._cache, self.running
+    def _grow_running(
+        self,
+        failed: list[tuple[Sequence, PagemillError]],
+        rows: list[Sequence],
+        steps: list[SequenceStep],
+        prompts: list[Sequence],
+    ) -> bool:
+        """Blocks for the known tokens of each running sequence, by rank: those that decode get their rows, those that
+        read are listed. Who finds no block waits in its place. Returns whether blocks were short for anybody, for other
+        reasons than its own tenant's cap."""
+        cache, running, short = self._cache, self.running, False
         index = 0
         while index < len(running):
             sequence = running[index]
-            seq_id, num_tokens = sequence.seq_id, len(sequence.tokens)
-            if cache.num_committed(seq_id) == num_tokens:  # computed, but an interrupt lost the sample: once more
-                if not cache.can_resize(seq_id, num_tokens - 1):
-                    self._preempt(self._latest(sequence, num_tokens - 1))
+            blocks, num_tokens = sequence.blocks, len(sequence.tokens)
+            assert blocks is not None
+            if blocks.committed == num_tokens:  # computed, but an interrupt lost the sample: once more
+                fits = cache.can_resize(sequence.seq_id, num_tokens - 1)
+                if fits:
+                    cache.resize(sequence.seq_id, num_tokens - 1)
                     continue
-                cache.resize(seq_id, num_tokens - 1)
-            if cache.can_resize(seq_id, num_tokens):
-                cache.resize(seq_id, num_tokens)
-                index += 1
-            elif (latest := self._latest(sequence, num_tokens)) is sequence and self._is_alone(sequence, num_tokens):
-                failed.append(self._fail(sequence))
             else:
-                self._preempt(latest)
+                fits = cache.grow(blocks, num_tokens)
+            if fits:
+                if num_tokens - blocks.committed == 1:
+                    rows.append(sequence)
+                    steps.append(self._row(sequence, 1))
+                else:
+                    prompts.append(sequence)
+                index += 1
+            elif not self._make_room(sequence, num_tokens):
+                if self._is_first(sequence, num_tokens):
+                    failed.append(self._fail(sequence))
+                else:
+                    short = short or not cache.is_capped(sequence.seq_id, num_tokens)
+                    index += 1
+        return short
 
-    def _latest(self, sequence: Sequence, num_tokens: int) -> Sequence:
-        """Who gives way so that `sequence` can grow: nobody of another tenant for what its own tenant's cap denies."""
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Have somebody give way so that `sequence` can have `num_tokens` positions; False where nobody can."""
+        victim = choose_victim(sequence, num_tokens, self.running, self.shares, self._cache)
+        if victim is None:
+            return False
+        if victim.num_kept:
+            self.num_preemptions += 1
+            self.num_tails_dropped += 1
+            victim.sequence.num_preemptions += 1
+            self._cache.resize(victim.sequence.seq_id, victim.num_kept)
+        else:
+            self._send_back(victim.sequence)
+        return True
+
+    def _is_first(self, sequence: Sequence, num_tokens: int) -> bool:
+        """True where nobody before it will ever free what it needs, so that to wait would help nothing."""
         cache = self._cache
         if not cache.is_capped(sequence.seq_id, num_tokens):
-            return self.running[-1]
-        return next(each for each in reversed(self.running) if cache.same_account(each.seq_id, sequence.seq_id))
+            return self.running[0] is sequence
+        return sequence is next(each for each in self.running if cache.same_account(each.seq_id, sequence.seq_id))
 
-    def _is_alone(self, sequence: Sequence, num_tokens: int) -> bool:
-        """True where it is the only one that could give way, so that to wait would help nothing."""
-        cache = self._cache
-        if not cache.is_capped(sequence.seq_id, num_tokens):
-            return len(self.running) == 1
-        return all(each is sequence or not cache.same_account(each.seq_id, sequence.seq_id) for each in self.running)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take the blocks of a running sequence; it waits in front of all, to be recomputed with what it generated."""
-        self.running.remove(sequence)
-        self._cache.close(sequence.seq_id)
-        sequence.status = "waiting"
-        sequence.num_preemptions += 1
+    def _send_back(self, sequence: Sequence) -> None:
+        """Take the blocks of a running sequence; it comes first in its queue, with what it generated."""
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        sequence.num_preemptions += 1
+        self._leave(sequence)
+        self._wait(sequence)
 
-    def _fail(self, sequence: Sequence) -> tuple[Sequence, CapacityError]:
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """The cache was rebuilt and knows no sequence any more: `sequences`, all that are unfinished, wait to be computed
+        anew. What was noted of any others is forgotten."""
+        self.num_preemptions += len(self.running)
+        self.running.clear()
+        for share in self.shares.active.values():
+            share.queue, share.num_queued, share.num_running = TenantQueue(), 0, 0
+        self._deadlines, self._num_waiting, self._num_queued = Deadlines(), 0, 0
+        for sequence in sequences:
+            sequence.num_preemptions += sequence.status == "running"
+            sequence.blocks = None
+            share = self.shares.of(tenant_of(sequence))
+            is_queued = not sequence.rank and sequence.first is None
+            share.num_queued += is_queued
+            self._num_queued += is_queued
+            self._deadlines.add(sequence)
+            self._wait(sequence)
+        for share in [each for each in self.shares.active.values() if each.is_idle]:
+            self.shares.rest(share)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = "waiting"
+        self.shares.active[tenant_of(sequence)].queue.add(sequence)
+        self._num_waiting += 1
+        self._entering.changed()
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._cache.close(sequence.seq_id)
+        self.running.remove(sequence)
+        sequence.blocks = None
+        self.shares.active[tenant_of(sequence)].num_running -= 1
+
+    def _fail(self, sequence: Sequence) -> tuple[Sequence, PagemillError]:
         cache, num_tokens = self._cache, len(sequence.tokens)
         need = max(cache.blocks_for(num_tokens), cache.blocks_to_open(num_tokens, self._limits.max_model_len))
         error = (
@@ -168,74 +289,110 @@ class Scheduler:
         self.remove(sequence)
         return sequence, error
 
-    def _can_admit(self, failed: list[tuple[Sequence, CapacityError]]) -> bool:
-        """The first in the queue has a place and its blocks, and each sequence that runs can still grow by a block:
-        without this reserve the newcomer would soon be sent back and its prefill lost. Whoever does not fit although
-        nobody runs never will, and fails."""
-        while self.waiting and len(self.running) < self._limits.max_num_seqs:
-            head = self.waiting[0]
-            if self._awaits_prompt(head):
-                return False
-            spare = self._num_to_grow(head) + sum(map(self._num_to_grow, self.running)) if self.running else 0
-            longest, options = self._limits.max_model_len, head.request.cache
-            if self._cache.can_open(len(head.tokens), longest, spare, head.tokens, options):
-                return True
-            if self.running:
-                return False
-            failed.append(self._fail(head))
-        return False
-
-    def _awaits_prompt(self, sequence: Sequence) -> bool:
-        """True for a further choice while the first is reading the prompt that both will share."""
-        first = sequence.first
-        if first is None or self._cache.shared is None or sequence.request.cache.bypass or first.status != "running":
-            return False
-        return self._cache.num_committed(first.seq_id) < sequence.request.num_prompt_tokens
-
-    def _num_to_grow(self, sequence: Sequence) -> int:
-        """1 where the sequence may need more blocks than its known tokens do, else 0."""
-        if self._cache.mode == "contiguous":
-            return 0
-        return int(self._cache.blocks_for(sequence.request.longest) > self._cache.blocks_for(len(sequence.tokens)))
-
-    def _admit(self, now_s: float) -> Sequence:
-        sequence, cache = self.waiting[0], self._cache
+    def _enter(self, sequence: Sequence, now_s: float) -> None:
+        cache, share = self._cache, self.shares.active[tenant_of(sequence)]
         first, longest = sequence.first, self._limits.max_model_len
         if first is not None and first.status == "running":
             cache.publish_tail(first.seq_id)
         lookup = cache.open(sequence.seq_id, len(sequence.tokens), longest, sequence.tokens, sequence.request.cache)
-        if sequence.lookup is None:
+        self._entering.enters(share, sequence)
+        share.queue.remove(sequence)
+        self._num_waiting -= 1
+        if not sequence.rank:
             sequence.lookup = lookup
-        self.waiting.popleft()
-        self.running.append(sequence)
-        sequence.status = "running"
-        if sequence.marks.scheduled_s is None:
+            self.shares.charge(share, len(sequence.tokens) - lookup.num_hit, 0)
+            sequence.rank = self._next_rank
+            self._next_rank += 1
             sequence.marks = replace(sequence.marks, scheduled_s=now_s)
-        return sequence
+            share.num_queued -= sequence.first is None
+            self._num_queued -= sequence.first is None
+        insort(self.running, sequence, key=lambda each: each.rank)
+        share.num_running += 1
+        sequence.status = "running"
+        sequence.blocks = cache.blocks_of(sequence.seq_id)
 
-    def _num_uncomputed(self, sequence: Sequence) -> int:
-        return len(sequence.tokens) - self._cache.num_committed(sequence.seq_id)
+    def _let_in(self, prompts: list[Sequence], left: int, failed: list[tuple[Sequence, PagemillError]]) -> None:
+        """Waiting sequences become prompts to be read as long as `left` tokens reach to them in this step."""
+        most = min(self._limits.max_num_seqs, self._limits.max_num_batched_tokens)
+        while len(self.running) < most and (choice := self._entering.choose(prompts)) is not None:
+            if choice.hopeless:
+                failed.append(self._fail(choice.sequence))
+            elif self._reaches(choice, prompts, left):
+                self._enter(choice.sequence, self._now_s)
+                prompts.append(choice.sequence)
+            else:
+                break
+
+    def _reaches(self, choice: Choice, prompts: list[Sequence], left: int) -> bool:
+        """True where `_read_prompts` would read something of the prompt of whoever enters."""
+        if not prompts:
+            return True
+        front, count = self._in_turn(prompts)[0], choice.num_unread
+        mine, its = tenant_of(choice.sequence), tenant_of(front)
+        if mine != its and self.shares.active[mine].service < self.shares.active[its].service:
+            return True
+        unread = [_num_unread(each) for each in prompts]
+        if count < _num_unread(front) and sum(each for each in unread if each <= count) < left // 2:
+            return True
+        return sum(unread) < left
+
+    def _in_turn(self, prompts: list[Sequence]) -> list[Sequence]:
+        """Prompts by whose turn it is, and by rank within a tenant."""
+        active = self.shares.active
+        if len(prompts) < 2 or len(active) < 2:
+            return prompts
+        return sorted(prompts, key=lambda each: (active[tenant_of(each)].service, each.rank))
+
+    def _read_prompts(
+        self, prompts: list[Sequence], left: int, rows: list[Sequence], steps: list[SequenceStep]
+    ) -> None:
+        """Rows of prompts out of `left` tokens. Whoever's turn it is has at least half of them; the other half goes to
+        those of whom less is left to read, so that a long prompt does not hold up all short ones."""
+        front, *rest = self._in_turn(prompts)
+        counts: dict[int, int] = {}
+        if rest and (most := _num_unread(front)) > left - left // 2:
+            half = left // 2
+            for each in sorted(rest, key=_num_unread):
+                if not half or _num_unread(each) >= most:
+                    break
+                counts[each.seq_id] = count = min(_num_unread(each), half)
+                half, left = half - count, left - count
+        for each in (front, *rest):
+            taken = counts.get(each.seq_id, 0)
+            count = min(_num_unread(each) - taken, left)
+            left -= count
+            if taken + count:
+                self._add_chunk(each, taken + count, rows, steps)
 
     def _add_chunk(self, sequence: Sequence, most: int, rows: list[Sequence], steps: list[SequenceStep]) -> int:
         """Append the row of the next `most` tokens or fewer; returns their number."""
-        count = min(most, self._num_uncomputed(sequence))
+        count = min(most, _num_unread(sequence))
         rows.append(sequence)
         steps.append(self._row(sequence, count))
         return count
 
     def _row(self, sequence: Sequence, count: int) -> SequenceStep:
-        request, tokens = sequence.request, sequence.tokens
-        start = self._cache.num_committed(sequence.seq_id)
-        num_generated = len(tokens) - len(request.prompt_token_ids)
+        request, tokens, blocks = sequence.request, sequence.tokens, sequence.blocks
+        assert blocks is not None
+        params, start, num_tokens = request.params, blocks.committed, len(tokens)
+        end = start + count
+        num_generated = num_tokens - len(request.prompt_token_ids)
         return SequenceStep(
-            seq_id=sequence.seq_id,
-            token_ids=tokens[start : start + count],
-            start=start,
-            block_table=self._cache.block_table(sequence.seq_id),
-            sample=start + count == len(tokens),
-            params=request.params,
-            seed=request.seed,
-            choice=sequence.choice,
-            num_generated=num_generated,
-            forbid=request.stop_token_ids if num_generated < request.params.min_tokens else (),
+            sequence.seq_id,
+            tokens[start:end],
+            start,
+            blocks.table,
+            end == num_tokens,
+            params,
+            request.seed,
+            sequence.choice,
+            num_generated,
+            request.stop_token_ids if num_generated < params.min_tokens else (),
+            tokens if sequence.reads_history else (),
         )
+
+
+def _num_unread(sequence: Sequence) -> int:
+    """Known tokens that are not computed."""
+    assert sequence.blocks is not None
+    return len(sequence.tokens) - sequence.blocks.committed

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagemill.base.errors import IntegrityError
-from pagemill.base.step import SequenceStep, StepPlan
+from pagemill.base.step import SequenceStep
+from pagemill.decoding.prompt_logprobs import num_positions
 from pagemill.kernels.batch import Batch
 
 Int32 = NDArray[np.int32]
@@ -28,12 +29,12 @@ class BatchBuilder:
         self._held: list[array[int]] = []  # what each row of _tables holds
         self._single = (np.arange(2, dtype=np.int32), np.zeros(1, np.int32))
 
-    def build(self, plan: StepPlan) -> Batch:
-        """Rows in the plan's order. logit_rows: the last row of each sequence that samples.
+    def build(self, sequences: Sequence[SequenceStep]) -> Batch:
+        """Rows in the plan's order. logit_rows: the last row of each sequence that samples, then those of the prompt
+        positions that are to be reported (`prompt_logprobs.num_positions`).
 
         The arrays are good until the next call. Raises IntegrityError for a table that is shorter than its sequence.
         """
-        sequences = plan.sequences
         tables = self._table_array(sequences)
         counts = [len(s.token_ids) for s in sequences]
         if max(counts) == 1 and False not in [s.sample for s in sequences]:
@@ -49,6 +50,7 @@ class BatchBuilder:
         rows = int(starts[-1])
         tokens, positions = np.empty(rows, np.int32), np.empty(rows, np.int32)
         logit_rows: list[int] = []
+        prompt_rows: list[int] = []
         at = 0
         for sequence, count in zip(sequences, counts, strict=True):
             if count == 1:
@@ -56,10 +58,12 @@ class BatchBuilder:
             else:
                 tokens[at : at + count] = sequence.token_ids
                 positions[at : at + count] = np.arange(sequence.start, sequence.start + count, dtype=np.int32)
+            if sequence.params.prompt_logprobs is not None:
+                prompt_rows += range(at, at + num_positions(sequence))
             at += count
             if sequence.sample:
                 logit_rows.append(at - 1)
-        return Batch(tokens, positions, starts, tables, np.array(logit_rows, np.int32))
+        return Batch(tokens, positions, starts, tables, np.array(logit_rows + prompt_rows, np.int32))
 
     def _single_rows(self, count: int) -> tuple[Int32, Int32]:
         """starts and logit_rows of `count` sequences of one row each."""

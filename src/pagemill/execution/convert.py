@@ -8,11 +8,14 @@ from numpy.typing import NDArray
 
 from pagemill.base.errors import ConfigError, ModelError
 from pagemill.kernels.reference import to_bf16
-from pagemill.kernels.tensors import BLOCK_BYTES, QUANT_GROUP, Tensor, dequantize
+from pagemill.kernels.rotated import MULTIPLE, quantize_rotated
+from pagemill.kernels.tensors import QUANT_GROUP, ROTATED, Tensor, dequantize, row_bytes
 
 # Version of what `convert` computes. Bump it with every change of a bit: converted weights are kept on disk.
 CONVERSION_VERSION = 1
-FORMATS = ("auto", "q8_0", "bf16", "f32")
+FORMATS = ("auto", "exact", "int8", "q8_0", "bf16", "f32")
+# Of these, the ones that leave what they do not rotate as it is in the checkpoint.
+OWN = ("auto", "exact", "int8")
 
 _CHUNK_VALUES = 1 << 17  # stays in a core's own cache through all passes
 
@@ -20,18 +23,26 @@ Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 
 
+def can_rotate(tensor: Tensor) -> bool:
+    """Whether a matrix can be ROTATED: its rows are whole blocks."""
+    return tensor.shape[-1] % MULTIPLE == 0
+
+
 def loaded_format(tensor: Tensor, weight_format: str) -> str:
-    """The format that a matrix is loaded in: the one asked for, its own with auto, and bf16 instead of q8_0 where its
-    rows are no whole number of groups. Raises ConfigError for a format that is not known."""
+    """The format that a matrix is loaded in: the one asked for, its own with those of OWN, and bf16 instead of q8_0
+    where its rows are no whole number of groups. Raises ConfigError for a format that is not known."""
+    if weight_format == ROTATED:
+        assert can_rotate(tensor), tensor.shape
+        return ROTATED
     if weight_format not in FORMATS:
         raise ConfigError(f"unknown weight format {weight_format!r}; choose one of {', '.join(FORMATS)}")
-    if weight_format == "auto":
+    if weight_format in OWN:
         return tensor.format
     return "bf16" if weight_format == "q8_0" and tensor.shape[-1] % QUANT_GROUP else weight_format
 
 
 def convert(tensor: Tensor, weight_format: str) -> Tensor:
-    """A matrix in the format it is loaded in; the same tensor where that is its own.
+    """A matrix in the format it is loaded in; the same tensor where that is its own. weight_format: or ROTATED.
 
     Every row is converted alone. Raises ModelError where values are too large for q8_0, ConfigError for a format that
     is not known.
@@ -39,9 +50,8 @@ def convert(tensor: Tensor, weight_format: str) -> Tensor:
     wanted = loaded_format(tensor, weight_format)
     if wanted == tensor.format:
         return tensor
-    values, size = BLOCK_BYTES[wanted]
     rows, width = tensor.num_rows, tensor.shape[-1]
-    data = np.empty((rows, width // values * size), np.uint8)
+    data = np.empty((rows, row_bytes(wanted, width)), np.uint8)
     step = max(1, _CHUNK_VALUES // width)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
@@ -87,4 +97,11 @@ def _encode_bf16(values: Float32) -> UInt8:
     return (to_bf16(values).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
 
 
-_ENCODERS = {"f32": _encode_f32, "bf16": _encode_bf16, "q8_0": quantize_q8_0}
+def _encode_rotated(values: Float32) -> UInt8:
+    if not np.isfinite(values).all():
+        raise ModelError("a weight is not a finite number, so that the file is damaged; get it again")
+    q, scale = quantize_rotated(values)
+    return np.concatenate([scale[:, None].view(np.uint8), q.view(np.uint8)], axis=1)
+
+
+_ENCODERS = {"f32": _encode_f32, "bf16": _encode_bf16, "q8_0": quantize_q8_0, ROTATED: _encode_rotated}

@@ -12,16 +12,16 @@ from typing import Final
 from pagemill.base.config import OPTIONS, weight_format_of
 from pagemill.base.errors import ConfigError
 from pagemill.base.kv_spec import KVSpec
-from pagemill.execution.convert import CONVERSION_VERSION, convert, loaded_format
+from pagemill.execution.convert import CONVERSION_VERSION, can_rotate, convert, loaded_format
 from pagemill.execution.packed import PackedWeights
 from pagemill.execution.runner import Runner
 from pagemill.kernels.batch import ModelExecutor
-from pagemill.kernels.native import NativeExecutor
+from pagemill.kernels.native import PACKING_VERSION, NativeExecutor
 from pagemill.kernels.ops import Plan
 from pagemill.kernels.plan import lower
-from pagemill.kernels.reference import ReferenceExecutor
+from pagemill.kernels.reference import INTEGER_FORMATS, ReferenceExecutor
 from pagemill.kernels.target import arithmetic_of, choose_target
-from pagemill.kernels.tensors import Tensor
+from pagemill.kernels.tensors import ROTATED, Tensor
 from pagemill.models.checkpoint import Checkpoint
 from pagemill.models.registry import build_plan
 from pagemill.storage.arena import Arena
@@ -45,25 +45,48 @@ def kv_spec_for(checkpoint: Checkpoint, codec: str, block_size: int) -> KVSpec:
     return KVSpec(build_plan(checkpoint.spec, max_positions=1).kv, block_size, codec)
 
 
+_ROTATING: Final = ("attention_in", "attention_out", "mlp_in", "mlp_out")
+
+
+def rotated_handles(plan: Plan, tensors: Mapping[str, Tensor], weight_format: str, target: str) -> frozenset[str]:
+    """The matrices that become signed bytes of rotated rows: those of all layers with int8, and with auto those of
+    4-bit and 8-bit checkpoints where the target would else widen them. The embedding and the head never do.
+
+    A phase's matrices share their activations, so that all of them are rotated or none.
+    """
+    if weight_format != "int8" and (weight_format != "auto" or arithmetic_of(target) != "bf16"):
+        return frozenset()
+
+    def fits(tensor: Tensor) -> bool:
+        return can_rotate(tensor) and (weight_format == "int8" or tensor.format in INTEGER_FORMATS)
+
+    phases = ([ref.weight for ref in phase.matrices] for phase in lower(plan) if phase.kind in _ROTATING)
+    return frozenset(handle for handles in phases if all(fits(tensors[each]) for each in handles) for handle in handles)
+
+
 class ConvertedWeights(Mapping[str, Tensor]):
     """A checkpoint's tensors by handle, matrices converted when they are asked for, so that no second copy is kept."""
 
-    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], weight_format: str) -> None:
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], weight_format: str, target: str) -> None:
         self._plan = plan
         self._tensors = tensors
         self._weight_format = weight_format
+        self._rotated = rotated_handles(plan, tensors, weight_format, target)
 
     def __getitem__(self, handle: str) -> Tensor:
         tensor = self._tensors[handle]
-        return convert(tensor, self._weight_format) if self._plan.weights[handle].kind == "matrix" else tensor
+        return convert(tensor, self._asked(handle)) if self._plan.weights[handle].kind == "matrix" else tensor
+
+    def _asked(self, handle: str) -> str:
+        return ROTATED if handle in self._rotated else self._weight_format
 
     def format_of(self, handle: str) -> str:
         """The format of a matrix, without converting it."""
-        return loaded_format(self._tensors[handle], self._weight_format)
+        return loaded_format(self._tensors[handle], self._asked(handle))
 
     def rows_of(self, handle: str, begin: int, end: int) -> Tensor:
         """Rows begin to end of a matrix, converted alone."""
-        return convert(self._tensors[handle].rows(slice(begin, end)), self._weight_format)
+        return convert(self._tensors[handle].rows(slice(begin, end)), self._asked(handle))
 
     def matrices_not_in(self, format: str) -> list[str]:
         """Handles of the matrices that are loaded in another format."""
@@ -102,7 +125,8 @@ def load_executor(
     weight_format = weight_format_of(dtype, weight_format)
     plan = build_plan(checkpoint.spec, max_positions=max_model_len)
     spec = KVSpec(plan.kv, block_size, kv_codec)
-    weights = ConvertedWeights(plan, checkpoint.tensors, weight_format)
+    target = choose_target()
+    weights = ConvertedWeights(plan, checkpoint.tensors, weight_format, target)
     if weight_format == "q8_0" and (others := weights.matrices_not_in("q8_0")):
         _LOG.warning(
             f"{len(others)} matrices stay in bf16, their rows are no multiple of 32 numbers as q8_0 needs: "
@@ -110,10 +134,10 @@ def load_executor(
         )
     model: ModelExecutor
     if executor == "reference":
-        model = ReferenceExecutor(plan, weights, spec, num_blocks, arithmetic=arithmetic_of(choose_target()))
+        source_digest = checkpoint.digest
+        model = ReferenceExecutor(plan, weights, spec, num_blocks, arithmetic=arithmetic_of(target))
     elif executor == "native":
         arena = Arena.allocate(spec, num_blocks)
-        target = choose_target()
         packed = PackedWeights(
             checkpoint,
             weights,
@@ -135,6 +159,12 @@ def load_executor(
             matrices=packed.matrix,
         )
         packed.keep()
+        source_digest = packed.source_digest
     else:
         raise ConfigError(f"unknown executor {executor!r}; choose native or reference")
-    return Runner(model)
+    return Runner(model, weights_id(source_digest, weight_format))
+
+
+def weights_id(source_digest: str, weight_format: str) -> str:
+    """Names loaded weights, number for number: their source, what they were converted to, and both versions of that."""
+    return f"{source_digest}/{weight_format}/convert-{CONVERSION_VERSION}/pack-{PACKING_VERSION}"

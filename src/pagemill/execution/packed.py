@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Final, Protocol
 from zlib import crc32
 
@@ -98,6 +99,16 @@ class PackedWeights:
         if handle not in self._packed:
             self._packed[handle] = pack_matrix(self._weights[handle], self._target)
         return self._packed[handle]
+
+    @property
+    def source_digest(self) -> str:
+        """Digest of the checkpoint's content (`Checkpoint.digest`): as the file says, which was checked, else computed,
+        which reads all weights once; of weights made in memory a random number."""
+        if self._checkpoint.source_format == "random":
+            return token_hex(32)
+        if self.file is not None:
+            return self.file.header.key.checkpoint
+        return self._checkpoint.digest
 
     def keep(self) -> None:
         """Write what was packed for the next start, once all matrices were asked for. Where that cannot be, a notice

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pagemill.base.kv_spec import KVSpec
-from pagemill.base.step import StepPlan, StepResult
+from pagemill.base.step import SequenceStep, StepPlan, StepResult
+from pagemill.decoding.adjust import LogitAdjuster
+from pagemill.decoding.grammar import GrammarCompiler
+from pagemill.decoding.prompt_logprobs import PromptReports, pieces
 from pagemill.decoding.step_sampler import BatchSampler, SpecificationSampler, StepSampler
 from pagemill.execution.batch import BatchBuilder
 from pagemill.kernels.batch import ModelExecutor
@@ -15,16 +18,26 @@ from pagemill.kernels.native import NativeExecutor
 class Runner:
     """The executor of an engine (base.step.Executor) around a model executor, native or reference.
 
+    weights_id: names the weights, number for number, the same after a restart; part of what makes two blocks the same.
     on_stage: called at the end of "batch", "native" and "sampling" with that name, for profiles; None costs nothing.
     """
 
-    def __init__(self, model: ModelExecutor) -> None:
+    def __init__(self, model: ModelExecutor, weights_id: str = "") -> None:
         self.model = model
+        self.weights_id = weights_id
         self.on_stage: Callable[[str], None] | None = None
         self._batches = BatchBuilder(model.kv_spec.block_size)
+        self._adjuster = LogitAdjuster()
+        self._prompts = PromptReports()
         self._sampler: StepSampler = (
-            BatchSampler(model.sampler()) if isinstance(model, NativeExecutor) else SpecificationSampler()
+            BatchSampler(model.sampler(), self._adjuster)
+            if isinstance(model, NativeExecutor)
+            else SpecificationSampler(self._adjuster)
         )
+
+    def use_grammars(self, grammars: GrammarCompiler) -> None:
+        """Let requests bring grammars, which this compiler knows."""
+        self._adjuster.grammars = grammars
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -41,14 +54,34 @@ class Runner:
             self.model.move(plan.moves)
         if not plan.sequences:
             return StepResult(())
+        if any(s.params.prompt_logprobs is not None for s in plan.sequences):
+            return self._run_reporting(plan.sequences)
+        return self._run_rows(plan.sequences)
+
+    def _run_reporting(self, sequences: tuple[SequenceStep, ...]) -> StepResult:
+        """The same in rounds, with the log-probabilities of prompts."""
+        *first, last = pieces(sequences)
+        for rows in first:
+            self._run_rows(rows)
+        result = self._run_rows(last)
+        samples = tuple(
+            sample._replace(prompt=found) if (found := self._prompts.finish(sample.seq_id)) else sample
+            for sample in result.samples
+        )
+        return StepResult(samples, result.failures)
+
+    def _run_rows(self, sequences: tuple[SequenceStep, ...]) -> StepResult:
         on_stage = self.on_stage
-        batch = self._batches.build(plan)
+        batch = self._batches.build(sequences)
         if on_stage is not None:
             on_stage("batch")
         logits, best = self.model.forward_best(batch)
         if on_stage is not None:
             on_stage("native")
-        rows = [s for s in plan.sequences if s.sample]
+        rows = [s for s in sequences if s.sample]
+        if len(logits) > len(rows):
+            self._prompts.take(sequences, logits[len(rows) :], best[len(rows) :])
+            logits, best = logits[: len(rows)], best[: len(rows)]
         result = StepResult(*self._sampler.choose(rows, logits, best)) if rows else StepResult(())
         if on_stage is not None:
             on_stage("sampling")

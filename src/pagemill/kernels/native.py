@@ -18,11 +18,11 @@ from pagemill.kernels.pages import Pages
 from pagemill.kernels.plan import MatrixRef, Phase, lower
 from pagemill.kernels.sampling import NativeSampler
 from pagemill.kernels.target import arithmetic_of
-from pagemill.kernels.tensors import Tensor
+from pagemill.kernels.tensors import ROTATED, Tensor
 
 FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "q4_0": 3, "q4_1": 4, "q8_0": 5}
 # Layouts of the same formats that are multiplied as bfloat16 (`arithmetic_of`).
-LAYOUTS = FORMATS | {"q4_0_tiles": 6, "q4_1_tiles": 7, "q8_0_tiles": 8}
+LAYOUTS = FORMATS | {"q4_0_tiles": 6, "q4_1_tiles": 7, "q8_0_tiles": 8, ROTATED: 9}
 CODECS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3}
 PANEL = 32
 # Version of the packed layouts (csrc/pack.h). Bump it with every change of theirs: packed weights are kept on disk.
@@ -170,7 +170,10 @@ class NativeExecutor:
         self._set_arena(arena, num_blocks)
 
     def move(self, moves: Moves) -> None:
-        """Wipe and copy blocks of the arena."""
+        """Wipe and copy blocks of the arena. With blocks, scratch memory is wiped: it holds what was computed for them,
+        such as the value of a sequence's first position, which is also its attention's output there."""
+        if moves.wipes:
+            self._model.wipe_activations()
         self._pages.move(moves)
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:

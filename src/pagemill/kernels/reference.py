@@ -19,7 +19,8 @@ from pagemill.base.transfer import Moves
 from pagemill.kernels import ops
 from pagemill.kernels.batch import Batch
 from pagemill.kernels.ops import Plan
-from pagemill.kernels.tensors import QUANT_GROUP, Tensor, dequantize
+from pagemill.kernels.rotated import rotated_product
+from pagemill.kernels.tensors import QUANT_GROUP, ROTATED, Tensor, dequantize
 
 Float32 = NDArray[np.float32]
 INTEGER_FORMATS = ("q4_0", "q4_1", "q8_0")
@@ -100,6 +101,8 @@ def product(x: Float32, tensor: Tensor, dense: Float32 | None = None, arithmetic
 
     arithmetic: of quantised formats (`target.arithmetic_of`): int8 sums, or both sides rounded to bfloat16.
     """
+    if tensor.format == ROTATED:
+        return rotated_product(x, tensor)
     quantised = tensor.format in INTEGER_FORMATS
     if quantised and arithmetic == "int8":
         return integer_product(x, tensor)
@@ -343,7 +346,7 @@ class ReferenceExecutor:
 
     def _product(self, x: Float32, weight: str, bias: str | None) -> Float32:
         tensor = self._tensor(weight)
-        integer = tensor.format in INTEGER_FORMATS and self._arithmetic == "int8"
+        integer = tensor.format == ROTATED or (tensor.format in INTEGER_FORMATS and self._arithmetic == "int8")
         y = product(x, tensor, None if integer else self._dense_of(weight), self._arithmetic)
         return y if bias is None else y + self._dense_of(bias)
 

@@ -21,11 +21,21 @@ BLOCK_BYTES: dict[str, tuple[int, int]] = {
     "q4_1": (QUANT_GROUP, 20),
     "q8_0": (QUANT_GROUP, 34),
 }
+# A format of our own: a row's f32 scale, then a signed byte for each value of the rotated row (kernels/rotated.py).
+ROTATED = "i8_rotated"
+
+
+def row_bytes(format: str, width: int) -> int:
+    """Bytes of a row of so many values."""
+    if format == ROTATED:
+        return 4 + width
+    values, size = BLOCK_BYTES[format]
+    return width // values * size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """Rows of values in one of BLOCK_BYTES' formats.
+    """Rows of values in one of BLOCK_BYTES' formats, or in ROTATED.
 
     shape: numpy order, [out, in] for matrices; blocks run along the last dimension. data: u8, row by row,
     `[rows, bytes per row]`, read-only and possibly memory-mapped.
@@ -36,13 +46,13 @@ class Tensor:
     data: NDArray[np.uint8]
 
     def __post_init__(self) -> None:
-        if self.format not in BLOCK_BYTES:
+        if self.format not in (*BLOCK_BYTES, ROTATED):
             raise ModelError(f"weight format {self.format!r} is not supported; supported: {', '.join(BLOCK_BYTES)}")
-        values, size = BLOCK_BYTES[self.format]
+        values = 64 if self.format == ROTATED else BLOCK_BYTES[self.format][0]
         if self.shape[-1] % values:
             raise ModelError(f"rows of {self.shape[-1]} values cannot be {self.format}: not a multiple of {values}")
         assert self.data.dtype == np.uint8
-        assert self.data.shape == (self.num_rows, self.shape[-1] // values * size), (self.shape, self.data.shape)
+        assert self.data.shape == (self.num_rows, row_bytes(self.format, self.shape[-1])), (self.shape, self.data.shape)
 
     @property
     def num_rows(self) -> int:
@@ -62,7 +72,7 @@ class Tensor:
         return Tensor(self.format, (data.shape[0], self.shape[-1]), data)
 
     def dequantize(self) -> NDArray[np.float32]:
-        """The values as f32, in `shape`, exactly as the format defines them."""
+        """The values as f32, in `shape`, exactly as the format defines them; of ROTATED, those of the rotated rows."""
         return dequantize(self.format, self.data).reshape(self.shape)
 
 
@@ -76,6 +86,9 @@ def dequantize(format: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
         return raw.view(np.float16).astype(np.float32)
     if format == "bf16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if format == ROTATED:
+        q = np.ascontiguousarray(raw[:, 4:]).view(np.int8).astype(np.float32)
+        return q * np.ascontiguousarray(raw[:, :4]).view(np.float32)
     blocks = raw.reshape(num_rows, -1, BLOCK_BYTES[format][1])
     scale = np.ascontiguousarray(blocks[..., 0:2]).view(np.float16).astype(np.float32)  # [rows, groups, 1]
     if format == "q8_0":

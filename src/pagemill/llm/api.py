@@ -15,16 +15,16 @@ from typing import Any
 from pagemill.base.clock import Clock
 from pagemill.base.config import EngineConfig, resolve_config
 from pagemill.base.errors import ModelError, PagemillError, RequestError
-from pagemill.base.params import CacheOptions, SamplingParams
+from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
 from pagemill.base.units import parse_bytes
 from pagemill.build import Built, LoadProgress, build
 from pagemill.engine.engine import EngineStats
 from pagemill.engine.output import Delta
 from pagemill.llm.control import CacheControl
-from pagemill.llm.outputs import CompletionOutput, Logprob, RequestOutput, Timing
+from pagemill.llm.outputs import RequestOutput
+from pagemill.llm.prompts import chat_prompt
 from pagemill.llm.questions import (
     Answer,
-    Choice,
     Prompt,
     Question,
     at_index,
@@ -32,9 +32,10 @@ from pagemill.llm.questions import (
     draw_line,
     listed,
     params_of,
+    read_prompt,
+    whole_prompt,
 )  # fmt: skip
 from pagemill.llm.session import Session
-from pagemill.text.chat import render_chat
 from pagemill.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -221,16 +222,10 @@ class LLM:
             self._leave(request_id)
 
     def chat_prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
-        """A conversation as a prompt for `generate` or `stream`: template rendered, special tokens read as such."""
-        vocab, tokenizer = self.built.vocab, self.tokenizer
-        text = render_chat(
-            vocab.chat_template,
-            messages,
-            add_generation_prompt=True,
-            bos_token=_text_of(vocab.bos_id, tokenizer),
-            eos_token=_text_of(vocab.eos_id, tokenizer),
-        )
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special=False)}
+        """A conversation as a prompt for `generate` or `stream`. Control tokens are the template's; those in a message
+        stay text."""
+        prompt = chat_prompt(self.built.vocab, self.tokenizer, messages)
+        return {"prompt": prompt.text, "prompt_token_ids": prompt.token_ids}
 
     def close(self) -> None:
         """Free weights and cache. Requests that still run are aborted; closing twice is no mistake."""
@@ -261,35 +256,17 @@ class LLM:
         questions = []
         for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             try:
-                question = self._read(prompt, own, options)
-                built.engine.check_request(question.token_ids, own, options)
+                question = read_prompt(built, prompt, own, whole_prompt(own, options))
+                if own.grammar is not None:
+                    built.grammars.check(own.grammar)
+                built.engine.check_request(question.token_ids, own, question.options)
             except PagemillError as error:
                 raise at_index(index, error) if len(prompts) > 1 else error from None
             questions.append(question)
         return questions
 
-    def _read(self, prompt: Prompt, params: SamplingParams, options: CacheOptions) -> Question:
-        if isinstance(prompt, str):
-            return Question(prompt, self.tokenizer.encode(prompt), params, options)
-        if not isinstance(prompt, Mapping):
-            raise RequestError(
-                f'a prompt is a {type(prompt).__name__}; give a text or {{"prompt_token_ids": [...]}} for token ids'
-            )
-        unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
-        if unknown or not prompt:
-            raise RequestError(f'a prompt has the keys {sorted(prompt)}; give "prompt" or "prompt_token_ids"')
-        text = prompt.get("prompt")
-        if text is not None and not isinstance(text, str):
-            raise RequestError(f'"prompt" is a {type(text).__name__}; give text')
-        if "prompt_token_ids" not in prompt:
-            return Question(text, self.tokenizer.encode(text or ""), params, options)
-        token_ids = prompt["prompt_token_ids"]
-        if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Sequence):
-            raise RequestError(f'"prompt_token_ids" is a {type(token_ids).__name__}; give a list of token ids')
-        return Question(text, list(token_ids), params, options)
-
     def _token_ids(self, prompt: Prompt) -> list[int]:
-        return self._read(prompt, SamplingParams(), cache_options(True, None, None)).token_ids
+        return read_prompt(self.built, prompt, SamplingParams(), DEFAULT_CACHE_OPTIONS).token_ids
 
     def _run(self, questions: list[Question], progress: Progress | bool) -> list[RequestOutput]:
         report = progress if callable(progress) else draw_line if progress and sys.stderr.isatty() else None
@@ -314,7 +291,8 @@ class LLM:
         finally:
             for request_id in answers:
                 self._leave(request_id)
-        return [self._output(request_id, answer) for request_id, answer in answers.items()]
+        tokenizer = self.built.tokenizer
+        return [answer.output(request_id, tokenizer) for request_id, answer in answers.items()]
 
     def _enter(self, question: Question, inbox: deque[Delta]) -> str:
         with self._lock:
@@ -343,50 +321,6 @@ class LLM:
                     if asked is not None:
                         asked.append(delta)
 
-    def _output(self, request_id: str, answer: Answer) -> RequestOutput:
-        question = answer.question
-        lasts = [each.last for each in answer.choices if each.last is not None]
-        marks = [last.marks for last in lasts]
-        return RequestOutput(
-            request_id=request_id,
-            prompt=question.text,
-            prompt_token_ids=question.token_ids,
-            outputs=[self._completion(index, each, question.params) for index, each in enumerate(answer.choices)],
-            timing=Timing(
-                arrival_s=marks[0].arrival_s,
-                scheduled_s=min((m.scheduled_s for m in marks if m.scheduled_s is not None), default=None),
-                first_token_s=min((m.first_token_s for m in marks if m.first_token_s is not None), default=None),
-                finished_s=max((m.finished_s for m in marks if m.finished_s is not None), default=None),
-            ),
-            num_cached_tokens=lasts[0].num_cached_tokens,
-            receipt=lasts[0].receipt,
-            error=next((last.error for last in lasts if last.error is not None), None),
-        )
-
-    def _completion(self, index: int, choice: Choice, params: SamplingParams) -> CompletionOutput:
-        last = choice.last
-        assert last is not None
-        logprobs = cumulative = None
-        if params.logprobs is not None:
-            tokenizer = self.built.tokenizer
-            logprobs = [
-                {
-                    each.token_id: Logprob(each.logprob, each.rank, _text_of(each.token_id, tokenizer))
-                    for each in position
-                }
-                for position in choice.logprobs
-            ]
-            cumulative = sum(position[0].logprob for position in choice.logprobs)
-        return CompletionOutput(
-            index=index,
-            text="".join(choice.text),
-            token_ids=choice.token_ids,
-            logprobs=logprobs,
-            cumulative_logprob=cumulative,
-            finish_reason=last.finish_reason,
-            stop_reason=last.stop_reason,
-        )
-
 
 @contextmanager
 def _interrupt_afterwards() -> Iterator[None]:
@@ -403,7 +337,3 @@ def _interrupt_afterwards() -> Iterator[None]:
         signal.signal(signal.SIGINT, default)
     if caught:
         raise KeyboardInterrupt
-
-
-def _text_of(token_id: int | None, tokenizer: Tokenizer | None) -> str:
-    return "" if token_id is None or tokenizer is None else tokenizer.decode([token_id], skip_special=False)

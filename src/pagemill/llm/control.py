@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 
 from pagemill.base.errors import ConfigError, RequestError
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions
+from pagemill.engine.cache_stats import cache_curve, cache_stats
 from pagemill.engine.engine import Engine
+from pagemill.engine.ports import CacheListener
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,17 @@ class CacheControl:
         self._lock = lock
         self._token_ids = token_ids
 
+    def stats(self, sizes: Sequence[int] | None = None) -> dict[str, Any]:
+        """Use of the cache now, what it found since the start, and `curve`, as one JSON object."""
+        with self._lock:
+            return cache_stats(self._engine, sizes)
+
+    def curve(self, sizes: Sequence[int] | None = None) -> dict[str, Any]:
+        """Expected hit ratio of the texts seen so far for caches of these sizes in blocks (None: an eighth of this one
+        to eight times it), each evicting what was least recently used. Raises ConfigError for sizes below 1."""
+        with self._lock:
+            return cache_curve(self._engine.cache, sizes)
+
     def set_quota(self, tenant: str, *, floor_tokens: int = 0, cap_tokens: int | None = None) -> None:
         """What other tenants' demand cannot push a tenant below, and what it cannot rise above, in token positions.
 
@@ -44,10 +57,9 @@ class CacheControl:
         for name, value in (("floor_tokens", floor_tokens), ("cap_tokens", cap_tokens)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name} is {value!r}; give a whole number of tokens")
-        size = self._engine.cache.block_size
         with self._lock:
-            cap = None if cap_tokens is None else cap_tokens // size
-            self._shared.set_quota(tenant, -(-floor_tokens // size), cap)
+            self._engine.cache.grant(tenant, floor_tokens, cap_tokens)
+            self._engine.settle()
 
     def declare_public(self, name: str) -> None:
         """Let requests share the namespace `name` across tenants, by CacheOptions(public=name)."""
@@ -85,6 +97,16 @@ class CacheControl:
     def purge_tenant(self, tenant: str) -> int:
         """Drop every text of a tenant, with its secret. Returns as `purge` does."""
         return self._purged(lambda: self._shared.purge_tenant(tenant))
+
+    def remove_tenant(self, tenant: str) -> int:
+        """`purge_tenant`, and its quota goes too; where only known tenants may enter, it is none any more."""
+        return self._purged(lambda: self._shared.remove_tenant(tenant))
+
+    def listen(self, told: CacheListener | None) -> None:
+        """Have a function told of each block that can be found from now on or no longer, in order and on the engine's
+        thread; replaying what it is told gives the index. None ends it. It must not raise nor use the LLM."""
+        with self._lock:
+            self._shared.listener = told
 
     def _tokens(self, prompt: Any, options: CacheOptions) -> array[int]:
         if not isinstance(options, CacheOptions):

@@ -54,6 +54,7 @@ class RequestOutput:
 
     tpot_s: mean time between the tokens of the longest choice, None below two tokens. receipt: what the prefix cache
     did for the prompt, None where nothing is shared. error: why finish_reason is "error"; no other request is affected.
+    prompt_logprobs: where asked for, one entry a token of the prompt, the first None (nothing stands before it).
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     receipt: Receipt | None = None
     error: Exception | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def tpot_s(self) -> float | None:

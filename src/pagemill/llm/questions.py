@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pagemill.base.errors import CapacityError, PagemillError, RequestError
+from pagemill.base.errors import CapacityError, ModelError, PagemillError, RequestError
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
-from pagemill.base.step import TokenLogprob
+from pagemill.base.step import PositionLogprobs
+from pagemill.build import Built
 from pagemill.engine.output import Delta
+from pagemill.llm.outputs import CompletionOutput, Logprob, RequestOutput, Timing
+from pagemill.llm.prompts import text_of
+from pagemill.text.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any]
 
@@ -31,14 +35,35 @@ class Choice:
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     last: Delta | None = None
 
     def add(self, delta: Delta) -> None:
         self.text.append(delta.text)
         self.token_ids += delta.token_ids
-        self.logprobs += [(each.sampled, *each.top) for each in delta.logprobs]
+        self.logprobs += delta.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.last = delta
+
+    def output(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> CompletionOutput:
+        """The choice so far."""
+        last, wanted = self.last, params.logprobs is not None
+        return CompletionOutput(
+            index=index,
+            text="".join(self.text),
+            token_ids=self.token_ids,
+            logprobs=[named(each, tokenizer) for each in self.logprobs] if wanted else None,
+            cumulative_logprob=sum(each.sampled.logprob for each in self.logprobs) if wanted else None,
+            finish_reason=None if last is None else last.finish_reason,
+            stop_reason=None if last is None else last.stop_reason,
+        )
+
+
+def named(position: PositionLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """One position by token id, with texts; the token that stands there comes first."""
+    every = (position.sampled, *position.top)
+    return {each.token_id: Logprob(each.logprob, each.rank, text_of(each.token_id, tokenizer)) for each in every}
 
 
 class Answer:
@@ -54,6 +79,32 @@ class Answer:
     def add(self, delta: Delta) -> None:
         self.choices[delta.choice].add(delta)
         self.num_open -= delta.finished
+
+    def output(self, request_id: str, tokenizer: Tokenizer | None) -> RequestOutput:
+        """The answer so far."""
+        question = self.question
+        lasts = [each.last for each in self.choices if each.last is not None]
+        marks = [last.marks for last in lasts]
+        ended = next((last for last in lasts if last.receipt is not None), lasts[0])
+        prompt = next((each.prompt_logprobs for each in self.choices if each.prompt_logprobs), ())
+        return RequestOutput(
+            request_id=request_id,
+            prompt=question.text,
+            prompt_token_ids=question.token_ids,
+            outputs=[each.output(index, question.params, tokenizer) for index, each in enumerate(self.choices)],
+            timing=Timing(
+                arrival_s=marks[0].arrival_s,
+                scheduled_s=min((m.scheduled_s for m in marks if m.scheduled_s is not None), default=None),
+                first_token_s=min((m.first_token_s for m in marks if m.first_token_s is not None), default=None),
+                finished_s=max((m.finished_s for m in marks if m.finished_s is not None), default=None),
+            ),
+            num_cached_tokens=ended.num_cached_tokens,
+            receipt=ended.receipt,
+            error=next((last.error for last in lasts if last.error is not None), None),
+            prompt_logprobs=None
+            if question.params.prompt_logprobs is None
+            else [None, *(named(each, tokenizer) for each in prompt)],
+        )
 
 
 def listed(prompts: object) -> Sequence[Any]:
@@ -105,3 +156,36 @@ def cache_options(cache: object, tenant: str | None, cache_salt: str | None) -> 
         return DEFAULT_CACHE_OPTIONS
     name = DEFAULT_CACHE_OPTIONS.tenant if tenant is None else tenant
     return CacheOptions(tenant=name, salt=cache_salt, bypass=not cache)
+
+
+def read_prompt(built: Built, prompt: object, params: SamplingParams, options: CacheOptions) -> Question:
+    """A prompt as token ids. Raises RequestError for other shapes, and ModelError for text without a vocabulary."""
+    if isinstance(prompt, str):
+        return Question(prompt, _tokenizer(built).encode(prompt), params, options)
+    if not isinstance(prompt, Mapping):
+        raise RequestError(
+            f'a prompt is a {type(prompt).__name__}; give a text or {{"prompt_token_ids": [...]}} for token ids'
+        )
+    unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
+    if unknown or not prompt:
+        raise RequestError(f'a prompt has the keys {sorted(prompt)}; give "prompt" or "prompt_token_ids"')
+    text = prompt.get("prompt")
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f'"prompt" is a {type(text).__name__}; give text')
+    if "prompt_token_ids" not in prompt:
+        return Question(text, _tokenizer(built).encode(text or ""), params, options)
+    token_ids = prompt["prompt_token_ids"]
+    if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Sequence):
+        raise RequestError(f'"prompt_token_ids" is a {type(token_ids).__name__}; give a list of token ids')
+    return Question(text, list(token_ids), params, options)
+
+
+def _tokenizer(built: Built) -> Tokenizer:
+    if built.tokenizer is None:
+        raise ModelError(f'{built.spec.name} brings no vocabulary; give {{"prompt_token_ids": [...]}}')
+    return built.tokenizer
+
+
+def whole_prompt(params: SamplingParams, options: CacheOptions) -> CacheOptions:
+    """The options, past the cache where log-probabilities of the prompt need every position computed."""
+    return options if params.prompt_logprobs is None or options.bypass else replace(options, bypass=True)

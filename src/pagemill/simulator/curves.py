@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pagemill.base.clock import Clock
 from pagemill.base.errors import ConfigError
 from pagemill.cache.policies.registry import make_policy
-from pagemill.simulator.replay import replay, replay_ideal, replay_manager, replay_optimum
+from pagemill.simulator.replay import prepare, replay, replay_ideal, replay_manager, replay_optimum
 from pagemill.simulator.trace import Request, Trace
 
 
@@ -60,6 +60,7 @@ def hit_curves(
     """
     for name in policies:
         make_policy(name, min(blocks))
+    prepared = prepare(trace)
     ideal = replay_ideal(trace).block_hit_ratio
     rows = []
     for size in blocks:
@@ -68,7 +69,9 @@ def hit_curves(
         for name in policies:
             report(f"{size:,} blocks: {name}")
             start_s = clock.now()
-            done = replay_manager(trace, name, size) if manager else replay(trace, make_policy(name, size), size)
+            done = (
+                replay_manager(trace, name, size) if manager else replay(trace, make_policy(name, size), size, prepared)
+            )
             taken_s = max(clock.now() - start_s, 1e-9)
             rows.append(
                 HitRow(

@@ -19,7 +19,10 @@ from pagemill.cache.policies.base import BlockInfo, Policy
 from pagemill.cache.policies.registry import make_policy
 from pagemill.simulator.trace import Trace
 
+_KNOWN = 2  # blocks found, as told to policies of requests that found more than one
 _KEY_BYTES = 8
+_KEY_MASK = (1 << 64) - 1
+_SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: a multiplication that spreads numbers and loses none
 _MANAGER_BLOCK_TOKENS = 4
 _LOW_BITS = (1 << 31) - 1
 
@@ -42,6 +45,61 @@ class Replayed:
     def later_hit_ratio(self) -> float:
         """The ratio over the second half of the requests alone."""
         return self.num_later_hits / max(1, self.num_later_accesses)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A request's blocks, the last of its prompt first. blocks: their numbers; keys: 8 bytes each that are spread
+    evenly; infos: what a policy is told of each, where the request found one block at the most, and where more."""
+
+    blocks: tuple[int, ...]
+    keys: tuple[bytes, ...]
+    infos: tuple[tuple[BlockInfo, ...], tuple[BlockInfo, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A trace as `replay` reads it: the same for all policies and sizes. num_distinct: numbers of blocks are below."""
+
+    num_distinct: int
+    chains: tuple[Chain, ...]
+
+
+def prepare(trace: Trace) -> Prepared:
+    """The trace's blocks numbered from 0. Raises ConfigError where a request names a block twice."""
+    numbers: dict[int, int] = {}
+    keys: list[bytes] = []
+    made: dict[tuple[int, int, int], tuple[BlockInfo, ...]] = {}
+    chains = []
+    for index, request in enumerate(trace.requests):
+        blocks = tuple([numbers.setdefault(each, len(numbers)) for each in reversed(request.blocks)])
+        if len(set(blocks)) != len(blocks):
+            raise ConfigError(f"{trace.name}: request {index:,} names a block twice; blocks differ in their position")
+        while len(keys) < len(numbers):
+            keys.append((len(keys) * _SPREAD & _KEY_MASK).to_bytes(_KEY_BYTES, "big"))
+        filled = request.num_input_tokens - (len(blocks) - 1) * trace.block_tokens
+        fresh, known = (_infos(made, len(blocks), trace.block_tokens, filled, known) for known in (0, _KNOWN))
+        chains.append(Chain(blocks, tuple([keys[each] for each in blocks]), (fresh, known)))
+    return Prepared(len(numbers), tuple(chains))
+
+
+def _infos(
+    made: dict[tuple[int, int, int], tuple[BlockInfo, ...]], num_blocks: int, size: int, filled: int, known: int
+) -> tuple[BlockInfo, ...]:
+    """What is known of the blocks of a chain, the last one first; all but that shared by chains of one length."""
+    full = made.get((num_blocks, size, known))
+    if full is None:
+        full = made[num_blocks, size, known] = tuple(
+            BlockInfo(size, depth, text_tokens=num_blocks * size, num_known_blocks=known)
+            for depth in range(num_blocks - 1, -1, -1)
+        )
+    if filled >= size or not num_blocks:
+        return full
+    found = made.get((num_blocks, filled, known))
+    if found is None:
+        last = BlockInfo(filled, num_blocks - 1, text_tokens=num_blocks * size, num_known_blocks=known)
+        found = made[num_blocks, filled, known] = (last, *full[1:])
+    return found
 
 
 class _Score:
@@ -69,56 +127,48 @@ class _Score:
         return Replayed(sum(self._hits), sum(self._accesses), self._hits[1], self._accesses[1], num_evictions)
 
 
-def replay(trace: Trace, policy: Policy, capacity: int) -> Replayed:
-    """Replay over a fresh policy for a cache of `capacity` blocks. Raises ConfigError for a trace without blocks."""
+def replay(trace: Trace, policy: Policy, capacity: int, prepared: Prepared | None = None) -> Replayed:
+    """Replay over a fresh policy for a cache of `capacity` blocks. prepared: the trace, where it has been prepared.
+
+    A block's name for the policy is its number among the different blocks of the trace, so that nothing has to be kept
+    of it but whether it is there. Raises ConfigError for a trace without blocks.
+    """
     score = _Score(trace)
-    keys = {each: each.to_bytes(_KEY_BYTES, "little") for request in trace.requests for each in request.blocks}
-    infos: dict[tuple[int, int], BlockInfo] = {}
-    where: dict[int, int] = {}
-    held = [-1] * capacity
-    free = list(range(capacity - 1, -1, -1))
-    touch, insert, victim, remove, on_miss = (
-        policy.touch,
-        policy.insert,
-        policy.victim,
-        policy.remove,
-        policy.on_miss,
-    )
-    find = where.get
-    num_evictions = 0
-    for request in trace.requests:
-        ids = request.blocks
-        num_blocks = len(ids)
-        num_hits = 0
-        for each in ids:
-            if each not in where:
-                break
-            num_hits += 1
+    prepared = prepared or prepare(trace)
+    there = bytearray(prepared.num_distinct)
+    is_there = there.__getitem__
+    touch_all, replace = policy.touch_all, policy.replace
+    num_free, num_evictions = capacity, 0
+    for chain in prepared.chains:
+        blocks, keys = chain.blocks, chain.keys
+        present = bytes(map(is_there, blocks))
+        num_blocks = len(blocks)
+        num_hits = num_blocks - 1 - present.rfind(0)
         score.add(num_hits, num_blocks)
-        for depth in range(num_blocks - 1, -1, -1):
-            each = ids[depth]
-            block = find(each)
-            if block is not None:
-                touch(block)
+        infos = chain.infos[num_hits > 1]
+        at = 0
+        while at < num_blocks:
+            end = present.find(not present[at], at)
+            end = num_blocks if end < 0 else end
+            if present[at]:
+                touch_all(blocks[at:end])
+                at = end
                 continue
-            key = keys[each]
-            on_miss(key)
-            if free:
-                block = free.pop()
-            else:
-                chosen = victim()
-                assert chosen is not None, "nothing is locked, so that something can go"
-                remove(chosen, True)
-                del where[held[chosen]]
-                block = chosen
-                num_evictions += 1
-            filled = min(trace.block_tokens, request.num_input_tokens - depth * trace.block_tokens)
-            info = infos.get((depth, filled))
-            if info is None:
-                info = infos[depth, filled] = BlockInfo(num_tokens=filled, depth=depth)
-            insert(block, key, info)
-            where[each] = block
-            held[block] = each
+            while num_free and at < end:
+                policy.on_miss(keys[at])
+                policy.insert(blocks[at], keys[at], infos[at])
+                there[blocks[at]] = 1
+                num_free -= 1
+                at += 1
+            if at == end:
+                continue
+            for each in blocks[at:end]:
+                there[each] = 1
+            for each in replace(blocks[at:end], keys[at:end], infos[at:end]):
+                there[each] = 0
+            num_evictions += end - at
+            at = end
+            present = bytes(map(is_there, blocks))
     return score.done(num_evictions)
 
 

@@ -87,8 +87,38 @@ def loop(num_requests: int, rng: random.Random) -> list[Request]:
     ]
 
 
+def zipf(num_requests: int, rng: random.Random) -> list[Request]:
+    """Short prompts whose popularity follows Zipf's law, exponent 1.0, each on its own, for ever the same."""
+    num_prompts, length = 20_000, 3
+    weights = list(accumulate(1 / (rank + 1) for rank in range(num_prompts)))
+    ranks = rng.choices(range(num_prompts), cum_weights=weights, k=num_requests)
+    return [_request(float(index), list(range(rank * length, (rank + 1) * length))) for index, rank in enumerate(ranks)]
+
+
+def shifting(num_requests: int, rng: random.Random) -> list[Request]:
+    """What is popular changes at once, again and again: a few documents, a loop, conversations, a scan, and so on."""
+    phase = max(1, num_requests // 12)
+    talks = iter(chat(num_requests, rng))
+    ids = count(1 << 42)
+    found = []
+    for index in range(num_requests):
+        kind, number = index // phase % 4, index // phase
+        if kind == 0:
+            start = (1 << 41) + (number * 400 + int(rng.paretovariate(0.7)) % 400) * 20
+            blocks = list(range(start, start + 20))
+        elif kind == 1:
+            start = (1 << 43) + (number * 400 + index % 150) * 30
+            blocks = list(range(start, start + 30))
+        elif kind == 2:
+            blocks = list(next(talks).blocks)
+        else:
+            blocks = [next(ids) for _ in range(25)]
+        found.append(_request(float(index), blocks))
+    return found
+
+
 GENERATORS: dict[str, Callable[[int, random.Random], list[Request]]] = {
-    each.__name__: each for each in (chat, agents, documents, sweep, loop)
+    each.__name__: each for each in (chat, agents, documents, sweep, loop, zipf, shifting)
 }
 
 

@@ -70,8 +70,8 @@ class Tokenizer:
     """A checkpoint's tokeniser. Caches bytes of tokens as it goes; otherwise immutable, safe to share among threads.
 
     vocab_size: ids are 0 .. vocab_size - 1. stop_ids: ids that end a text or a turn. special_ids: control tokens,
-    which `decode` leaves out unless asked. unknown_bytes: bytes that the vocabulary cannot spell; `encode` leaves them
-    out, as the models' own tokenisers do.
+    which `decode` leaves out unless asked; special_texts: their spellings -> ids. unknown_bytes: bytes that the
+    vocabulary cannot spell; `encode` leaves them out, as the models' own tokenisers do.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Tokenizer:
         self.bos_id = vocab.bos_id
         self.add_bos = vocab.add_bos
         self.special_ids = frozenset(special)
+        self.special_texts = {text: token for token, text in special.items()}
         self.unknown_bytes = unknown_bytes
         self.stop_ids = frozenset(vocab.stop_ids) | (frozenset() if vocab.eos_id is None else {vocab.eos_id})
         _check_ids(vocab, self.vocab_size)

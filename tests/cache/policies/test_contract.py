@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import pytest
 
 from pagemill.base.errors import ConfigError
-from pagemill.cache.policies.base import BlockInfo, Policy
+from pagemill.cache.policies.base import BlockInfo, OneByOne, Policy
 from pagemill.cache.policies.registry import POLICIES, make_policy
 from tests.fixtures.policy_models import Driver, SlowARC, SlowGDSF, SlowLFU, SlowLRU, SlowS3FIFO
 
@@ -143,6 +145,106 @@ def test_victims_equal_the_slow_models(name: str, capacity: int, seed: int) -> N
         driver.step()
         driver.victim()
     assert driver.num_evictions > 50
+
+
+def play(policy: Policy, name: str, seed: int, *, many: bool) -> list[int]:
+    """Victims of chains that are used over and over, by the calls for many blocks or by those for one."""
+    rng = random.Random(seed)
+    there: dict[int, None] = {}
+    victims: list[int] = []
+    for step in range(300):
+        if step == 150:
+            policy.resize(40)
+        start = 12 * int(rng.paretovariate(0.8)) % 240
+        chain = list(range(start, start + rng.randint(1, 12)))[::-1]
+        hits = [block for block in chain if block in there]
+        missing = [block for block in chain if block not in there]
+        infos = [
+            BlockInfo(16, depth=block % 12, recompute_cost=1 + block % 12 / 8, text_tokens=start) for block in missing
+        ]
+        keys = [key(block) for block in missing]
+        locked = sorted(there)[: rng.randrange(4)] if step % 3 == 0 else []
+        for block in locked:
+            policy.lock(block)
+        if many:
+            policy.touch_all(hits)
+        else:
+            for block in hits:
+                policy.touch(block)
+        while missing and len(there) < 40:
+            policy.on_miss(keys[0])
+            policy.insert(missing[0], keys.pop(0), infos.pop(0))
+            there[missing.pop(0)] = None
+        gone = (policy.replace if many else partial(OneByOne.replace, policy))(missing, keys, infos)
+        there |= dict.fromkeys(missing)
+        for block in gone:
+            del there[block]
+        victims += gone
+        for block in locked:
+            policy.unlock(block)
+    return [*victims, *drain(policy)]
+
+
+@every_policy
+@pytest.mark.parametrize("seed", range(3))
+def test_calls_for_many_blocks_do_what_calls_for_one_do(name: str, seed: int) -> None:
+    many = play(make_policy(name, 40), name, seed, many=True)
+    assert many == play(make_policy(name, 40), name, seed, many=False)
+    assert len(many) > 400
+
+
+@every_policy
+def test_no_block_of_a_run_may_be_known_or_unknown_where_it_must_not(name: str) -> None:
+    policy = filled(name, 10)
+    untouched = copy.deepcopy(policy)
+    with pytest.raises(AssertionError):
+        policy.touch_all([1, 2, 99])
+    with pytest.raises(AssertionError):
+        policy.replace([50, 3], [key(50), key(3)], [INFO, INFO])
+    assert drain(policy) == drain(untouched)
+
+
+@every_policy
+def test_nothing_is_replaced_where_everything_is_locked(name: str) -> None:
+    policy = filled(name, 3)
+    for block in range(3):
+        policy.lock(block)
+    with pytest.raises(AssertionError):
+        policy.replace([7], [key(7)], [INFO])
+    policy.unlock(1)
+    assert policy.replace([7], [key(7)], [INFO]) == [1]
+
+
+@every_policy
+@pytest.mark.parametrize("capacity", [1, 7, 30, 3000])
+def test_a_resize_keeps_every_block_and_lock(name: str, capacity: int) -> None:
+    policy = filled(name, 30)
+    for block in range(0, 30, 3):
+        policy.lock(block)
+    for block in range(10):
+        policy.touch(block)
+    policy.resize(capacity)
+    assert policy.victim() not in range(0, 30, 3)
+    for block in range(0, 30, 3):
+        policy.unlock(block)
+    assert sorted(drain(policy)) == list(range(30))
+    for block in range(60):
+        policy.on_miss(key(block))
+        policy.insert(block, key(block), INFO)
+    assert sorted(drain(policy)) == list(range(60))
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu"])
+def test_a_resize_does_not_change_an_order_of_uses(name: str) -> None:
+    plain, resized = filled(name, 20), filled(name, 20)
+    resized.resize(5)
+    assert drain(plain) == drain(resized)
+
+
+@every_policy
+def test_a_resize_to_nothing_is_refused(name: str) -> None:
+    with pytest.raises(AssertionError):
+        filled(name, 4).resize(0)
 
 
 def calls_of(action: Callable[[], Any]) -> int:

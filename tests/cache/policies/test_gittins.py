@@ -6,7 +6,7 @@ import pytest
 
 from pagemill.cache.policies.base import BlockInfo
 from pagemill.cache.policies.gittins import Gittins
-from pagemill.cache.policies.reuse import ReuseLearner
+from pagemill.cache.policies.reuse import LearnerSetting, ReuseLearner
 from tests.fixtures.policy_models import Driver, SlowBlock, SlowLRU
 
 INFO = BlockInfo(num_tokens=16)
@@ -26,9 +26,10 @@ class SlowGittins(SlowLRU):
     def place(self, each: SlowBlock) -> tuple[float, ...]:
         fast = self.fast
         block = next(block for block, other in self.blocks.items() if other is each)
-        kind = fast._entries[block].row // fast._num_buckets
-        bucket = sum(edge <= fast._aged_at - each.used for edge in fast._learner.edges)
-        return (fast._places[kind * fast._num_buckets + bucket], each.used)
+        kind = fast._entries[block][1]
+        age = fast._epoch - each.used // fast._epoch_uses
+        bucket = sum(edge <= age for edge in fast._learner.edges)
+        return (fast._places[kind * fast._buckets + bucket], each.used)
 
 
 @pytest.mark.parametrize("capacity", [3, 12, 40])
@@ -93,45 +94,82 @@ def test_uses_of_a_purged_block_are_forgotten() -> None:
     assert policy.victim() == 0
 
 
+def test_of_blocks_used_once_those_of_short_texts_outlive_those_of_long_ones_at_first() -> None:
+    policy = Gittins(4)
+    for block, text_tokens in enumerate((1000, 100_000, 1000, 10_000)):
+        policy.insert(block, key(block), BlockInfo(16, text_tokens=text_tokens))
+    order = []
+    while (block_ := policy.victim()) is not None:
+        order.append(block_)
+        policy.remove(block_, True)
+    assert order == [1, 3, 0, 2]
+
+
+def test_a_block_that_went_on_from_a_known_text_leaves_before_one_of_a_new_text() -> None:
+    policy = Gittins(2)
+    policy.insert(0, key(0), BlockInfo(16, text_tokens=1000))
+    policy.insert(1, key(1), BlockInfo(16, text_tokens=1000, num_known_blocks=5))
+    assert policy.victim() == 1
+
+
+@pytest.mark.parametrize("capacity", [3, 12, 40, 200])
+def test_after_a_resize_the_order_is_that_of_a_search_over_all_blocks(capacity: int) -> None:
+    fast = Gittins(capacity)
+    slow = SlowGittins(fast, capacity)
+    driver = Driver([fast, slow], capacity, 5, num_keys=3 * capacity)
+    for size in (capacity, 2 * capacity, 1, 7 * capacity):
+        fast.resize(size)
+        for _ in range(400):
+            driver.step()
+            driver.victim()
+
+
 class TestReuseLearner:
     def test_ages_fall_into_buckets_in_ascending_order(self) -> None:
-        learner = ReuseLearner(1000, [1.0], [0])
+        learner = ReuseLearner(1600, [1.0], [0], LearnerSetting(first_edge=0.5, num_edges=9))
+        assert learner.epoch_uses == 100
         assert list(learner.edges) == sorted(set(learner.edges))
-        assert learner.edges[0] == 500
-        assert learner.edges[-1] == 8000
-        assert [learner.bucket(age) for age in (0, 499, 500, 8000)] == [0, 0, 1, len(learner.edges)]
+        assert learner.edges[0] == 8
+        assert learner.edges[-1] == 128
+        assert [learner.bucket(age) for age in (0, 7, 8, 128)] == [0, 0, 1, len(learner.edges)]
 
     @pytest.mark.parametrize("capacity", [1, 2, 3, 7])
-    def test_edges_of_a_tiny_cache_differ(self, capacity: int) -> None:
-        learner = ReuseLearner(capacity, [1.0], [0])
+    @pytest.mark.parametrize("first_edge", [0.01, 0.5])
+    def test_edges_of_a_tiny_cache_differ(self, capacity: int, first_edge: float) -> None:
+        learner = ReuseLearner(capacity, [1.0], [0], LearnerSetting(first_edge=first_edge))
         assert len(set(learner.edges)) == len(learner.edges)
         assert all(value > 0 for row in learner.refresh(1) for value in row)
 
     def test_a_class_that_is_used_again_gets_the_higher_index(self) -> None:
-        learner = ReuseLearner(100, [1.0, 1.0], [0, 1])
-        now = 0
-        for round_ in range(200):
+        learner = ReuseLearner(100, [1.0, 1.0], [0, 1], LearnerSetting(shape_weight=1000.0, level_weight=100.0))
+        for epoch in range(200):
+            learner.advance(epoch)
             for each in range(20):
-                now += 1
-                learner.record(key(each), now, 0)
-            for each in range(20):
-                now += 1
-                learner.record(key(1000 + round_ * 20 + each), now, 1)
-            learner.advance(now)
-        again, once = learner.refresh(now)
-        assert min(again[:3]) > 4 * max(once)
+                learner.record(key(each), epoch, 0)
+                learner.record(key(1000 + epoch * 20 + each), epoch, 1)
+        again, once = learner.refresh(200)
+        assert all(one > 4 * other for one, other in zip(again[:3], once[:3], strict=True))
+
+    def test_counts_outlive_a_change_of_capacity(self) -> None:
+        learners = [ReuseLearner(100 * size, [1.0, 1.0], [0, 1]) for size in (1, 2, 2)]
+        for epoch in range(2000):
+            learners[0].advance(epoch)
+            learners[0].record(key(1), epoch, 0)
+            learners[0].record(key(1000 + epoch), epoch, 1)
+        learners[1].take_over(learners[0], 0)
+        (again, once), (plain, other) = learners[1].refresh(0), learners[2].refresh(0)
+        assert plain == other
+        assert again[0] > 1.2 * once[0] > 1.2 * plain[0]
 
     def test_memory_is_bounded_by_the_ages_that_are_followed(self) -> None:
         learner = ReuseLearner(50, [1.0], [0])
-        for now in range(1, 20_000):
-            learner.record(key(now), now, 0)
-            if now % 10 == 0:
-                learner.advance(now)
-        assert len(learner._log) <= 50 * 8 + 20
-        assert len(learner._latest) <= 50 * 8 + 20
+        for epoch in range(1000):
+            learner.advance(epoch)
+            for number in range(20):
+                learner.record(key(epoch * 20 + number), epoch, 0)
+        assert len(learner._latest) <= 20 * learner.edges[-1]
+        assert len(learner._alive) == len(learner._keys) <= learner.edges[-1]
 
-    def test_of_a_large_cache_a_sample_of_the_keys_is_followed(self) -> None:
-        learner = ReuseLearner(2048 * 64, [1.0], [0])
-        for now in range(1, 20_000):
-            learner.record(key(now), now, 0)
-        assert 100 < len(learner._log) < 700
+    @pytest.mark.parametrize(("capacity", "mask"), [(1, 0), (8191, 0), (8192, 1), (1 << 20, 255), (1 << 30, 255)])
+    def test_of_a_large_cache_a_sample_of_the_keys_is_followed(self, capacity: int, mask: int) -> None:
+        assert ReuseLearner(capacity, [1.0], [0]).mask == mask

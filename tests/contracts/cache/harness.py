@@ -2,23 +2,24 @@
 
 The store holds, for each position of each block, a value that depends on every token before it. `compute` first makes
 the moves that the cache asks for, then re-reads the whole history of the sequence through its table and compares it
-with what an uncached run would have written, then writes the next positions. Wiped positions hold None. A cache is
-reached through `Harness` alone (about ten operations), so that a deliberately broken one can be put in its place.
+with what an uncached run would have written, then writes the next positions. Wiped positions hold None. What a look-up
+finds is compared with `slow_index.py`, to the token, and in plain least-recently-used order so is each victim. A cache
+is reached through `Harness` alone (about a dozen operations), so that a broken one can be put in its place.
 """
 
 from __future__ import annotations
 
-import random
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from pagemill.base.errors import CapacityError, ConfigError, IntegrityError
-from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, Retain
+from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions
 from pagemill.base.transfer import Moves
 from pagemill.cache.entry import Removed, SharingConfig, Stored
 from pagemill.cache.manager import CacheManager
 from pagemill.cache.receipt import Lookup
+from tests.contracts.cache.slow_index import SlowIndex
 from tests.fixtures.fake_executor import mix
 
 Options = CacheOptions
@@ -41,34 +42,50 @@ class Text:
 
 @dataclass(slots=True)
 class Harness:
-    """A cache, a store and the sequences. Mutated by every operation; each ends with `check`."""
+    """A cache, a store and the sequences. Mutated by every operation; each ends with `check`.
+
+    plain: neither priorities nor quotas nor another size, so that the slow model can say who is evicted (policy lru).
+    """
 
     num_blocks: int = 12
     policy: str = "lru"
+    plain: bool = False
     make: Callable[[int, int, SharingConfig], CacheManager] = lambda n, b, s: CacheManager(n, b, "paged", s)
     cache: CacheManager = field(init=False)
     store: list[list[int | None]] = field(init=False)
     live: dict[int, Text] = field(default_factory=dict)
     leases: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    index: dict[bytes, Stored] = field(default_factory=dict)
+    index: SlowIndex = field(init=False)
     verified: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
     now_s: float = 0.0
     next_id: int = 0
     num_operations: int = 0
     num_hit: int = 0
+    num_evicted: int = 0
+    highest: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cache = self.make(self.num_blocks, BLOCK, SharingConfig(policy=self.policy))
         self.store = [[None] * BLOCK for _ in range(self.num_blocks)]
         assert self.cache.shared is not None
+        self.cache.shared.tenancy.declare_public("p")
+        self.index = SlowIndex(self.cache.shared, BLOCK)
         self.cache.shared.on_event = self.note
 
     def note(self, event: Stored | Removed) -> None:
-        """Replay an event into the index that the cache must agree with."""
-        if isinstance(event, Removed):
-            self.index.pop(event.key)
-        else:
-            self.index[event.key] = event
+        """Replay an event into the index that the cache must agree with; in a plain harness, the victim is the leaf
+        that nobody holds whose last use is longest ago."""
+        shared = self.cache.shared
+        assert shared is not None
+        if isinstance(event, Removed) and event.evicted:
+            self.num_evicted += 1
+            parent = self.index.stored[event.key].parent  # was followed until now
+            pool, used = self.cache._pool, self.index.used
+            nodes = [n for n in shared.tree.nodes.values() if not n.children and n.key != parent]
+            idle = [node.key for node in nodes if not pool.num_holders(node.block)]
+            if self.plain and any(used[key] < used[event.key] for key in idle):
+                raise ViolationError("a block was evicted before others whose last use is longer ago")
+        self.index.note(event)
 
     # The operations
 
@@ -77,6 +94,11 @@ class Harness:
         cache, known = self.cache, array("i", tokens)
         possible = cache.can_open(len(tokens), 1000, 0, known, options)
         before = self.snapshot()
+        expected = self.index.longest(options, tokens)
+        if possible and not options.bypass:
+            assert cache.shared is not None
+            tail = cache.shared.entry(options, known, len(tokens)).tail
+            self.index.touched(options, tokens, None if tail is None else tail.key)
         self.next_id += 1
         try:
             lookup = cache.open(self.next_id, len(tokens), 1000, known, options)
@@ -90,6 +112,8 @@ class Harness:
             raise ViolationError("admission refused what allocation found")
         if lookup.num_hit >= len(tokens) or (options.bypass and lookup.num_hit):
             raise ViolationError(f"{lookup} leaves nothing to compute, or went past a bypass")
+        if not options.bypass:
+            self.check_hit(lookup, options, expected)
         text = self.live[self.next_id] = Text(known, options, lookup, lookup.num_hit)
         hit = tuple(tokens[: lookup.num_hit])
         if hit and not any(hit == each[: len(hit)] for each in self.verified.get(scope(options), ())):
@@ -98,6 +122,16 @@ class Harness:
         self.check()
         assert text.committed == cache.num_committed(self.next_id)
         return self.next_id
+
+    def check_hit(self, lookup: Lookup, options: Options, expected: tuple[int, int]) -> None:
+        """A look-up finds what the slow model does; a tail is left where its copy would take the last block."""
+        shared, (whole, part) = self.cache.shared, expected
+        assert shared is not None
+        if lookup.num_hit == whole + part:
+            return
+        account = shared.tenancy.account(shared.tenancy.namespace(options.tenant, options.salt, options.public))
+        if lookup.num_hit != whole or shared.available(account) > 0:
+            raise ViolationError(f"{lookup} found other than {whole} tokens in blocks and {part} behind them")
 
     def compute(self, seq_id: int, most: int) -> None:
         """One step of one sequence: moves, re-reading, writing, commit."""
@@ -117,6 +151,7 @@ class Harness:
                 if filled and not self.rewritten(seq_id, position):
                     raise ViolationError(f"block {block} was handed out with its contents")
                 self.store[block][slot] = value
+        self.learn(text, end)
         cache.commit(seq_id, end)
         text.committed = end
         self.verified.setdefault(scope(text.options), set()).add(tuple(text.tokens[:end]))
@@ -126,7 +161,10 @@ class Harness:
         """True where the sequence itself wrote this block before a rollback."""
         return position < self.highest.get(seq_id, 0)
 
-    highest: dict[int, int] = field(default_factory=dict)
+    def learn(self, text: Text, num_tokens: int) -> None:
+        """So many tokens of a sequence are verified: its cache may publish them."""
+        if not text.options.bypass:
+            self.index.learn(text.options, list(text.tokens[:num_tokens]))
 
     def extend(self, seq_id: int, tokens: list[int]) -> bool:
         """Know more tokens and make room for them; False where there is none, which must change nothing."""
@@ -176,12 +214,33 @@ class Harness:
         self.roll_back(seq_id, text.committed)
 
     def share(self, seq_id: int) -> None:
+        """Let siblings find all that a running sequence has written."""
+        self.learn(self.live[seq_id], self.live[seq_id].committed)
         self.cache.publish_tail(seq_id)
         self.check()
 
-    def close(self, seq_id: int) -> None:
+    def fork(self, seq_id: int) -> int | None:
+        """Another sequence that begins like this one, as a further choice of a request does."""
+        self.share(seq_id)
+        return self.open(list(self.live[seq_id].tokens), self.live[seq_id].options)
+
+    def close(self, seq_id: int) -> Text:
+        """End a sequence in whatever state: finished, aborted or preempted. Returns what it was."""
+        self.learn(self.live[seq_id], self.live[seq_id].committed)
         self.cache.close(seq_id)
-        del self.live[seq_id]
+        text = self.live.pop(seq_id)
+        self.check()
+        return text
+
+    def set_quota(self, tenant: str, floor: int, cap: int | None) -> None:
+        """A floor and a cap; refused where they exceed the memory, which must change nothing."""
+        assert self.cache.shared is not None
+        before = self.snapshot()
+        try:
+            self.cache.shared.set_quota(tenant, floor, cap)
+        except ConfigError:
+            if self.snapshot() != before:
+                raise ViolationError("a refused quota changed something") from None
         self.check()
 
     def pin(self, tokens: list[int], options: Options, seconds: float) -> None:
@@ -194,6 +253,12 @@ class Harness:
                 raise ViolationError("a failed pin changed something") from None
             return
         self.leases[lease.lease_id] = lease.blocks
+        self.check()
+
+    def unpin(self, lease_id: int) -> None:
+        assert self.cache.shared is not None
+        self.cache.shared.unpin(lease_id)
+        self.leases.pop(lease_id, None)
         self.check()
 
     def advance(self, seconds: float) -> None:
@@ -251,7 +316,9 @@ class Harness:
         self.store += [[None] * BLOCK for _ in range(num_blocks - len(self.store))]
         self.num_blocks, self.leases = num_blocks, {}
         assert cache.shared is not None
-        self.index = {key: replace(self.index[key], block=node.block) for key, node in cache.shared.tree.index.items()}
+        stored = self.index.stored
+        for key, node in cache.shared.tree.index.items():
+            stored[key] = replace(stored[key], block=node.block)
         self.check()
 
     def move(self) -> None:
@@ -291,9 +358,8 @@ class Harness:
         total = stats.num_free_blocks + stats.num_cached_blocks + stats.num_active_blocks + stats.num_held_blocks
         if total != self.num_blocks:
             raise ViolationError(f"blocks were lost or made: {stats}")
-        if {key: event.block for key, event in self.index.items()} != {
-            k: n.block for k, n in shared.tree.index.items()
-        }:
+        replayed = {key: event.block for key, event in self.index.stored.items()}
+        if replayed != {key: node.block for key, node in shared.tree.index.items()}:
             raise ViolationError("the replayed events are not the index")
         victim = shared.shelves.victim(range(len(shared.tenancy.accounts) + 1))
         if victim is not None:
@@ -317,6 +383,7 @@ class Harness:
         assert shared is not None
         for tenant in ("a", "b", "default"):
             shared.purge_tenant(tenant)
+        shared.purge_namespace(CacheOptions("a", None, "p"))
         self.move()
         stats = self.cache.stats()
         if stats.num_free_blocks != self.num_blocks or any(v is not None for block in self.store for v in block):
@@ -325,65 +392,4 @@ class Harness:
 
 def scope(options: Options) -> str:
     """Who may share, as the harness sees it."""
-    return f"{options.tenant}/{options.salt!r}"
-
-
-SCOPES = [
-    CacheOptions("a"),
-    CacheOptions("a", "x"),
-    CacheOptions("a", ""),
-    CacheOptions("b"),
-    CacheOptions("b", bypass=True),
-]
-
-
-def exercise(harness: Harness, seed: int, num_steps: int) -> None:
-    """Random operations on texts that share beginnings, in few namespaces."""
-    draw = random.Random(seed)
-
-    earlier: list[list[int]] = [[1, 2, 3, 1, 2]]
-
-    def text() -> list[int]:
-        if draw.random() < 0.4:
-            found = draw.choice(earlier)
-            return found[: draw.randint(1, len(found))]
-        tail = [draw.choice((1, 2, 3)) for _ in range(4)]
-        found = ([1] * draw.randint(0, 9) + [2] * draw.randint(0, 9) + tail)[draw.randint(0, 2) :]
-        earlier.append(found)
-        return found
-
-    def options() -> CacheOptions:
-        chosen = draw.choice(SCOPES)
-        if draw.random() < 0.2:
-            priority = draw.choice((0, 20, 90))
-            return CacheOptions(chosen.tenant, chosen.salt, None, chosen.bypass, (Retain(0, 6, priority, 5.0),))
-        return chosen
-
-    for _ in range(num_steps):
-        live = list(harness.live)
-        kind = draw.random()
-        if kind < 0.24 or not live:
-            if harness.open(text(), options()) is None and live:
-                harness.close(draw.choice(live))
-        elif kind < 0.55:
-            harness.compute(draw.choice(live), draw.choice((1, 3, 50)))
-        elif kind < 0.68:
-            harness.extend(draw.choice(live), text()[:3])
-        elif kind < 0.74:
-            seq_id = draw.choice(live)
-            harness.roll_back(seq_id, draw.randint(1, len(harness.live[seq_id].tokens)))
-        elif kind < 0.78:
-            harness.draft(draw.choice(live), [9] * draw.randint(1, 6))
-        elif kind < 0.82:
-            harness.share(draw.choice(live))
-        elif kind < 0.93:
-            harness.close(draw.choice(live))
-        elif kind < 0.96:
-            harness.pin(text(), options(), draw.choice((1.0, 4.0)))
-        elif kind < 0.97:
-            harness.resize(draw.randint(1, 30))
-        elif kind < 0.98:
-            harness.advance(draw.choice((0.5, 3.0)))
-        else:
-            harness.purge(text(), options(), draw.choice(("text", "prefix", "namespace", "tenant")))
-    harness.finish()
+    return f"public {options.public}" if options.public else f"{options.tenant}/{options.salt!r}"

@@ -7,6 +7,7 @@ what may not go. `registry.make_policy` makes one by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,8 @@ class BlockInfo:
     num_tokens: token positions in it. depth: its index in the chain of blocks from the start of the text. num_bytes: of
     its page. recompute_cost: relative time to compute it again (one block at the start of a text: 1). priority: 0 to
     100 (retention, which callers enforce; a policy may ignore it). namespace: whose it is. parent: key of the block
-    before it in its chain, None at the start of a text or where it is not told.
+    before it in its chain, None at the start of a text or where it is not told. text_tokens: length of the text that it
+    came in with, 0 where it is not told. num_known_blocks: how many blocks of that text were found when it came.
     """
 
     num_tokens: int = 1
@@ -28,6 +30,8 @@ class BlockInfo:
     priority: int = 50
     namespace: int = 0
     parent: bytes | None = None
+    text_tokens: int = 0
+    num_known_blocks: int = 0
 
 
 class Policy(Protocol):
@@ -37,13 +41,18 @@ class Policy(Protocol):
       known until it is `remove`d.
     * Every call is atomic: one that is refused (AssertionError: a caller's mistake, such as a block inserted twice)
       has changed nothing.
-    * Every call costs O(log n) at the most, amortised, with any number of locked blocks about: none is walked past.
+    * Every call but `resize` costs O(log n) for each block at the most, amortised, with any number of locked blocks
+      about: one that stands where a victim is looked for is set aside, once between two uses of it.
     * A block that is locked is never a victim. Locking changes nothing else: hits count as they do unlocked, and an
       unlocked block stands where its hits have put it, not at the end.
     * The same calls give the same victims on every machine: no randomness that is not seeded, no time but the calls.
     """
 
     name: str
+
+    def __contains__(self, block: int) -> bool:
+        """True where the block is known."""
+        ...
 
     def insert(self, block: int, key: bytes, info: BlockInfo) -> None:
         """A block has been published. It is unlocked. A key that was evicted lately may be given credit for it."""
@@ -73,3 +82,39 @@ class Policy(Protocol):
     def on_miss(self, key: bytes) -> None:
         """A key was looked for and not found. Called before the key's `insert`, if that comes at all."""
         ...
+
+    def touch_all(self, blocks: Sequence[int]) -> None:
+        """`touch` for each, in order. Different blocks, all known."""
+        ...
+
+    def replace(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> list[int]:
+        """For each of a run of missing blocks in turn: its key's `on_miss`, then the victim leaves (evicted) and the
+        block is inserted. Different blocks, none of them known. Returns the victims in order, which may contain blocks
+        of this same run. Refused where nothing is unlocked."""
+        ...
+
+    def resize(self, capacity: int) -> None:
+        """The cache has room for `capacity` blocks (> 0) from now on. Blocks, locks and uses stay; O(n) at the most."""
+        ...
+
+
+class OneByOne:
+    """The calls for many blocks, made of the calls for one. Policies derive from it and may do better."""
+
+    def touch_all(self: Policy, blocks: Sequence[int]) -> None:
+        assert all(map(self.__contains__, blocks)), "a block is not known"
+        for block in blocks:
+            self.touch(block)
+
+    def replace(self: Policy, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> list[int]:
+        assert not any(map(self.__contains__, blocks)), "a block is known already"
+        assert not blocks or self.victim() is not None, "every block is locked"
+        victims = []
+        for block, key, info in zip(blocks, keys, infos, strict=True):
+            self.on_miss(key)
+            victim = self.victim()
+            assert victim is not None, "every block is locked"
+            self.remove(victim, True)
+            self.insert(block, key, info)
+            victims.append(victim)
+        return victims

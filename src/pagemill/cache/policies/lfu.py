@@ -6,76 +6,85 @@ rather than a choice.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from collections import OrderedDict
+from collections.abc import Sequence
+from heapq import heappush
 
-from pagemill.cache.policies.base import BlockInfo
-from pagemill.cache.policies.order import StampedQueue
+from pagemill.cache.policies.base import BlockInfo, OneByOne
+from pagemill.cache.policies.order import RankedLanes
 
 
-class LFU:
-    """A queue for each number of hits. Mutated by every call. A hit costs O(log of different counts) at the most."""
+class LFU(OneByOne):
+    """A lane for each number of hits. Mutated by every call. A hit costs O(log of different counts) at the most."""
 
     name = "lfu"
 
     def __init__(self, capacity: int) -> None:
         assert capacity > 0
-        self._uses: dict[int, tuple[int, int]] = {}
-        self._queues: dict[int, StampedQueue] = {}
-        self._counts: list[int] = []
+        self._uses: dict[int, int] = {}
+        self._order = RankedLanes()
         self._locked: set[int] = set()
-        self._now = 0
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._uses
 
     def insert(self, block: int, key: bytes, info: BlockInfo) -> None:
         assert block not in self._uses, f"block {block} is known already"
-        self._now += 1
-        self._uses[block] = (1, self._now)
-        self._enqueue(block)
+        self._uses[block] = 1
+        self._order.put(block, 1)
 
     def touch(self, block: int) -> None:
         assert block in self._uses, f"block {block} is not known"
-        self._now += 1
-        count = self._uses[block][0]
-        locked = block in self._locked
-        if not locked:
-            self._queues[count].discard(block)
-        self._uses[block] = (count + 1, self._now)
-        if not locked:
-            self._enqueue(block)
+        count = self._uses[block]
+        self._order.discard(block, count)
+        self._uses[block] = count + 1
+        self._order.put(block, count + 1)
 
     def lock(self, block: int) -> None:
         assert block in self._uses, f"block {block} is not known"
         assert block not in self._locked, f"block {block} is locked already"
         self._locked.add(block)
-        self._queues[self._uses[block][0]].discard(block)
 
     def unlock(self, block: int) -> None:
         assert block in self._locked, f"block {block} is not locked"
         self._locked.remove(block)
-        self._enqueue(block)
+        self._order.unlocked(block, self._locked)
 
     def victim(self) -> int | None:
-        while self._counts:
-            first = self._queues[self._counts[0]].first()
-            if first is not None:
-                return first[1]
-            del self._queues[heappop(self._counts)]
-        return None
+        return self._order.first(self._locked)
 
     def remove(self, block: int, evicted: bool) -> None:
         assert block in self._uses, f"block {block} is not known"
-        count, _ = self._uses.pop(block)
-        if block in self._locked:
-            self._locked.remove(block)
-        else:
-            self._queues[count].discard(block)
+        self._order.discard(block, self._uses.pop(block))
+        self._locked.discard(block)
 
     def on_miss(self, key: bytes) -> None:
         pass
 
-    def _enqueue(self, block: int) -> None:
-        count, used = self._uses[block]
-        queue = self._queues.get(count)
-        if queue is None:
-            queue = self._queues[count] = StampedQueue()
-            heappush(self._counts, count)
-        queue.put(block, used)
+    def replace(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> list[int]:
+        first = self._order.first(self._locked)
+        uses, lanes = self._uses, self._order.lanes
+        if self._locked or not self._order.is_plain or not blocks or first is None:
+            return super().replace(blocks, keys, infos)
+        assert not any(map(uses.__contains__, blocks)), "a block is known already"
+        # The first victim may be of any rank; then blocks used once are there, and the earliest of them leaves.
+        self._order.discard(first, uses.pop(first))
+        victims = [first]
+        lane = lanes.get(1)
+        if lane is None:
+            lane = lanes[1] = OrderedDict()
+            heappush(self._order.ranks, 1)
+        stamp = self._order.reserve(len(blocks))
+        lane[blocks[0]] = stamp
+        uses[blocks[0]] = 1
+        for block in blocks[1:]:
+            stamp += 1
+            victim, _ = lane.popitem(last=False)
+            del uses[victim]
+            lane[block] = stamp
+            uses[block] = 1
+            victims.append(victim)
+        return victims
+
+    def resize(self, capacity: int) -> None:
+        assert capacity > 0

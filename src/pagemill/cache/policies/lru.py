@@ -2,55 +2,76 @@
 
 from __future__ import annotations
 
-from pagemill.cache.policies.base import BlockInfo
-from pagemill.cache.policies.order import StampedQueue
+from collections.abc import Sequence
+
+from pagemill.cache.policies.base import BlockInfo, OneByOne
+from pagemill.cache.policies.order import Lane
 
 
-class LRU:
-    """Blocks in order of their last use. Mutated by every call. A hit costs O(1)."""
+class LRU(OneByOne):
+    """Blocks in order of their last use. Mutated by every call. Every call costs O(1) a block, and O(log n) where it is
+    set aside."""
 
     name = "lru"
 
     def __init__(self, capacity: int) -> None:
         assert capacity > 0
-        self._used: dict[int, int] = {}
-        self._order = StampedQueue()
+        self._lane = Lane()
         self._locked: set[int] = set()
-        self._now = 0
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._lane
 
     def insert(self, block: int, key: bytes, info: BlockInfo) -> None:
-        assert block not in self._used, f"block {block} is known already"
-        self._now += 1
-        self._used[block] = self._now
-        self._order.put(block, self._now)
+        assert block not in self._lane, f"block {block} is known already"
+        self._lane.order[block] = None
 
     def touch(self, block: int) -> None:
-        assert block in self._used, f"block {block} is not known"
-        self._now += 1
-        self._used[block] = self._now
-        if block not in self._locked:
-            self._order.put(block, self._now)
+        assert block in self._lane, f"block {block} is not known"
+        self._lane.put(block)
 
     def lock(self, block: int) -> None:
-        assert block in self._used, f"block {block} is not known"
+        assert block in self._lane, f"block {block} is not known"
         assert block not in self._locked, f"block {block} is locked already"
         self._locked.add(block)
-        self._order.discard(block)
 
     def unlock(self, block: int) -> None:
         assert block in self._locked, f"block {block} is not locked"
         self._locked.remove(block)
-        self._order.put(block, self._used[block])
+        self._lane.unlocked(block, self._locked)
 
     def victim(self) -> int | None:
-        first = self._order.first()
-        return None if first is None else first[1]
+        return self._lane.first(self._locked)
 
     def remove(self, block: int, evicted: bool) -> None:
-        assert block in self._used, f"block {block} is not known"
-        del self._used[block]
-        self._order.discard(block)
+        assert block in self._lane, f"block {block} is not known"
+        self._lane.discard(block)
         self._locked.discard(block)
 
     def on_miss(self, key: bytes) -> None:
         pass
+
+    def touch_all(self, blocks: Sequence[int]) -> None:
+        order = self._lane.order
+        if not all(map(order.__contains__, blocks)):
+            super().touch_all(blocks)
+            return
+        to_end = order.move_to_end
+        for block in blocks:
+            to_end(block)
+
+    def replace(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> list[int]:
+        lane = self._lane
+        if self._locked or not lane.is_plain or not lane.order:
+            return super().replace(blocks, keys, infos)
+        order = lane.order
+        assert not any(map(order.__contains__, blocks)), "a block is known already"
+        drop = order.popitem
+        victims = []
+        for block in blocks:
+            victims.append(drop(last=False)[0])
+            order[block] = None
+        return victims
+
+    def resize(self, capacity: int) -> None:
+        assert capacity > 0

@@ -1,16 +1,158 @@
-"""Queues and heaps that policies are made of, which skip nothing: what is locked is not in them.
+"""Queues and heaps that policies are made of, in which nothing that is locked is walked past twice.
 
-Owns putting a block back where it stood. What a place means (last use, frequency, worth) is each policy's own.
+Owns setting a locked block aside when it stands first, and putting it back where it stood. What a place means (last
+use, frequency, worth) is each policy's own.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from heapq import heapify, heappop, heappush, heapreplace
+from collections.abc import Set
+from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
 _SLACK = 64
 T = TypeVar("T")
+
+
+class Lane:
+    """Blocks in the order in which they were put. Mutated by every call that is not a question.
+
+    order: the blocks; policies may append to it, move to its end and take from it as long as `is_plain`. A block that
+    is locked and stands first is set aside with a number: whatever was set aside stands before all of `order`, in the
+    order of these numbers.
+    """
+
+    __slots__ = ("_aside", "_back", "_count", "order")
+
+    def __init__(self) -> None:
+        self.order: OrderedDict[int, None] = OrderedDict()
+        self._aside: dict[int, int] = {}
+        self._back: list[tuple[int, int]] = []  # set aside and unlocked since, a heap; may name some that are not
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self.order) + len(self._aside)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self.order or block in self._aside
+
+    @property
+    def is_plain(self) -> bool:
+        """True where nothing is set aside, so that `order` is all there is."""
+        return not self._aside
+
+    def put(self, block: int) -> None:
+        """Add a block at the end, or move it there."""
+        if self._aside:
+            self._aside.pop(block, None)
+        self.order[block] = None
+        self.order.move_to_end(block)
+
+    def discard(self, block: int) -> bool:
+        """Take a block out; False where it is not there."""
+        if block in self.order:
+            del self.order[block]
+            return True
+        return self._aside.pop(block, None) is not None
+
+    def unlocked(self, block: int, locked: Set[int]) -> None:
+        """A block may be first again."""
+        at = self._aside.get(block)
+        if at is None:
+            return
+        heappush(self._back, (at, block))
+        if len(self._back) > 2 * len(self._aside) + _SLACK:
+            self._back = [(at, each) for each, at in self._aside.items() if each not in locked]
+            heapify(self._back)
+
+    def first(self, locked: Set[int]) -> int | None:
+        """The earliest block that is not locked; None where there is none."""
+        back, aside, order = self._back, self._aside, self.order
+        while back:
+            at, block = back[0]
+            if aside.get(block) == at and block not in locked:
+                return block
+            heappop(back)
+        while order:
+            block = next(iter(order))
+            if block not in locked:
+                return block
+            del order[block]
+            aside[block] = self._count
+            self._count += 1
+        return None
+
+
+class RankedLanes:
+    """Blocks by rank, those of one rank in the order in which they came to it. Mutated by every call.
+
+    lanes: the blocks of each rank with their stamps; ranks: a heap of the ranks that have had blocks lately. A block
+    that is locked and stands first is set aside until it is unlocked or moved.
+    """
+
+    __slots__ = ("_aside", "_back", "_stamp", "lanes", "ranks")
+
+    def __init__(self) -> None:
+        self.lanes: dict[float, OrderedDict[int, int]] = {}
+        self.ranks: list[float] = []
+        self._aside: dict[int, tuple[float, int]] = {}
+        self._back: list[tuple[float, int, int]] = []
+        self._stamp = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """True where nothing is set aside."""
+        return not self._aside
+
+    def put(self, block: int, rank: float) -> None:
+        """Add a block that is not there behind all others of its rank."""
+        self._stamp += 1
+        lane = self.lanes.get(rank)
+        if lane is None:
+            lane = self.lanes[rank] = OrderedDict()
+            heappush(self.ranks, rank)
+        lane[block] = self._stamp
+
+    def reserve(self, count: int) -> int:
+        """The first of `count` stamps, for blocks that the caller adds to `lanes` itself."""
+        first = self._stamp + 1
+        self._stamp += count
+        return first
+
+    def discard(self, block: int, rank: float) -> None:
+        """Take a block out of its rank."""
+        if self._aside.pop(block, None) is None:
+            del self.lanes[rank][block]
+
+    def unlocked(self, block: int, locked: Set[int]) -> None:
+        """A block may be first again."""
+        place = self._aside.get(block)
+        if place is None:
+            return
+        heappush(self._back, (*place, block))
+        if len(self._back) > 2 * len(self._aside) + _SLACK:
+            self._back = [(*place, each) for each, place in self._aside.items() if each not in locked]
+            heapify(self._back)
+
+    def first(self, locked: Set[int]) -> int | None:
+        """The block of the lowest rank that is not locked, of equals the one that came first; None without any."""
+        back, aside = self._back, self._aside
+        while back and (back[0][2] in locked or aside.get(back[0][2]) != back[0][:2]):
+            heappop(back)
+        ranks, lanes = self.ranks, self.lanes
+        while ranks:
+            rank = ranks[0]
+            lane = lanes[rank]
+            while lane:
+                block = next(iter(lane))
+                if block not in locked:
+                    if back and back[0][:2] < (rank, lane[block]):
+                        return back[0][2]
+                    return block
+                aside[block] = (rank, lane.pop(block))
+            del lanes[heappop(ranks)]
+        return back[0][2] if back else None
 
 
 class StampedQueue:
@@ -20,22 +162,24 @@ class StampedQueue:
     place waits in a heap beside it, O(log n). No two blocks have one stamp.
     """
 
-    __slots__ = ("_heap", "_order", "_returned")
+    __slots__ = ("_heap", "_returned", "order")
 
     def __init__(self) -> None:
-        self._order: OrderedDict[int, int] = OrderedDict()
+        self.order: OrderedDict[int, int] = OrderedDict()
         self._returned: dict[int, int] = {}
         self._heap: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
-        return len(self._order) + len(self._returned)
+        return len(self.order) + len(self._returned)
 
-    def __contains__(self, block: int) -> bool:
-        return block in self._order or block in self._returned
+    @property
+    def is_plain(self) -> bool:
+        """True where `order` is all there is."""
+        return not self._returned
 
     def put(self, block: int, stamp: int) -> None:
         """Add a block, or move it to a newer stamp."""
-        order = self._order
+        order = self.order
         if self._returned:
             self._returned.pop(block, None)
         if not order or order[next(reversed(order))] < stamp:
@@ -49,14 +193,15 @@ class StampedQueue:
             self._heap = [(at, each) for each, at in self._returned.items()]
             heapify(self._heap)
 
-    def discard(self, block: int) -> None:
-        """Take a block out, if it is there."""
-        if self._order.pop(block, None) is None:
-            self._returned.pop(block, None)
+    def discard(self, block: int) -> bool:
+        """Take a block out; False where it is not there."""
+        if self.order.pop(block, None) is not None:
+            return True
+        return self._returned.pop(block, None) is not None
 
     def first(self) -> tuple[int, int] | None:
         """(stamp, block) of the earliest block; None where the queue is empty."""
-        order = self._order
+        order = self.order
         ahead: tuple[int, int] | None = None
         if order:
             block = next(iter(order))
@@ -69,89 +214,43 @@ class StampedQueue:
         return ahead
 
 
-class RankedHeap:
-    """Blocks by a rank (value, stamp) that only grows while a block is in. Mutated by every call, `first` included.
-
-    A rank that grows is put right when its block comes to the top, so that a hit costs O(1) and a victim O(log n),
-    amortised over the hits.
-    """
-
-    __slots__ = ("_heap", "_listed", "_ranks")
-
-    def __init__(self) -> None:
-        self._ranks: dict[int, tuple[float, int]] = {}
-        self._listed: dict[int, tuple[float, int]] = {}
-        self._heap: list[tuple[tuple[float, int], int]] = []
-
-    def __len__(self) -> int:
-        return len(self._ranks)
-
-    def put(self, block: int, value: float, stamp: int) -> None:
-        """Add a block, or raise its rank."""
-        rank = (value, stamp)
-        self._ranks[block] = rank
-        listed = self._listed.get(block)
-        if listed is None or rank < listed:
-            self._listed[block] = rank
-            heappush(self._heap, (rank, block))
-            if len(self._heap) > 2 * len(self._listed) + _SLACK:
-                self._heap = [(at, each) for each, at in self._listed.items()]
-                heapify(self._heap)
-
-    def discard(self, block: int) -> None:
-        """Take a block out, if it is there. Its entry is dropped when it comes to the top."""
-        self._ranks.pop(block, None)
-
-    def first(self) -> int | None:
-        """The block with the lowest rank; None where there is none."""
-        heap, ranks, listed = self._heap, self._ranks, self._listed
-        while heap:
-            at, block = heap[0]
-            if listed.get(block) != at:
-                heappop(heap)
-                continue
-            rank = ranks.get(block)
-            if rank == at:
-                return block
-            if rank is None:
-                heappop(heap)
-                del listed[block]
-            else:
-                listed[block] = rank
-                heapreplace(heap, (rank, block))
-        return None
-
-
 class Ghosts(Generic[T]):
     """Keys of blocks that were evicted, with what is remembered of each: the last `limit` of them.
 
-    Mutated by `put`, `take` and `drop_oldest`, O(1) each.
+    Mutated by `put`, `take` and `drop_oldest`, O(1) each, and `resize`. keys: the oldest first; policies may take from
+    it, and add to its end as long as they keep the limit.
     """
 
-    __slots__ = ("_keys", "_limit")
+    __slots__ = ("keys", "limit")
 
     def __init__(self, limit: int) -> None:
-        self._keys: OrderedDict[bytes, T] = OrderedDict()
-        self._limit = limit
+        self.keys: OrderedDict[bytes, T] = OrderedDict()
+        self.limit = limit
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._keys
+        return key in self.keys
 
     def put(self, key: bytes, memory: T) -> None:
         """Remember a key as the latest; the oldest beyond the limit is forgotten."""
-        self._keys[key] = memory
-        self._keys.move_to_end(key)
-        if len(self._keys) > self._limit:
-            self._keys.popitem(last=False)
+        self.keys[key] = memory
+        self.keys.move_to_end(key)
+        if len(self.keys) > self.limit:
+            self.keys.popitem(last=False)
 
     def take(self, key: bytes) -> T | None:
         """Forget a key; what was remembered of it, or None where it is not here."""
-        return self._keys.pop(key, None)
+        return self.keys.pop(key, None)
 
     def drop_oldest(self) -> None:
         """Forget the key that was evicted first, if there is one."""
-        if self._keys:
-            self._keys.popitem(last=False)
+        if self.keys:
+            self.keys.popitem(last=False)
+
+    def resize(self, limit: int) -> None:
+        """Remember so many from now on."""
+        self.limit = limit
+        while len(self.keys) > limit:
+            self.keys.popitem(last=False)

@@ -9,115 +9,158 @@ times to stop, of hits expected by then to the time held (Gittins, 1979): what a
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from zlib import crc32
 
-# In capacities; each edge is sqrt 2 times the one before.
-_FIRST_EDGE = 0.5
-_NUM_EDGES = 9
-_SAMPLED = 2048
-_HALF_LIFE = 24.0
-_SHAPE_WEIGHT, _LEVEL_WEIGHT, _GROUP_WEIGHT = 40_000.0, 800.0, 160.0
-_PRIOR_HAZARD, _PRIOR_AGE = 0.12, 0.3
+EPOCHS_PER_CAPACITY = 16
+_SAMPLED = 4096
+_LEAST_EPOCH = 8
+_MOST_SAMPLED_BITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSetting:
+    """Constants of the estimate; scripts/tune_gittins.py chose them.
+
+    first_edge: end of the first bucket of age, in capacities; each of num_edges is sqrt 2 times the one before.
+    half_life: after so many capacities of uses a count weighs half. shape_weight, level_weight, group_weight: blocks
+    that the expectation before anything was seen weighs as much as, for the shape over ages of all classes, for the
+    level of a class and for that of its group. prior_hazard, prior_age: that expectation is a reuse that thins out with
+    age, prior_hazard x width / (age + prior_age capacities), in the proportion of a heavy tail.
+    """
+
+    first_edge: float = 0.5
+    num_edges: int = 9
+    half_life: float = 24.0
+    shape_weight: float = 5000.0
+    level_weight: float = 6400.0
+    group_weight: float = 640.0
+    prior_hazard: float = 0.1
+    prior_age: float = 0.5
 
 
 class ReuseLearner:
-    """Counts of reuse by class and age. Mutated by `record` and `refresh`.
+    """Counts of reuse by class and age. Mutated by `record`, `advance`, `refresh` and `take_over`.
 
     capacity: blocks of the cache, the unit of ages. levels: for each class, how often its blocks are expected to be
     used again relative to the others, before anything is seen. groups: for each, the group whose level it leans on.
-    Memory is bounded: of a large cache a sample of the keys is followed, up to 8 times the capacity of uses back.
+    Time is counted in epochs, a 16th of the capacity in uses but 8 at the least. Memory is bounded: of a large cache a
+    sample of the keys is followed (those whose first byte has none of the bits of `mask`), up to the last edge back.
     """
 
-    def __init__(self, capacity: int, levels: Sequence[float], groups: Sequence[int]) -> None:
-        edges = [max(1, int(capacity * _FIRST_EDGE))]
-        for step in range(1, _NUM_EDGES):
-            edges.append(max(edges[-1] + 1, int(capacity * _FIRST_EDGE * 2 ** (step / 2))))
-        self.edges = tuple(edges)
+    def __init__(
+        self, capacity: int, levels: Sequence[float], groups: Sequence[int], setting: LearnerSetting | None = None
+    ) -> None:
+        self._setting = setting or LearnerSetting()
+        self.epoch_uses = max(_LEAST_EPOCH, capacity // EPOCHS_PER_CAPACITY)
+        edges: list[int] = []
+        for step in range(self._setting.num_edges):
+            edge = int(EPOCHS_PER_CAPACITY * self._setting.first_edge * 2 ** (step / 2))
+            edges.append(max(edge, edges[-1] + 1 if edges else 1))
+        self.edges = tuple(edges)  # in epochs
         self.num_buckets = len(edges) + 1
-        self._widths = (edges[0], *(b - a for a, b in pairwise(edges)), edges[-1])
+        self._widths = [
+            each * self.epoch_uses for each in (edges[0], *(b - a for a, b in pairwise(edges)), edges[-1])
+        ]  # fmt: skip
         self._levels = tuple(levels)
         self._groups = tuple(groups)
-        self._modulus = max(1, capacity // _SAMPLED)
+        self.mask = (1 << min(_MOST_SAMPLED_BITS, (max(1, capacity // _SAMPLED)).bit_length() - 1)) - 1
         self._latest: dict[bytes, tuple[int, int]] = {}
-        self._log: deque[tuple[bytes, int, int]] = deque()
-        self._dropped = 0
-        self._passed = [0] * len(edges)
+        self._keys: dict[int, list[bytes]] = {}  # used in an epoch
+        self._alive: dict[int, list[int]] = {}  # by class: blocks used in an epoch and not since
         self._hits = [[0.0] * self.num_buckets for _ in self._levels]
         self._reached = [[0.0] * self.num_buckets for _ in self._levels]
-        # A prior reuse that thins out with age, in the proportion of a heavy tail.
+        prior_age = self._setting.prior_age * EPOCHS_PER_CAPACITY
         bounds = (*edges, 2 * edges[-1])
         self._prior = [
-            min(0.5, _PRIOR_HAZARD * width / (bound + _PRIOR_AGE * capacity))
+            min(0.5, self._setting.prior_hazard * width / self.epoch_uses / (bound + prior_age))
             for width, bound in zip(self._widths, bounds, strict=True)
         ]
-        self._half_life_uses = _HALF_LIFE * capacity
+        self._decay = 0.5 ** (1 / (self._setting.half_life * EPOCHS_PER_CAPACITY))
         self._decayed_at = 0
 
     def bucket(self, age: int) -> int:
-        """The bucket of an age in uses."""
+        """The bucket of an age in epochs."""
         return bisect_right(self.edges, age)
 
-    def record(self, key: bytes, now: int, kind: int) -> None:
-        """A block of class `kind` is used, at use number `now` (which grows)."""
-        if self._modulus > 1 and crc32(key) % self._modulus:
-            return
+    def record(self, key: bytes, epoch: int, kind: int) -> None:
+        """A block of class `kind` is used, in an epoch that is never before those recorded. Its key is in the
+        sample: `not key[0] & mask`."""
         before = self._latest.get(key)
         if before is not None:
-            self._hits[before[1]][bisect_right(self.edges, now - before[0])] += 1.0
-        self._latest[key] = (now, kind)
-        self._log.append((key, now, kind))
+            at, was = before
+            self._hits[was][bisect_right(self.edges, epoch - at)] += 1.0
+            self._alive[at][was] -= 1
+        self._latest[key] = (epoch, kind)
         self._reached[kind][0] += 1.0
+        alive = self._alive.get(epoch)
+        if alive is None:
+            alive = self._alive[epoch] = [0] * len(self._levels)
+            self._keys[epoch] = []
+        alive[kind] += 1
+        self._keys[epoch].append(key)
 
-    def advance(self, now: int) -> None:
-        """Blocks have grown older: count those that reached the next bucket."""
-        log, latest, last = self._log, self._latest, len(self.edges) - 1
+    def advance(self, epoch: int) -> None:
+        """An epoch begins: blocks have grown older, some have reached the next bucket. Called for each."""
         for bucket, edge in enumerate(self.edges):
-            at, limit = self._passed[bucket] - self._dropped, now - edge
-            while at < len(log) and log[at][1] <= limit:
-                key, used, kind = log[at]
-                current = latest.get(key)
-                if current is not None and current[0] == used:
-                    self._reached[kind][bucket + 1] += 1.0
-                    if bucket == last:
-                        del latest[key]
-                at += 1
-            self._passed[bucket] = at + self._dropped
-        while self._dropped < self._passed[last]:
-            log.popleft()
-            self._dropped += 1
+            alive = self._alive.get(epoch - edge)
+            if alive is not None:
+                for kind, count in enumerate(alive):
+                    if count:
+                        self._reached[kind][bucket + 1] += count
+        at = epoch - self.edges[-1]
+        if at in self._alive:
+            del self._alive[at]
+            for key in self._keys.pop(at):
+                latest = self._latest.get(key)
+                if latest is not None and latest[0] == at:
+                    del self._latest[key]
 
-    def refresh(self, now: int) -> list[list[float]]:
+    def refresh(self, epoch: int) -> list[list[float]]:
         """The index by class and bucket, hits per use of any block, from what was seen; older counts weigh less.
 
         A hazard is the class's level times the shape over ages of all classes together; a class's level leans on that
         of its group.
         """
-        buckets = range(self.num_buckets)
-        shape = [
-            (sum(hits[b] for hits in self._hits) + _SHAPE_WEIGHT * self._prior[b])
-            / (sum(reached[b] for reached in self._reached) + _SHAPE_WEIGHT)
-            for b in buckets
-        ]
-        expected = [sum(reached[b] * shape[b] for b in buckets) for reached in self._reached]
-        observed = [sum(hits) for hits in self._hits]
+        setting, shape = self._setting, self._shape()
+        observed, expected = self.by_class()
         table = []
         for kind, group in enumerate(self._groups):
             peers = [each for each, other in enumerate(self._groups) if other == group]
-            level = (sum(observed[each] for each in peers) + _GROUP_WEIGHT * self._levels[kind]) / (
-                sum(expected[each] for each in peers) + _GROUP_WEIGHT
+            level = (sum(observed[each] for each in peers) + setting.group_weight * self._levels[kind]) / (
+                sum(expected[each] for each in peers) + setting.group_weight
             )
-            level = (observed[kind] + _LEVEL_WEIGHT * level) / (expected[kind] + _LEVEL_WEIGHT)
-            hazards = [min(1.0, level * each) for each in shape]
-            table.append(self._index(hazards))
-        decay = 0.5 ** ((now - self._decayed_at) / self._half_life_uses)
-        self._decayed_at = now
+            level = (observed[kind] + setting.level_weight * level) / (expected[kind] + setting.level_weight)
+            table.append(self._index([min(1.0, level * each) for each in shape]))
+        decay = self._decay ** (epoch - self._decayed_at)
+        self._decayed_at = epoch
         for rows in (self._hits, self._reached):
             for row in rows:
                 row[:] = [each * decay for each in row]
         return table
+
+    def by_class(self) -> tuple[list[float], list[float]]:
+        """Reuses seen of each class, and those that the shape over ages of all classes together would give."""
+        shape = self._shape()
+        expected = [sum(count * each for count, each in zip(row, shape, strict=True)) for row in self._reached]
+        return [sum(row) for row in self._hits], expected
+
+    def _shape(self) -> list[float]:
+        """The hazard of each bucket of age, all classes together."""
+        weight = self._setting.shape_weight
+        hits = [sum(column) for column in zip(*self._hits, strict=True)]
+        reached = [sum(column) for column in zip(*self._reached, strict=True)]
+        return [
+            (one + weight * prior) / (all_ + weight)
+            for one, all_, prior in zip(hits, reached, self._prior, strict=True)
+        ]
+
+    def take_over(self, other: ReuseLearner, epoch: int) -> None:
+        """Begin with another learner's counts, of the same classes: ages in capacities tell much at any capacity."""
+        self._hits = [list(row) for row in other._hits]
+        self._reached = [list(row) for row in other._reached]
+        self._decayed_at = epoch
 
     def _index(self, hazards: list[float]) -> list[float]:
         """For each bucket to start from: max over last buckets of expected hits / expected time."""

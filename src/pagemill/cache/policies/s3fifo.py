@@ -6,27 +6,16 @@ ghosts as many as the main queue has room for, counts up to 3.
 
 from __future__ import annotations
 
-from pagemill.cache.policies.base import BlockInfo
-from pagemill.cache.policies.order import Ghosts, StampedQueue
+from collections.abc import Sequence
+
+from pagemill.cache.policies.base import BlockInfo, OneByOne
+from pagemill.cache.policies.order import Ghosts, Lane
 
 _SMALL_SHARE = 0.1
 _MOST_USES = 3
-_SMALL, _MAIN = 0, 1
 
 
-class _Entry:
-    """One block: its key, its queue, its place there, its uses. Mutated by the policy."""
-
-    __slots__ = ("key", "queue", "stamp", "uses")
-
-    def __init__(self, key: bytes, queue: int, stamp: int) -> None:
-        self.key = key
-        self.queue = queue
-        self.stamp = stamp
-        self.uses = 0
-
-
-class S3FIFO:
+class S3FIFO(OneByOne):
     """Two queues and ghosts. Mutated by every call; a hit only counts, blocks move when a victim is looked for."""
 
     name = "s3fifo"
@@ -34,72 +23,123 @@ class S3FIFO:
     def __init__(self, capacity: int) -> None:
         assert capacity > 0
         self._room_small = max(1, int(capacity * _SMALL_SHARE))
-        self._ghosts: Ghosts[bool] = Ghosts(max(1, capacity - self._room_small))
-        self._entries: dict[int, _Entry] = {}
-        self._queues = (StampedQueue(), StampedQueue())
-        self._sizes = [0, 0]
+        self._ghosts: Ghosts[None] = Ghosts(max(1, capacity - self._room_small))
+        self._uses: dict[int, int] = {}
+        self._keys: dict[int, bytes] = {}
+        self._small = Lane()
+        self._main = Lane()
         self._locked: set[int] = set()
-        self._now = 0
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._uses
 
     def insert(self, block: int, key: bytes, info: BlockInfo) -> None:
-        assert block not in self._entries, f"block {block} is known already"
-        self._now += 1
-        queue = _SMALL if self._ghosts.take(key) is None else _MAIN
-        self._entries[block] = _Entry(key, queue, self._now)
-        self._sizes[queue] += 1
-        self._queues[queue].put(block, self._now)
+        assert block not in self._uses, f"block {block} is known already"
+        self._uses[block] = 0
+        self._keys[block] = key
+        if key in self._ghosts:
+            self._ghosts.take(key)
+            self._main.order[block] = None
+        else:
+            self._small.order[block] = None
 
     def touch(self, block: int) -> None:
-        assert block in self._entries, f"block {block} is not known"
-        entry = self._entries[block]
-        if entry.uses < _MOST_USES:
-            entry.uses += 1
+        assert block in self._uses, f"block {block} is not known"
+        uses = self._uses[block]
+        if uses < _MOST_USES:
+            self._uses[block] = uses + 1
 
     def lock(self, block: int) -> None:
-        assert block in self._entries, f"block {block} is not known"
+        assert block in self._uses, f"block {block} is not known"
         assert block not in self._locked, f"block {block} is locked already"
         self._locked.add(block)
-        self._queues[self._entries[block].queue].discard(block)
 
     def unlock(self, block: int) -> None:
         assert block in self._locked, f"block {block} is not locked"
         self._locked.remove(block)
-        entry = self._entries[block]
-        self._queues[entry.queue].put(block, entry.stamp)
+        self._small.unlocked(block, self._locked)
+        self._main.unlocked(block, self._locked)
 
     def victim(self) -> int | None:
         """Moves blocks that have earned it to the main queue's end on the way: at most four moves for each hit."""
-        small, main = self._queues
+        small, main, uses, locked = self._small, self._main, self._uses, self._locked
         while True:
-            queue = _SMALL if self._sizes[_SMALL] >= self._room_small else _MAIN
-            if not self._queues[queue]:
-                queue = 1 - queue
-            first = self._queues[queue].first()
-            if first is None:
-                return None
-            block = first[1]
-            entry = self._entries[block]
-            if entry.uses <= (1 if queue == _SMALL else 0):
+            from_small = len(small) >= self._room_small
+            block = (small if from_small else main).first(locked)
+            if block is None:
+                from_small = not from_small
+                block = (small if from_small else main).first(locked)
+                if block is None:
+                    return None
+            count = uses[block]
+            if count <= (1 if from_small else 0):
                 return block
-            self._now += 1
-            entry.stamp = self._now
-            if queue == _SMALL:
+            if from_small:
                 small.discard(block)
-                entry.queue, entry.uses = _MAIN, 0
-                self._sizes[_SMALL] -= 1
-                self._sizes[_MAIN] += 1
+                uses[block] = 0
             else:
-                entry.uses -= 1
-            main.put(block, entry.stamp)
+                uses[block] = count - 1
+            main.put(block)
 
     def remove(self, block: int, evicted: bool) -> None:
-        assert block in self._entries, f"block {block} is not known"
-        entry = self._entries.pop(block)
-        self._sizes[entry.queue] -= 1
-        self._queues[entry.queue].discard(block)
+        assert block in self._uses, f"block {block} is not known"
+        del self._uses[block]
+        key = self._keys.pop(block)
         self._locked.discard(block)
-        if evicted and entry.queue == _SMALL:
-            self._ghosts.put(entry.key, True)
+        if not self._small.discard(block):
+            self._main.discard(block)
+        elif evicted:
+            self._ghosts.put(key, None)
 
     def on_miss(self, key: bytes) -> None:
         pass
+
+    def touch_all(self, blocks: Sequence[int]) -> None:
+        uses = self._uses
+        assert all(map(uses.__contains__, blocks)), "a block is not known"
+        for block in blocks:
+            count = uses[block]
+            if count < _MOST_USES:
+                uses[block] = count + 1
+
+    def replace(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> list[int]:
+        uses, victims = self._uses, []
+        if self._locked or not uses or not (self._small.is_plain and self._main.is_plain):
+            return super().replace(blocks, keys, infos)
+        assert not any(map(uses.__contains__, blocks)), "a block is known already"
+        small, main, known = self._small.order, self._main.order, self._keys
+        ghosts, limit, room = self._ghosts.keys, self._ghosts.limit, self._room_small
+        for block, key in zip(blocks, keys, strict=True):
+            while True:
+                if len(small) >= room or not main:
+                    victim, _ = small.popitem(last=False)
+                    count = uses.pop(victim)
+                    if count <= 1:
+                        ghosts[known.pop(victim)] = None
+                        if len(ghosts) > limit:
+                            ghosts.popitem(last=False)
+                        break
+                    uses[victim] = 0
+                    main[victim] = None
+                else:
+                    victim, _ = main.popitem(last=False)
+                    count = uses.pop(victim)
+                    if not count:
+                        del known[victim]
+                        break
+                    uses[victim] = count - 1
+                    main[victim] = None
+            victims.append(victim)
+            uses[block] = 0
+            known[block] = key
+            if key in ghosts:
+                del ghosts[key]
+                main[block] = None
+            else:
+                small[block] = None
+        return victims
+
+    def resize(self, capacity: int) -> None:
+        assert capacity > 0
+        self._room_small = max(1, int(capacity * _SMALL_SHARE))
+        self._ghosts.resize(max(1, capacity - self._room_small))

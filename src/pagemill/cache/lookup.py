@@ -1,0 +1,196 @@
+"""How a text would enter: what is there of it, what it must take, and why no more was found. Changes nothing but
+opening accounts and roots.
+
+Finding costs one dictionary look-up for each block. Keys of what was not found, and the reason, cost a hash for each
+block and are made once, when the text does enter (`explain`), however often it asked before.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+
+from pagemill.base.errors import IntegrityError
+from pagemill.base.params import CacheOptions
+from pagemill.cache.block import Node
+from pagemill.cache.entry import Entry
+from pagemill.cache.keys import TOKEN_BYTES, Fingerprint, child_key
+from pagemill.cache.pool import BlockPool
+from pagemill.cache.prefix import Match, PrefixTree, common_tokens
+from pagemill.cache.receipt import EvictedKeys, Lookup, Miss
+from pagemill.cache.tenancy import Tenancy
+from pagemill.cache.windows import Windows
+
+
+class Lookups:
+    """Finds texts in a tree. Mutated by `evict` and `fail`, which feed the memory of reasons.
+
+    evicted: keys that left for want of room. failed: keys that a colder tier held and could not deliver. Both are
+    bounded by four times the cache, and a key is of one namespace, so that no reason tells of another.
+    """
+
+    __slots__ = ("_children", "_pool", "_tenancy", "_tree", "_windows", "evicted", "failed")
+
+    def __init__(
+        self, pool: BlockPool, tree: PrefixTree, tenancy: Tenancy, windows: Windows | None, num_keys: int
+    ) -> None:
+        self._pool = pool
+        self._tree = tree
+        self._tenancy = tenancy
+        self._windows = windows
+        self.evicted = EvictedKeys(num_keys)
+        self.failed = EvictedKeys(num_keys)
+        # Parent's key ‖ first token -> tokens, when.
+        self._children: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
+
+    def find(self, options: CacheOptions, fingerprint: Fingerprint, tokens: array[int], num_tokens: int) -> Entry:
+        """How a sequence whose known tokens are the first `num_tokens` of `tokens` would enter now.
+
+        Raises IntegrityError where the tree names a block that the pool does not have for it.
+        """
+        namespace = self._tenancy.namespace(options.tenant, options.salt, options.public)
+        account = self._tenancy.account(namespace)
+        pool, size = self._pool, self._tree.block_size
+        count = -(-num_tokens // size)
+        self._tree.drop_empty_roots()
+        root = self._tree.root(namespace, fingerprint)
+        room = self._tenancy.room(account, pool.num_free, pool.num_cached)
+        spare = self._tenancy.available(account, pool.num_free, pool.num_cached)
+        most = num_tokens - 1
+        if options.bypass or most < 1:
+            nothing = Match(root, [])
+            if self._windows is not None:
+                pages = self._windows.num_available()
+                spare, room = min(spare, pages), min(room, pages)
+            return Entry(account, nothing, root, [], None, 0, max(most, 0), 0, count, spare, room, b"", options)
+        data = tokens[:num_tokens].tobytes()
+        match = self._tree.find(root, data, most)
+        found = self._tree.num_tokens(match)
+        kept = found if self._windows is None else self._cut(match, found)
+        if kept < found:
+            tail_node = match.nodes[kept // size] if kept // size < len(match.nodes) else match.tail
+            match = Match(root, match.nodes[: kept // size], tail_node if kept % size else None, kept % size)
+        shared = [node.block for node in match.nodes]
+        self._check(match.nodes if match.tail is None else [*match.nodes, match.tail])
+        revived = pool.num_idle(shared)
+        spare, room = spare - revived, room - revived
+        num_new = count - len(shared)
+        if self._windows is not None:
+            pages = self._windows.num_available(shared if match.tail is None else [*shared, match.tail.block])
+            spare, room = min(spare, pages), min(room, pages)
+        tail, num_tail = match.tail, match.num_tail_tokens
+        if tail is not None and not pool.num_holders(tail.block):
+            if spare - 1 >= num_new:
+                spare, room = spare - 1, room - 1
+            elif spare >= num_new:  # the source would have to go to make room for its own copy
+                tail, num_tail = None, 0
+        num_hit = len(shared) * size + num_tail
+        node = match.nodes[-1] if match.nodes else root
+        return Entry(
+            account, match, node, shared, tail, num_tail, most, num_hit, num_new, spare, room, data, options,
+            window_cut=kept < found,
+        )  # fmt: skip
+
+    def _cut(self, match: Match, num_tokens: int) -> int:
+        """So many tokens of a match as every window group allows."""
+        assert self._windows is not None
+        blocks = [node.block for node in match.nodes] + ([] if match.tail is None else [match.tail.block])
+        return self._windows.longest(blocks, num_tokens)
+
+    def _check(self, nodes: list[Node]) -> None:
+        """Each block that is about to be read is published, and for this very text."""
+        known, is_published = self._tree.nodes, self._pool.is_published
+        for node in nodes:
+            if known.get(node.block) is not node or not is_published(node.block):
+                raise IntegrityError(f"{node} of the prefix cache is not what its block holds")
+
+    def missing_keys(self, entry: Entry) -> list[bytes]:
+        """Keys of the text's whole blocks that were not found, in order."""
+        size = self._tree.block_size * TOKEN_BYTES
+        key, data, found = entry.node.key, entry.data, []
+        for at in range(len(entry.shared) * size, entry.num_asked * TOKEN_BYTES - size + 1 if data else 0, size):
+            key = child_key(key, data[at : at + size])
+            found.append(key)
+        return found
+
+    def explain(
+        self, entry: Entry, fingerprint: Fingerprint, missing: list[bytes], now_s: float, policy: str
+    ) -> Lookup:
+        """What the text's owner is told: tokens asked for and hit, and the reason of the first miss."""
+        if not entry.data:
+            miss = Miss("bypassed", 0) if entry.options.bypass else None
+        elif entry.num_hit == entry.num_asked:
+            miss = None
+        else:
+            miss = self._miss(entry, fingerprint, missing, now_s, policy)
+        return Lookup(entry.num_asked, entry.num_hit, entry.num_hit, miss)
+
+    def _miss(self, entry: Entry, fingerprint: Fingerprint, missing: list[bytes], now_s: float, policy: str) -> Miss:
+        at, node = entry.num_hit, entry.node
+        if entry.window_cut:
+            return Miss("window not kept", at)
+        if missing and self.failed.when(missing[0]) is not None:
+            return Miss("tier failed", at)
+        start = len(entry.shared) * self._tree.block_size * TOKEN_BYTES
+        rest = entry.data[start : entry.num_asked * TOKEN_BYTES][: self._tree.block_size * TOKEN_BYTES]
+        num_tail = at - len(entry.shared) * self._tree.block_size
+        when = self.evicted.when(missing[0]) if missing else None
+        if when is None and (last := self._children.get(node.key + rest[:TOKEN_BYTES])):
+            when = last[1] if common_tokens(last[0], rest) > num_tail else None
+        if when is not None:
+            return Miss("evicted", at, max(now_s - when, 0.0), policy)
+        if self._seen_in_other_format(entry, fingerprint):
+            return Miss("other format", at)
+        tail = entry.match.tail
+        goes_on = tail is None or len(tail.tokens) > TOKEN_BYTES * entry.match.num_tail_tokens
+        return Miss("differs" if node.children and goes_on else "not seen", at)
+
+    def _seen_in_other_format(self, entry: Entry, fingerprint: Fingerprint) -> bool:
+        """True where more of the text is, or was lately, in the same namespace under another fingerprint."""
+        options, most = entry.options, entry.num_asked
+        namespace = self._tenancy.namespace(options.tenant, options.salt, options.public)
+        size = self._tree.block_size
+        for root in self._tree.siblings_of(namespace, fingerprint):
+            other = self._tree.find(root, entry.data, most)
+            if len(other.nodes) * size + other.num_tail_tokens > entry.num_hit:
+                return True
+            key, end = root.key, (entry.num_hit // size + 1) * size * TOKEN_BYTES
+            for at in range(0, end, size * TOKEN_BYTES):
+                key = child_key(key, entry.data[at : at + size * TOKEN_BYTES])
+            if end <= most * TOKEN_BYTES and self.evicted.when(key) is not None:
+                return True
+        return False
+
+    def evict(self, node: Node, now_s: float) -> None:
+        """Remember that a block left for want of room."""
+        self.evicted.add(node.key, now_s)
+        assert node.parent is not None
+        children, name = self._children, node.parent.key + node.tokens[:TOKEN_BYTES]
+        children.pop(name, None)
+        children[name] = (node.tokens, now_s)
+        if len(children) > self.evicted.capacity:
+            children.popitem(last=False)
+
+    def fail(self, key: bytes, now_s: float) -> None:
+        """Remember that a tier held a block of this key and could not deliver it."""
+        self.failed.add(key, now_s)
+
+    def forget(self, nodes: list[Node]) -> None:
+        """Nothing of these blocks is remembered, as after a purge."""
+        keys = [node.key for node in nodes]
+        self.evicted.forget(keys)
+        self.failed.forget(keys)
+        for node in nodes:
+            assert node.parent is not None
+            self._children.pop(node.parent.key + node.tokens[:TOKEN_BYTES], None)
+
+    def resize(self, num_keys: int) -> None:
+        """Remember so many keys of each kind at the most."""
+        self.evicted.resize(num_keys)
+        self.failed.resize(num_keys)
+
+    def clear(self) -> None:
+        """Nothing is remembered."""
+        self.evicted.clear()
+        self.failed.clear()
+        self._children.clear()

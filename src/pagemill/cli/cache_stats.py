@@ -1,0 +1,172 @@
+"""`pagemill cache stats`: the cache of a running server, or of a trace replayed here. Owns asking and printing; the
+object is `pagemill.engine.cache_stats`'s."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pagemill.base.errors import ConfigError, PagemillError
+from pagemill.base.units import parse_count
+from pagemill.bench.cache_curve import replayed_stats
+from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.simulator.trace import read_trace
+from pagemill.simulator.workload import GENERATORS, generate
+
+KEY_VARIABLE = "PAGEMILL_ADMIN_KEY"
+ROUTE = "/admin/cache/stats"
+
+_TIMEOUT_S = 10.0
+_MOST_BYTES = 1 << 24
+_GENERATED_REQUESTS = 2000
+_MOST_BLOCKS = 1 << 24
+_PIPE_WIDTH = 100
+
+
+class ServerError(PagemillError):
+    """A server that cannot be asked, or answers something else."""
+
+    exit_code = 2
+
+
+def stats(*, trace: str | None, url: str | None, key: str | None, blocks: str, seed: int, as_json: bool) -> int:
+    """Show what a server's cache holds and found, or what a cache of `blocks` blocks makes of a trace."""
+    if (trace is None) == (url is None):
+        raise ConfigError("give either a trace to replay or --url of a server, such as --url http://127.0.0.1:8000")
+    if url is not None:
+        found = ask(url, key if key is not None else os.environ.get(KEY_VARIABLE))
+        title = f"the cache of {url}"
+    else:
+        assert trace is not None
+        found = replay(trace, blocks, seed)
+        title = f"{found['trace']} replayed over {found['blocks']['total']:,} blocks"
+    if as_json:
+        print_json(found)
+        return 0
+    try:
+        lines, shown = summary(found), tables(found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ServerError(f"{url} answers figures of another version ({error!r}); take --json to see them") from None
+    print(paint(title, BOLD, sys.stdout))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    for line in lines:
+        print(line)
+    for heading, table in shown:
+        print(heading)
+        console.print(table)
+    return 0
+
+
+def replay(trace: str, blocks: str, seed: int) -> dict[str, Any]:
+    """The object for a trace, with the simulator's hit ratios beside the curve."""
+    size = parse_count(blocks)
+    if not 1 <= size <= _MOST_BLOCKS:
+        raise ConfigError(f"--blocks is {blocks}; give a cache of 1 to {_MOST_BLOCKS:,} blocks")
+    if trace in GENERATORS and not Path(trace).is_file():
+        loaded = generate(trace, _GENERATED_REQUESTS, seed)
+    else:
+        loaded = read_trace(trace, seed=seed)
+    return replayed_stats(loaded, size, note)
+
+
+def ask(url: str, key: str | None) -> dict[str, Any]:
+    """The object that a server answers with. key: the operator's, sent to this address alone. Raises ServerError."""
+    parts = urlsplit(url if "//" in url else f"http://{url}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--url {url}: give the address of a server's admin port, such as http://127.0.0.1:8000")
+    address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+    if not address.endswith(ROUTE):
+        address += ROUTE
+    headers = {"Accept": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    try:
+        with _opener().open(Request(address, headers=headers), timeout=_TIMEOUT_S) as answer:
+            found = json.loads(answer.read(_MOST_BYTES))
+    except HTTPError as error:
+        raise ServerError(_refusal(address, error)) from None
+    except (URLError, OSError) as error:
+        said = getattr(error, "reason", error)
+        raise ServerError(f"no server answers at {address}: {said}; start one, or give another --url") from None
+    except ValueError:
+        raise ServerError(f"{address} answers no JSON; give the address of a Pagemill server's admin port") from None
+    if not isinstance(found, dict) or "blocks" not in found:
+        raise ServerError(f"{address} answers something else than a cache's figures; is it a Pagemill server?")
+    return found
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """The operator's key is for the address that was given and goes nowhere else."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _opener() -> OpenerDirector:
+    return build_opener(_NoRedirects, ProxyHandler({}))
+
+
+def _refusal(address: str, error: HTTPError) -> str:
+    if error.code in (401, 403):
+        return f"{address} refuses ({error.code}); give the operator's key with --key or {KEY_VARIABLE}"
+    if error.code == 404:
+        return f"{address} is not there; give the server's admin port, and see that its admin API is on"
+    return f"{address} answers {error.code} {error.reason}"
+
+
+def summary(found: dict[str, Any]) -> list[str]:
+    """What is told in words."""
+    blocks, tokens = found["blocks"], found["tokens"]
+    shared = f"prefix cache, {found['policy']}" if found["sharing"] else "nothing is shared"
+    lines = [
+        f"{found['mode']}, {shared}; blocks of {found['block_tokens']} tokens: {blocks['total']:,} in all, "
+        f"{blocks['active']:,} in use by {found['sequences']:,} sequences, {blocks['cached']:,} cached, "
+        f"{blocks['free']:,} free, {blocks['pinned']:,} pinned; {blocks['evicted']:,} evicted so far"
+    ]
+    if tokens["asked"]:
+        lines.append(
+            f"{tokens['hit']:,} of {tokens['asked']:,} prompt tokens were found in it ({tokens['hit_ratio']:.1%})"
+        )
+    else:
+        lines.append("no prompt has been looked up yet")
+    return lines
+
+
+def tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
+    """The expected hit ratio by size, and the tenants, each under its heading."""
+    made = []
+    curve = found["curve"]
+    if curve is not None and curve["recorded_blocks"]:
+        heading = (
+            f"expected hit ratio by size, least recently used leaving first: {curve['recorded_blocks']:,} blocks "
+            f"looked up, {curve['sampled_share']:.1%} of all followed"
+        )
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        simulated = "simulated" in curve["points"][0]
+        for name in ("blocks", *([] if simulated else ["tokens"]), "expected", *(["simulated"] if simulated else [])):
+            table.add_column(name, justify="right")
+        for each in curve["points"]:  # a trace's blocks are as long as the trace says, not as those of the replay
+            tokens, other = ([], [f"{each['simulated']:.4f}"]) if simulated else ([f"{each['tokens']:,}"], [])
+            table.add_row(f"{each['blocks']:,}", *tokens, f"{each['hit_ratio']:.4f}", *other)
+        made.append((heading, table))
+    if found["tenants"]:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("tenant")
+        for name in ("used", "cached", "pinned", "floor", "cap"):
+            table.add_column(name, justify="right")
+        for each in found["tenants"]:
+            counts = [f"{each[name]:,}" for name in ("used", "cached", "pinned", "floor")]
+            table.add_row(Text(str(each["tenant"])), *counts, "" if each["cap"] is None else f"{each['cap']:,}")
+        made.append(("tenants, in blocks", table))
+    return made

@@ -1,0 +1,56 @@
+"""Options of `pagemill simulate` about serving a trace: declared here, packed into one mapping."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+_PANEL = "Serving the trace (--serve)"
+
+
+def _option(help: str, metavar: str | None = None) -> Any:
+    return typer.Option(help=help, metavar=metavar, rich_help_panel=_PANEL)
+
+
+# name -> annotation, default
+_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "pace": (Annotated[float, _option("Factor of the times between requests.")], 1.0),
+    "requests": (Annotated[int, _option("Only the first so many requests.")], 1000),
+    "streams": (Annotated[int, _option("Sequences that run at the same time.")], 64),
+    "cost_model": (
+        Annotated[str | None, _option("What steps take: a file, written with what is measured if not there.", "FILE")],
+        None,
+    ),
+}
+_SERVE = typer.Option(
+    "--serve", help="Serve the trace: scheduler and cache, over a cost model.", rich_help_panel=_PANEL
+)
+
+
+def serving_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's keyword parameter `served` by these options. The command gets them by name, or None without
+    --serve."""
+    signature = inspect.signature(function, eval_str=True)
+    own = [each for each in signature.parameters.values() if each.name != "served"]
+    options = {"serve": (Annotated[bool, _SERVE], False)} | _OPTIONS
+    parameters = [
+        *own,
+        *(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in options.items()
+        ),
+    ]
+
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> None:
+        serve = kwargs.pop("serve")
+        given = {name: kwargs.pop(name) for name in _OPTIONS}
+        function(*args, served=given if serve else None, **kwargs)
+
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": None}
+    return command

@@ -1,0 +1,130 @@
+"""`pagemill simulate --serve`: a trace served by the engine over a cost model of this machine, in the terminal. Owns
+options and the table; serving is `pagemill.simulator.serve`'s, measuring `pagemill.bench.step_cost`'s."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pagemill.base.config import resolve_config
+from pagemill.base.errors import ConfigError
+from pagemill.bench.step_cost import load_step_cost, measure_step_cost, store_step_cost
+from pagemill.build import build
+from pagemill.cli.simulate import block_sizes, load_trace, policy_names, store_report
+from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.simulator.serve import ServeSettings, StepCost, serve
+from pagemill.simulator.trace import Trace
+
+_USUAL_ERROR = 0.35  # of the model for a kind of step
+
+
+def serve_trace(
+    *,
+    trace: str,
+    policies: str,
+    blocks: str,
+    session_gap: str,
+    seed: int,
+    json_file: str | None,
+    plot: str | None,
+    manager: bool,
+    served: dict[str, Any],
+    as_json: bool,
+) -> int:
+    """Serve `trace` for each policy and size and print a table or one JSON object. served: `simulate_options.py`'s."""
+    for flag, given in (("--plot", plot is not None), ("--manager", manager)):
+        if given:
+            raise ConfigError(f"{flag} belongs to hit curves, which --serve does not make; leave one of them out")
+    pace, most_requests, streams, cost_model = (
+        served[name] for name in ("pace", "requests", "streams", "cost_model")
+    )  # fmt: skip
+    names, sizes = policy_names(policies), block_sizes(blocks)
+    if most_requests < 1:
+        raise ConfigError(f"--requests is {most_requests}; give at least 1")
+    loaded = load_trace(trace, session_gap, seed)
+    loaded = Trace(loaded.name, loaded.block_tokens, loaded.requests[:most_requests])
+    cost = _cost(None if cost_model is None else Path(cost_model).expanduser())
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        for name in names:
+            settings = ServeSettings(num_blocks=size, policy=name, max_num_seqs=streams, pace=pace)
+            began_s = time.perf_counter()
+            with _progress(f"{name}, {size:,} blocks") as report_requests:
+                day = serve(loaded, cost, settings, report_requests)
+            took_s = time.perf_counter() - began_s
+            note(f"{name}, {size:,} blocks: {day.seconds:,.0f} s simulated in {took_s:.1f} s")
+            rows.append({"policy": name, "blocks": size, "took_s": took_s, **day.describe()})
+    report = {
+        "trace": loaded.name,
+        "num_requests": len(loaded.requests),
+        "block_tokens": loaded.block_tokens,
+        "seed": seed,
+        "pace": pace,
+        "streams": streams,
+        "cost_model": cost.describe(),
+        "rows": rows,
+    }
+    store_report(report, json_file)
+    if as_json:
+        print_json(report)
+        return 0
+    title = f"{loaded.name}: {len(loaded.requests):,} requests, {streams} streams, steps as of {cost.source}"
+    print(paint(title, BOLD, sys.stdout))
+    Console(highlight=False).print(_table(rows))
+    return 0
+
+
+def _cost(path: Path | None) -> StepCost:
+    """The model in the file, or one that is measured now (and kept there)."""
+    if path is not None and path.is_file():
+        return load_step_cost(path)
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: its directory is not there; give another --cost-model")
+    config = resolve_config({}).config
+    note(f"measuring steps of {config.model} …")
+    cost, timed = measure_step_cost(build(replace(config, enable_prefix_caching="off")))
+    if path is not None:
+        store_step_cost(path, cost, timed)
+    worst = max(abs(each.fitted_s / each.seconds - 1) for each in timed)
+    disturbed = "; measure again when the machine is quiet" if worst > _USUAL_ERROR else ""
+    note(f"cost model: {json.dumps(cost.describe())}, within {worst:.0%} of {len(timed)} kinds of steps{disturbed}")
+    return cost
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of requests that ended, on a terminal."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, count: bars.update(task, completed=done, total=count)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("blocks", "policy", "done", "lost", "hits", "TTFT s", "p99", "ITL ms", "p99", "tok/s"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    for row in rows:
+        table.add_row(
+            f"{row['blocks']:,}",
+            row["policy"],
+            f"{row['num_finished']:,}",
+            f"{row['num_refused'] + row['num_too_large'] + row['num_failed']:,}",
+            f"{row['token_hit_ratio']:.3f}",
+            f"{row['ttft_s']['p50']:,.2f}",
+            f"{row['ttft_s']['p99']:,.2f}",
+            f"{1e3 * row['itl_s']['p50']:,.1f}",
+            f"{1e3 * row['itl_s']['p99']:,.1f}",
+            f"{row['generated_tokens_per_s']:,.0f}",
+        )
+    return table

@@ -1,0 +1,228 @@
+"""Which waiting sequence enters next. Owns the choice between tenants and within a queue, and what stands in the way.
+
+Between tenants it is a matter of turns (`fairness.py`). In one tenant's queue a sequence may come before its turn where
+more of its text is in the cache, which reads its own namespace and no other; and one whose text is just being computed
+by another of the same namespace waits for that instead of computing it twice.
+
+A tenant at its own cap stands in nobody's way. Where blocks themselves are short, whoever's turn it is holds the room
+until it suffices: only tenants that stay within their floor, which nobody else could have, enter meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import Literal
+
+from pagemill.base.params import CacheOptions
+from pagemill.cache.manager import CacheManager
+from pagemill.cache.prefix import common_tokens
+from pagemill.engine.admission import EngineLimits
+from pagemill.engine.fairness import Share, Shares
+from pagemill.engine.request import Sequence, tenant_of
+
+LOOKAHEAD = 8  # of a tenant's queue
+MOST_PASSED = 8  # how often one may be passed by those behind it
+WORTH_WAITING = 64  # tokens
+_RETRY_PLANS = 8
+_MOST_PAIRS = 4096
+
+_Fit = Literal["fits", "capped", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Who enters now, with so many tokens to compute; or, where hopeless, who could not even if nobody else ran."""
+
+    sequence: Sequence
+    num_unread: int
+    hopeless: bool = False
+
+
+class Entering:
+    """Chooses who enters. Mutated by `choose`, `enters` and `changed`. running: the scheduler's own list."""
+
+    __slots__ = ("_blocked_room", "_cache", "_common", "_limits", "_num_plans", "_running", "_shares")
+
+    def __init__(self, limits: EngineLimits, cache: CacheManager, shares: Shares, running: list[Sequence]) -> None:
+        self._limits = limits
+        self._cache = cache
+        self._shares = shares
+        self._running = running
+        self._blocked_room: int | None = None  # blocks that were to be had when they did not suffice
+        self._num_plans = 0
+        self._common: dict[tuple[int, int], int] = {}
+
+    def changed(self) -> None:
+        """Somebody came or went: what did not fit may fit now."""
+        self._blocked_room = None
+
+    def choose(self, reading: Ordered[Sequence]) -> Choice | None:
+        """Who enters next, with place and blocks for it and a block of growth for each that runs: without this reserve
+        the newcomer would soon be sent back and its prefill lost. None where nobody can. reading: those that run and
+        read their prompt."""
+        if len(self._running) >= self._limits.max_num_seqs or self._is_still_blocked():
+            return None
+        growing = sum(map(self._num_to_grow, self._running))
+        short = False
+        for share in self._shares.waiting():
+            candidate = self._candidate(share, reading)
+            if candidate is None:
+                continue
+            fit = self._fit(candidate, growing, short=short)
+            if fit == "fits":
+                return Choice(candidate, self._num_unread(candidate))
+            if not short and self._is_hopeless(candidate, fit):
+                return Choice(candidate, 0, hopeless=True)
+            short = short or fit == "full"
+        if short:
+            stats = self._cache.stats()
+            self._blocked_room, self._num_plans = stats.num_free_blocks + stats.num_cached_blocks, 0
+        return None
+
+    def displaced(self) -> Sequence | None:
+        """Who gives its place to the tenant whose turn it is: where places or blocks are taken, the last of a tenant
+        that runs more than its part and has had more, as long as the other runs less than its own part."""
+        shares, running = self._shares, self._running
+        full = len(running) >= self._limits.max_num_seqs
+        if len(shares.active) < 2 or self._cache.mode != "paged" or not (full or self._blocked_room is not None):
+            return None
+        waiting = shares.waiting()
+        over = shares.above_fair(waiting[0], len(running)) if waiting else None
+        if over is None or over.service <= waiting[0].service:
+            return None
+        reading = [each for each in running if each.blocks is not None and each.blocks.committed + 1 < len(each.tokens)]
+        candidate = self._candidate(waiting[0], reading)
+        if candidate is None or self._fit(candidate, 0, short=False) == "capped":
+            return None
+        return next(each for each in reversed(running) if tenant_of(each) == over.name)
+
+    def _is_still_blocked(self) -> bool:
+        """True where blocks were short and none have come free: asked again now and then, for hits may have grown."""
+        if self._blocked_room is None or not self._running:
+            return False
+        self._num_plans += 1
+        stats = self._cache.stats()
+        if stats.num_free_blocks + stats.num_cached_blocks > self._blocked_room or self._num_plans >= _RETRY_PLANS:
+            self._blocked_room = None
+        return self._blocked_room is not None
+
+    def _candidate(self, share: Share, reading: Ordered[Sequence]) -> Sequence | None:
+        """Who of a tenant's queue comes next; None where all at its front wait for a prompt that is being read."""
+        found: Sequence | None = None
+        most = -1
+        best: Sequence | None = None
+        for sequence in share.queue.first(LOOKAHEAD):
+            if self._awaits(sequence, reading):
+                continue
+            if found is None:
+                found = best = sequence
+                if sequence.rank or self._cache.shared is None or sequence.num_passed >= MOST_PASSED:
+                    break
+                continue
+            if sequence.request.params.priority != found.request.params.priority:
+                break
+            most = self._num_found(found) if most < 0 else most
+            if (count := self._num_found(sequence)) > most:
+                best, most = sequence, count
+        return best
+
+    def enters(self, share: Share, entering: Sequence) -> None:
+        """`entering` leaves the queue to run: those in front of it have been passed once more."""
+        for each in share.queue.first(LOOKAHEAD):
+            if each is entering:
+                break
+            each.num_passed += 1
+
+    def _num_unread(self, sequence: Sequence) -> int:
+        shared, num_tokens = self._cache.shared, len(sequence.tokens)
+        if shared is None:
+            return num_tokens
+        return num_tokens - shared.entry(sequence.request.cache, sequence.tokens, num_tokens).num_hit
+
+    def _num_found(self, sequence: Sequence) -> int:
+        """Blocks of its text that its own namespace holds."""
+        shared, options = self._cache.shared, sequence.request.cache
+        return 0 if shared is None or options.bypass else len(shared.chain_of(options, sequence.tokens))
+
+    def _awaits(self, sequence: Sequence, reading: Ordered[Sequence]) -> bool:
+        """True where a running sequence of the same namespace is about to compute what this one begins with."""
+        options, size = sequence.request.cache, self._cache.block_size
+        if self._cache.shared is None or options.bypass or sequence.rank:
+            return False
+        first = sequence.first
+        if first is not None and first.status == "running" and first.blocks is not None:
+            return first.blocks.committed < sequence.request.num_prompt_tokens
+        most = (len(sequence.tokens) - 1) // size * size
+        for other in reading:
+            if most >= WORTH_WAITING and other.blocks is not None and _same_namespace(other.request.cache, options):
+                common = min(self._num_common(sequence, other) // size * size, most)
+                if common - other.blocks.committed >= WORTH_WAITING:
+                    return True
+        return False
+
+    def _num_common(self, sequence: Sequence, other: Sequence) -> int:
+        """Tokens that two prompts begin with alike."""
+        mine, its = sequence.request.prompt_token_ids, other.request.prompt_token_ids
+        size = self._cache.block_size
+        if mine[:size] != its[:size]:
+            return 0
+        pair = sequence.seq_id, other.seq_id
+        known = self._common.get(pair)
+        if known is None:
+            if len(self._common) >= _MOST_PAIRS:
+                self._common.clear()
+            known = self._common[pair] = common_tokens(mine.tobytes(), its.tobytes())
+        return known
+
+    def _fit(self, sequence: Sequence, growing: int, *, short: bool) -> _Fit:
+        """Whether there are blocks for a sequence beside `growing` for those that run. short: they did not suffice for
+        one whose turn came before."""
+        cache, options = self._cache, sequence.request.cache
+        spare = growing + self._num_to_grow(sequence) if self._running else 0
+        if cache.shared is None:
+            fits = not short and cache.can_open(len(sequence.tokens), self._limits.max_model_len, spare)
+            return "fits" if fits else "full"
+        entry = cache.shared.entry(options, sequence.tokens, len(sequence.tokens))
+        account = entry.account
+        if short and account.used - account.cached + entry.num_new + len(entry.shared) > account.floor:
+            return "full"
+        if entry.num_new > entry.num_room:
+            return "full"
+        own = 0 if account.cap is None else self._growth_of_account(sequence)
+        if entry.num_new + own > entry.num_spare:
+            return "capped"
+        return "fits" if entry.num_new + spare <= entry.num_room else "full"
+
+    def _growth_of_account(self, sequence: Sequence) -> int:
+        """Blocks that those who run at the same cap may need next, and the sequence itself beside them."""
+        options = sequence.request.cache
+        beside = [each for each in self._running if _same_account(each.request.cache, options)]
+        return sum(map(self._num_to_grow, (*beside, sequence))) if beside else 0
+
+    def _is_hopeless(self, sequence: Sequence, fit: _Fit) -> bool:
+        """True where none of those that run could free what the sequence needs."""
+        if fit == "full":
+            return not self._running
+        options = sequence.request.cache
+        return not any(_same_account(each.request.cache, options) for each in self._running)
+
+    def _num_to_grow(self, sequence: Sequence) -> int:
+        """1 where the sequence may need more blocks than its known tokens do, else 0."""
+        if self._cache.mode == "contiguous":
+            return 0
+        size = self._cache.block_size
+        return int(-(-sequence.request.longest // size) > -(-len(sequence.tokens) // size))
+
+
+def _same_namespace(one: CacheOptions, other: CacheOptions) -> bool:
+    return (
+        not one.bypass
+        and one.salt == other.salt
+        and one.public == other.public
+        and (one.public is not None or one.tenant == other.tenant)
+    )
+
+
+def _same_account(one: CacheOptions, other: CacheOptions) -> bool:
+    return one.public == other.public and (one.public is not None or one.tenant == other.tenant)

@@ -1,0 +1,54 @@
+"""One tenant's waiting sequences in the order in which they would enter. Owns the order, not the decision."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from pagemill.engine.request import Sequence
+
+PRIORITY_S = 10.0  # seconds of waiting that one unit of priority is worth
+
+# Whether it ran before (those first), its rank or moment of urgency, its number; the sequence is never compared.
+_Entry = tuple[int, float, int, Sequence]
+
+
+class TenantQueue:
+    """Waiting sequences of one tenant. Mutated by `add` and `remove`.
+
+    Those that ran before and gave way come first, in the order of their first entry; then the others by arrival, where
+    a unit of priority counts as `PRIORITY_S` seconds of waiting. So a low priority is a long wait and no endless one.
+    """
+
+    __slots__ = ("_entries",)
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence where it belongs, in O(log n) and a move of memory."""
+        entry = _entry(sequence)
+        entries = self._entries
+        if not entries or entries[-1] < entry:
+            entries.append(entry)
+        else:
+            insort(entries, entry)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a waiting sequence out."""
+        place = bisect_left(self._entries, _entry(sequence))
+        assert self._entries[place][3] is sequence
+        del self._entries[place]
+
+    def first(self, count: int) -> list[Sequence]:
+        """The `count` that come first, or all."""
+        return [entry[3] for entry in self._entries[:count]]
+
+
+def _entry(sequence: Sequence) -> _Entry:
+    if sequence.rank:
+        return 0, float(sequence.rank), sequence.seq_id, sequence
+    request = sequence.request
+    return 1, request.arrival_s + PRIORITY_S * request.params.priority, sequence.seq_id, sequence

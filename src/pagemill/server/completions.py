@@ -1,0 +1,207 @@
+"""POST /v1/completions: from a body to requests, and from deltas to OpenAI's answer. Owns this route alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from pagemill.base.errors import RequestError
+from pagemill.base.step import PositionLogprobs
+from pagemill.engine.output import Delta
+from pagemill.server.asking import cache_of, check_fields, completion_sampling
+from pagemill.server.endings import Ending, end_of, keeps_text
+from pagemill.server.errors import FieldError
+from pagemill.server.events import EventStream, answer_whole
+from pagemill.server.json_bytes import ChunkFrame, json_response
+from pagemill.server.logprobs import CompletionLogprobs, prompt_logprobs
+from pagemill.server.ports import Ask, Serving, Stream
+from pagemill.server.schema import CompletionBody
+from pagemill.server.service import Service, priority_of, service_of, visitor_of
+from pagemill.server.usage import Tally, leaves_blocks
+
+MAX_CHOICES = 1024
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=None)
+async def create_completion(body: CompletionBody, request: Request) -> Response:
+    """Go on from one prompt or several, given as text or as token ids."""
+    service, visitor = service_of(request), visitor_of(request)
+    service.check_model(body.model)
+    check_fields(body, strict=service.settings.strict)
+    service.check_ready()
+    params = completion_sampling(body, priority_of(visitor, body.priority))
+    prompts = await _prompts(body, service.serving)
+    asks: list[Ask] = [(ids, params, cache_of(body, visitor.tenant, len(ids))) for _, ids in prompts]
+    stream = await service.open(asks, visitor)
+    try:
+        writer = CompletionWriter(service, body, stream, prompts, writes=leaves_blocks(asks))
+    except BaseException:
+        stream.close()
+        raise
+    ending = Ending(service, visitor, writer.tally, body, dict(zip(stream.request_ids, asks, strict=True)))
+    if body.stream:
+        slow_s = service.settings.slow_client_s
+        return EventStream(stream, writer, slow_client_s=slow_s, finished=partial(end_of, ending))
+    return await answer_whole(stream, writer, request, finished=partial(end_of, ending))
+
+
+async def _prompts(body: CompletionBody, serving: Serving) -> list[tuple[str | None, list[int]]]:
+    """Every prompt as text, where it was given so, and as ids."""
+    given: Any = body.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given:
+        raise FieldError("prompt is empty; give a text or token ids", param="prompt")
+    if len(given) * (body.n or 1) > MAX_CHOICES:
+        raise FieldError(
+            f"{len(given):,} prompts with n {body.n or 1} in one request; give at most {MAX_CHOICES:,} in all",
+            param="prompt",
+        )
+    found: list[tuple[str | None, list[int]]] = []
+    for each in given:
+        if isinstance(each, str):
+            found.append((each, await serving.encode(each, add_special=body.add_special_tokens)))
+        else:
+            found.append((None, each))
+    return found
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice as it grows. Mutated by the writer."""
+
+    index: int
+    prompt: str
+    prompt_ids: Sequence[int]
+    logprobs: CompletionLogprobs
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[PositionLogprobs] = field(default_factory=list)
+    prompt_positions: tuple[PositionLogprobs, ...] = ()
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    echoed: bool = False
+
+
+class CompletionWriter:
+    """Writes one answer of /v1/completions. Mutated by `write` and `add`."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: CompletionBody,
+        stream: Stream,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        *,
+        writes: bool,
+    ) -> None:
+        self._body = body
+        self._token = service.serving.token
+        self._head = service.head("text_completion", "cmpl")
+        self._frame = ChunkFrame(self._head)
+        n = body.n or 1
+        self._first = {request_id: index * n for index, request_id in enumerate(stream.request_ids)}
+        self._choices = [
+            _Choice(index, self._echo_of(*prompt), prompt[1], CompletionLogprobs(self._token))
+            for index, prompt in enumerate(each for each in prompts for _ in range(n))
+        ]
+        counts = {request_id: len(ids) for request_id, (_, ids) in zip(stream.request_ids, prompts, strict=True)}
+        self.tally = Tally(counts, writes=writes, keeps=keeps_text(body))
+        self._drops_token = body.echo and body.max_tokens == 0
+        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._running_usage = body.stream_options is not None and body.stream_options.continuous_usage_stats
+
+    def begin(self) -> bytes:
+        """Nothing comes before the first delta."""
+        return b""
+
+    def write(self, deltas: list[Delta]) -> bytes:
+        """One chunk a delta."""
+        return b"".join(map(self._chunk, deltas))
+
+    def end(self) -> bytes:
+        """The usage, where it was asked for."""
+        return self._frame.chunk([], orjson.dumps(self.tally.usage())) if self._with_usage else b""
+
+    def add(self, deltas: list[Delta]) -> None:
+        """Keep deltas for `whole`."""
+        for delta in deltas:
+            self._take(delta)
+
+    def whole(self) -> Response:
+        """The whole answer."""
+        answer = {**self._head, "choices": [self._described(each) for each in self._choices]}
+        answer["usage"] = self.tally.usage()
+        header = self.tally.header()
+        return json_response(answer, {"x-cache": header} if header else None)
+
+    def _take(self, delta: Delta) -> _Choice:
+        choice = self._choices[self._first[delta.request_id] + delta.choice]
+        if self._drops_token:
+            delta = delta._replace(token_ids=(), text="", logprobs=(), finish_reason=delta.finish_reason and "length")
+        self.tally.add(delta)
+        choice.text.append(delta.text)
+        choice.token_ids += delta.token_ids
+        choice.positions += delta.logprobs
+        choice.prompt_positions = choice.prompt_positions or delta.prompt_logprobs
+        choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+        return choice
+
+    def _chunk(self, delta: Delta) -> bytes:
+        choice = self._take(delta)
+        choices = []
+        first = self._body.echo and not choice.echoed
+        if first or delta.text or delta.logprobs or delta.finish_reason is not None or self._body.return_token_ids:
+            described = self._described(choice)
+            choice.text.clear()
+            choice.token_ids.clear()
+            choice.positions.clear()
+            choices.append(described)
+        elif not self._running_usage:
+            return b""
+        usage = orjson.dumps(self.tally.usage()) if self._running_usage else b"null" if self._with_usage else None
+        return self._frame.chunk(choices, usage)
+
+    def _described(self, choice: _Choice) -> dict[str, Any]:
+        """The choice as far as it was not told yet."""
+        body = self._body
+        echoes = body.echo and not choice.echoed
+        text = "".join(choice.text)
+        described: dict[str, Any] = {"index": choice.index, "text": choice.prompt + text if echoes else text}
+        described["logprobs"] = None if body.logprobs is None else self._logprobs(choice, echoes, body.logprobs)
+        described["finish_reason"] = choice.finish_reason
+        described["stop_reason"] = choice.stop_reason
+        if body.return_token_ids:
+            described["token_ids"] = list(choice.token_ids)
+            described["prompt_token_ids"] = None if choice.echoed else list(choice.prompt_ids)
+        if body.prompt_logprobs is not None and choice.prompt_positions and not choice.echoed:
+            described["prompt_logprobs"] = prompt_logprobs(choice.prompt_positions, self._token)
+        choice.echoed = True
+        return described
+
+    def _logprobs(self, choice: _Choice, echoes: bool, wanted: int) -> dict[str, Any]:
+        positions: list[PositionLogprobs | None] = [*choice.positions]
+        token_ids = choice.token_ids[-len(positions) :] if positions else []
+        if echoes:
+            source = self._choices[choice.index - choice.index % (self._body.n or 1)]
+            known: list[PositionLogprobs | None] = [None, *(choice.prompt_positions or source.prompt_positions)]
+            known += [None] * (len(choice.prompt_ids) - len(known))
+            positions, token_ids = known + positions, [*choice.prompt_ids, *token_ids]
+        return choice.logprobs.of(positions, token_ids, wanted)
+
+    def _echo_of(self, text: str | None, token_ids: Sequence[int]) -> str:
+        if not self._body.echo:
+            return ""
+        if text is not None:
+            return text
+        try:
+            return b"".join(self._token(each)[1] for each in token_ids).decode(errors="replace")
+        except RequestError:
+            return ""

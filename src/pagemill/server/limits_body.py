@@ -1,0 +1,144 @@
+"""Reads the body of a request before the route does: whole, in time, no larger than allowed. Owns the reading; what
+sizes are allowed is in `limits.py`.
+
+Plain ASGI, between the door and the routes. The route gets the same bytes, and the parsed object where it wants it, in
+scope["state"]["json"].
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+import orjson
+
+from pagemill.base.errors import RequestError
+from pagemill.server.access_door import App, Message, Receive, Scope, Send, error_body, send_json
+from pagemill.server.limits import Limits, check_commas, check_request, check_shape
+from pagemill.telemetry.metrics import Metrics
+
+_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+
+
+class _TooLargeError(Exception):
+    """More bytes than allowed."""
+
+
+class _GoneError(Exception):
+    """The client has left."""
+
+
+class BodyLimits:
+    """Checks head and body of each request and answers 4xx itself. limits: asked at each request, for they depend on
+    the model once it is there."""
+
+    def __init__(self, app: App, limits: Callable[[], Limits], metrics: Metrics) -> None:
+        self._app = app
+        self._limits = limits
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limits = self._limits()
+        wrong = _wrong_head(scope, limits)
+        if wrong is not None:
+            await self._refuse(send, *wrong)
+            return
+        if scope["method"] not in _WITH_BODY:
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(limits.body_timeout_s):
+                body = await _read(receive, limits.max_body_bytes)
+        except _GoneError:
+            return
+        except _TooLargeError:
+            await self._refuse(send, 413, f"the body has more than {limits.max_body_bytes:,} bytes; send less", "body")
+            return
+        except TimeoutError:
+            message = f"the body did not come within {limits.body_timeout_s:g} s; send it faster"
+            await self._refuse(send, 408, message, "slow body")
+            return
+        try:
+            parsed = _parsed(body, limits)
+        except RequestError as error:
+            await self._refuse(send, error.status, str(error), "limit")
+            return
+        if parsed is not None:
+            scope.setdefault("state", {})["json"] = parsed
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _refuse(self, send: Send, status: int, message: str, reason: str) -> None:
+        self._metrics["pagemill:http_refused"].add(1, reason)
+        await send_json(send, status, error_body(message, status), [(b"connection", b"close")])
+
+
+def _wrong_head(scope: Scope, limits: Limits) -> tuple[int, str, str] | None:
+    """Status, message and reason where the head is too large."""
+    headers = scope["headers"]
+    if len(headers) > limits.max_headers:
+        return 431, f"{len(headers):,} headers; send at most {limits.max_headers:,}", "headers"
+    size = sum(len(name) + len(value) + 4 for name, value in headers)
+    if size > limits.max_header_bytes:
+        return 431, f"the headers have {size:,} bytes; send at most {limits.max_header_bytes:,}", "headers"
+    length = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    if length > limits.max_url_bytes:
+        return 414, f"the address has {length:,} bytes; send at most {limits.max_url_bytes:,}", "address"
+    for name, value in headers:
+        if name == b"content-length" and (not value.isdigit() or len(value) > 18 or int(value) > limits.max_body_bytes):
+            return 413, f"the body has more than {limits.max_body_bytes:,} bytes; send less", "body"
+        if name == b"content-encoding" and value.lower() not in (b"", b"identity"):
+            return 415, "the body is compressed; send it plain", "encoding"
+    return None
+
+
+async def _read(receive: Receive, most: int) -> bytes:
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _GoneError
+        piece: bytes = message.get("body", b"")
+        size += len(piece)
+        if size > most:
+            raise _TooLargeError
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
+def _parsed(body: bytes, limits: Limits) -> dict[str, Any] | None:
+    """The body as an object whose sizes are in bounds; None where it is empty or no JSON object, which the route tells.
+
+    Raises RequestError where it is too large in some way.
+    """
+    if not body or body.isspace():
+        return None
+    check_commas(body, limits)
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    check_shape(parsed, limits)
+    if not isinstance(parsed, dict):
+        return None
+    check_request(parsed, limits)
+    return parsed
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once and then what the client does next."""
+    told = False
+
+    async def again() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again

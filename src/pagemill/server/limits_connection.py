@@ -1,0 +1,102 @@
+"""Cuts connections that are too slow: heads that do not come, answers that are not read, and too many of them. Owns the
+timers of one connection, below ASGI; bodies are timed in `limits_body.py`.
+
+uvicorn itself waits for a head for ever and for a reader for ever (slowloris and its mirror image).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from pagemill.server.limits import Limits
+from pagemill.telemetry.metrics import Metrics
+
+_BUSY: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+)  # fmt: skip
+_TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_TOO_SLOW: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+def guarded_protocol(limits: Limits, metrics: Metrics) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol (the `http` of its Config) with the limits' timers."""
+    base: Any = AutoHTTPProtocol
+
+    class GuardedProtocol(base):  # type: ignore[misc]
+        """One connection. Mutated by the transport's events.
+
+        A head is under way from the connection's beginning, or from the first byte behind a request, until the cycle of
+        its request exists. What comes behind a request that is being answered is a head too, but not timed: the answer
+        may be long, and uvicorn's keep-alive timer runs from its end.
+        """
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._head_timer: asyncio.TimerHandle | None = None
+            self._write_timer: asyncio.TimerHandle | None = None
+            self._num_head_bytes = 0
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > limits.max_connections:
+                self._cut("too many", _BUSY)
+                return
+            self._head_timer = self.loop.call_later(limits.header_timeout_s, self._cut, "head", _TOO_SLOW)
+
+        def data_received(self, data: bytes) -> None:
+            before = self.cycle
+            running = before is not None and not before.response_complete
+            if running and before.more_body:
+                super().data_received(data)
+                return
+            if not running and self._head_timer is None:
+                self._head_timer = self.loop.call_later(limits.header_timeout_s, self._cut, "head", _TOO_SLOW)
+            self._num_head_bytes += len(data)
+            super().data_received(data)
+            if self.cycle is not before or self.transport.is_closing():
+                self._num_head_bytes = 0
+                self._stop_head_timer()
+            elif self._num_head_bytes > limits.max_header_bytes + limits.max_url_bytes:
+                self._cut("head", b"" if running else _TOO_LARGE)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_head_timer()
+            self._stop_write_timer()
+            super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            if self._write_timer is None:
+                self._write_timer = self.loop.call_later(limits.write_timeout_s, self._cut, "read", b"")
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stop_write_timer()
+
+        def _cut(self, reason: str, answer: bytes) -> None:
+            self._stop_head_timer()
+            if self.transport.is_closing():
+                if reason == "read":  # closing waits for a reader that does not read
+                    self.transport.abort()
+                return
+            metrics["pagemill:http_connections_cut"].add(1, reason)
+            if not answer:
+                self.transport.abort()
+                return
+            self.transport.write(answer)
+            self.transport.close()
+
+        def _stop_head_timer(self) -> None:
+            timer, self._head_timer = self._head_timer, None
+            if timer is not None:
+                timer.cancel()
+
+        def _stop_write_timer(self) -> None:
+            timer, self._write_timer = self._write_timer, None
+            if timer is not None:
+                timer.cancel()
+
+    return GuardedProtocol

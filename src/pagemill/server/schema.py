@@ -1,0 +1,202 @@
+"""Requests as clients send them: OpenAI's fields, vLLM's extras and our own, with their types. Owns names and types;
+ranges are checked where they are meant (`base/params.py`), and what they mean is in `asking.py`.
+
+Fields that are not known are kept aside (`model_extra`), reported once and refused with --strict.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_ITEMS = 4096
+
+TokenIds = list[int]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class StreamOptions(_Part):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class RetainRange(_Part):
+    """Prompt positions from .. to - 1 with a priority (0 to 100) for `ttl` seconds; `to` unset: the prompt's end."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    start: int = Field(0, alias="from")
+    to: int | None = None
+    priority: int = 80
+    ttl: float | str | None = None
+
+
+class CacheRequest(_Part):
+    """What a request asks of the prefix cache. bypass: read nothing, leave nothing. purge_on_end: drop the prompt's
+    text from the cache when the answer has ended."""
+
+    model_config = ConfigDict(extra="forbid")
+    retain: list[RetainRange] = Field(default_factory=list, max_length=64)
+    bypass: bool = False
+    purge_on_end: bool = False
+
+
+class PromptCacheOptions(_Part):
+    """mode implicit: all of the prompt is kept; explicit: up to the last breakpoint. ttl: as "30m"."""
+
+    mode: Literal["implicit", "explicit"] = "implicit"
+    ttl: str | float | None = None
+
+
+class JsonSchemaFormat(_Part):
+    name: str = "schema"
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(_Part):
+    """type text, json_object, json_schema, regex (with `regex`) or grammar (Lark, with `grammar`)."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchemaFormat | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+
+class StructuredOutputs(_Part):
+    """vLLM's form of the same; one of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = Field(None, max_length=MAX_ITEMS)
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class GenerationBody(_Body):
+    """What completions and chat completions have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    response_format: ResponseFormat | None = None
+    # vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_ITEMS)
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
+    priority: int | None = None
+    cache_salt: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, max_length=MAX_ITEMS)
+    guided_grammar: str | None = None
+    # the prompt cache's
+    prompt_cache_key: str | None = Field(None, max_length=1024)
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    cache: CacheRequest | None = None
+    deadline_s: float | None = None
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | TokenIds | list[TokenIds] | list[str]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool = False
+    best_of: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool = True
+
+
+class FunctionDefinition(_Part):
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(_Part):
+    type: Literal["function"] = "function"
+    function: FunctionDefinition
+
+
+class NamedFunction(_Part):
+    name: str
+
+
+class NamedTool(_Part):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ChatMessage(_Part):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any] | str] | None = None
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    tools: list[ToolDefinition] | None = Field(None, max_length=256)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    verbosity: str | None = None
+    modalities: list[str] | None = None
+
+
+class TokenizeBody(_Body):
+    """POST /tokenize: a text (`prompt`) or a conversation (`messages`)."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, max_length=MAX_ITEMS)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(_Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,211 @@
+"""Deliberately broken caches, at least one for each invariant: what `exercise` must notice within a few seeds.
+
+Each is a function that breaks the product by a patch; its name says what is wrong then.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+
+import pytest
+
+from pagemill.base.params import CacheOptions
+from pagemill.base.transfer import Copy, Moves
+from pagemill.cache import prefix
+from pagemill.cache import sharing as sharing_module
+from pagemill.cache.block import Node
+from pagemill.cache.manager import CacheManager
+from pagemill.cache.policies.lru import LRU
+from pagemill.cache.pool import BlockPool
+from pagemill.cache.prefix import Match, PrefixTree
+from pagemill.cache.sharing import SharedBlocks
+from pagemill.cache.tenancy import Tenancy
+
+
+def no_wipe(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SharedBlocks, "moves", lambda self: Moves((), tuple(self._copies.values())))
+
+
+def no_copy(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SharedBlocks, "moves", lambda self: Moves(tuple(self._pool.dirty), ()))
+
+
+def short_copy(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sharing_module, "Copy", lambda source, target, count: Copy(source, target, count - 1))
+
+
+def unlocked_in_use(patch: pytest.MonkeyPatch) -> None:
+    hold = SharedBlocks.hold
+
+    def broken(self: SharedBlocks, blocks: list[int]) -> None:
+        hold(self, blocks)
+        for block in blocks:
+            node = self.tree.nodes.get(block)
+            if node is not None and node.shelf is not None and not node.children and self._pool.num_holders(block) == 1:
+                node.shelf.unlock(block)
+
+    patch.setattr(SharedBlocks, "hold", broken)
+
+
+def unfollowed(patch: pytest.MonkeyPatch) -> None:
+    """A parent may be evicted before its child."""
+    release = SharedBlocks.release
+
+    def broken(self: SharedBlocks, blocks: list[int]) -> None:
+        release(self, blocks)
+        for node in list(self.tree.nodes.values()):
+            if node.children and not self._pool.num_holders(node.block) and node.shelf is not None:
+                node.shelf.unlock(node.block)
+
+    patch.setattr(SharedBlocks, "release", broken)
+
+
+def longest_common_in_any_order(patch: pytest.MonkeyPatch) -> None:
+    """Tails are matched by their number of tokens and not by what they are."""
+    find = PrefixTree.find
+
+    def broken(self: PrefixTree, root: Node, tokens: bytes, most: int) -> Match:
+        match = find(self, root, tokens, most)
+        node = match.nodes[-1] if match.nodes else root
+        left = most - len(match.nodes) * self.block_size
+        if node.children and left > 0:
+            child = next(iter(node.children.values()))
+            return Match(root, match.nodes, child, min(left, len(child.tokens) // 4))
+        return match
+
+    patch.setattr(PrefixTree, "find", broken)
+
+
+def hits_everything(patch: pytest.MonkeyPatch) -> None:
+    """The last token is found too, and nothing is left to have logits from."""
+    find = PrefixTree.find
+    patch.setattr(PrefixTree, "find", lambda self, root, tokens, most: find(self, root, tokens, most + 1))
+
+
+def shares_across_salts(patch: pytest.MonkeyPatch) -> None:
+    namespace = Tenancy.namespace
+    patch.setattr(Tenancy, "namespace", lambda self, tenant, salt, public: namespace(self, tenant, None, public))
+
+
+def shares_across_tenants(patch: pytest.MonkeyPatch) -> None:
+    namespace = Tenancy.namespace
+    patch.setattr(Tenancy, "namespace", lambda self, tenant, salt, public: namespace(self, "all", salt, public))
+
+
+def publishes_drafts(patch: pytest.MonkeyPatch) -> None:
+    """Granted positions count as committed when a block of them is taken back."""
+    resize = CacheManager.resize
+
+    def broken(self: CacheManager, seq_id: int, num_tokens: int) -> None:
+        sequence = self._sequences[seq_id]
+        if num_tokens < sequence.history and sequence.tokens is not None and len(sequence.tokens) == sequence.history:
+            committed = sequence.committed
+            sequence.committed = sequence.history
+            self.publish_tail(seq_id)
+            sequence.committed = committed
+        resize(self, seq_id, num_tokens)
+
+    patch.setattr(CacheManager, "resize", broken)
+
+
+def leaks_on_close(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CacheManager, "_release", lambda self, blocks: self.shared.release(blocks[:-1]))
+
+
+def frees_twice(patch: pytest.MonkeyPatch) -> None:
+    drop = BlockPool._drop
+
+    def broken(self: BlockPool, block: int) -> None:
+        drop(self, block)
+        self._num_free += 1
+
+    patch.setattr(BlockPool, "_drop", broken)
+
+
+def promises_too_much(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CacheManager, "can_open", lambda self, *args: True)
+
+
+def forgets_events(patch: pytest.MonkeyPatch) -> None:
+    discard = SharedBlocks.discard
+
+    def broken(self: SharedBlocks, node: Node, *, evicted: bool = False) -> None:
+        told, self.on_event = self.on_event, None
+        discard(self, node, evicted=evicted)
+        self.on_event = told
+
+    patch.setattr(SharedBlocks, "discard", broken)
+
+
+def failure_changes_something(patch: pytest.MonkeyPatch) -> None:
+    enter = SharedBlocks.enter
+
+    def broken(self: SharedBlocks, entry: object) -> array[int]:
+        for block in list(self.tree.nodes):
+            node = self.tree.nodes[block]
+            if not self._pool.num_holders(block) and not node.children:
+                self.discard(node)
+                break
+        return enter(self, entry)  # type: ignore[arg-type]
+
+    patch.setattr(SharedBlocks, "enter", broken)
+
+
+def purge_leaves_the_tree(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SharedBlocks, "purge", lambda self, node: 0)
+
+
+def pins_end_at_once(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: SharedBlocks, options: CacheOptions, tokens: array[int], seconds: float) -> object:
+        lease = pin(self, options, tokens, seconds)
+        self.unpin(lease.lease_id)
+        return lease
+
+    pin = SharedBlocks.pin
+    patch.setattr(SharedBlocks, "pin", broken)
+
+
+def misses_tails(patch: pytest.MonkeyPatch) -> None:
+    """Hits end at whole blocks, although more is there."""
+    find = PrefixTree.find
+
+    def broken(self: PrefixTree, root: Node, tokens: bytes, most: int) -> Match:
+        match = find(self, root, tokens, most)
+        return Match(match.root, match.nodes)
+
+    patch.setattr(PrefixTree, "find", broken)
+
+
+def evicts_the_latest(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: LRU) -> int | None:
+        idle = [block for block in self._lane.order if block not in self._locked]
+        return idle[-1] if idle else None
+
+    patch.setattr(LRU, "victim", broken)
+
+
+def forgets_hits(patch: pytest.MonkeyPatch) -> None:
+    """Blocks leave first in, first out."""
+    patch.setattr(LRU, "touch", lambda self, block: None)
+    patch.setattr(LRU, "touch_all", lambda self, blocks: None)
+
+
+def stores_under_another_key(patch: pytest.MonkeyPatch) -> None:
+    """The last token of a block is not part of its key."""
+    add = PrefixTree.add
+    patch.setattr(
+        PrefixTree,
+        "add",
+        lambda self, parent, block, tokens, key=None: add(
+            self, parent, block, tokens, prefix.child_key(parent.key, tokens[:-4])
+        ),
+    )
+
+
+BROKEN: list[Callable[[pytest.MonkeyPatch], None]] = [
+    no_wipe, no_copy, short_copy, unlocked_in_use, unfollowed, longest_common_in_any_order, hits_everything,
+    shares_across_salts, shares_across_tenants, publishes_drafts, leaks_on_close, frees_twice, promises_too_much,
+    forgets_events, failure_changes_something, purge_leaves_the_tree, pins_end_at_once,
+    misses_tails, evicts_the_latest, forgets_hits, stores_under_another_key,
+]  # fmt: skip

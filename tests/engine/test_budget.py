@@ -1,0 +1,108 @@
+"""How long steps with prompts may make others wait: on a machine made of numbers, so that every step is known."""
+
+from __future__ import annotations
+
+import pytest
+
+from pagemill.engine.budget import PROBE_STEPS, SHORTEST_S, SMALLEST_CHUNK, UNKNOWN_CHUNK, StepBudget
+
+
+class Machine:
+    """A step takes base + rows * row + tokens * token seconds. Mutated by `step`, which tells the budget."""
+
+    def __init__(self, base_s: float, row_s: float, token_s: float) -> None:
+        self.base_s, self.row_s, self.token_s = base_s, row_s, token_s
+
+    def seconds(self, rows: int, tokens: int) -> float:
+        return self.base_s + rows * self.row_s + tokens * self.token_s
+
+    def step(self, budget: StepBudget, rows: int, tokens: int) -> float:
+        seconds = self.seconds(rows, tokens)
+        budget.saw(rows, tokens, seconds)
+        return seconds
+
+
+MACHINES = [Machine(0.005, 0.0004, 0.0003), Machine(0.2, 0.01, 0.005), Machine(0.001, 0.003, 0.0001)]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("rows", [8, 32, 200])
+@pytest.mark.parametrize("percent", [150, 180, 300])
+def test_mixed_steps_settle_within_the_bound_and_use_it(machine: Machine, rows: int, percent: int) -> None:
+    budget = StepBudget(4096, percent)
+    machine.step(budget, rows, 0)
+    seen = []
+    for _ in range(60):
+        seen.append(machine.step(budget, rows, budget.for_prompts(rows)))
+    bound = max(percent / 100 * machine.seconds(rows, 0), SHORTEST_S)
+    least = machine.seconds(rows, SMALLEST_CHUNK)
+    assert max(seen[20:]) <= max(bound, least) * 1.02
+    assert min(seen[20:]) >= min(0.8 * bound, machine.seconds(rows, 4096 - rows)), "no more caution than asked for"
+
+
+def test_without_decode_rows_or_bound_a_step_is_as_large_as_allowed() -> None:
+    assert StepBudget(512, 150).for_prompts(0) == 512
+    assert StepBudget(512, None).for_prompts(32) == 480
+    assert StepBudget(16, None).for_prompts(32) == 0
+
+
+def test_before_anything_is_known_chunks_are_moderate() -> None:
+    assert StepBudget(2048, 180).for_prompts(32) == UNKNOWN_CHUNK
+    assert StepBudget(100, 180).for_prompts(32) == 68
+
+
+def test_a_prompt_is_never_cut_to_nothing_for_long() -> None:
+    machine = Machine(0.1, 0.0, 10.0)
+    budget = StepBudget(512, 110)
+    machine.step(budget, 4, 0)
+    chunks = []
+    for _ in range(3 * PROBE_STEPS):
+        chunks.append(budget.for_prompts(4))
+        machine.step(budget, 4, chunks[-1])
+    assert chunks.count(0) == 2, "a step now and then tells what decoding takes"
+    assert min(chunk for chunk in chunks[1:] if chunk) == SMALLEST_CHUNK
+
+
+def test_rows_and_chunk_fill_whole_tiles() -> None:
+    machine = Machine(0.02, 0.0005, 0.0003)
+    budget = StepBudget(512, 180)
+    for rows in (9, 9, 31):
+        machine.step(budget, rows, 0)
+        machine.step(budget, rows, 64)
+        assert (rows + budget.for_prompts(rows)) % SMALLEST_CHUNK == 0
+
+
+def test_the_bound_follows_the_number_of_streams_and_their_length() -> None:
+    machine = Machine(0.02, 0.001, 0.0003)
+    budget = StepBudget(4096, 180)
+    for rows in (1, 64):
+        machine.step(budget, rows, 0)
+        machine.step(budget, rows, 64)
+    assert budget.for_prompts(64) > 1.5 * budget.for_prompts(1)
+    assert budget.alone_s(1) < budget.alone_s(20) < budget.alone_s(64) < budget.alone_s(100)
+    before = budget.for_prompts(64)
+    slower = Machine(0.04, 0.002, 0.0003)  # longer texts: more to read in each step
+    for _ in range(20):
+        slower.step(budget, 64, 0)
+    assert budget.for_prompts(64) > 1.5 * before
+
+
+def test_one_strange_step_changes_little() -> None:
+    machine = Machine(0.02, 0.001, 0.0003)
+    budget = StepBudget(4096, 180)
+    for _ in range(5):
+        machine.step(budget, 32, 0)
+        machine.step(budget, 32, 64)
+    before = budget.for_prompts(32)
+    budget.saw(32, 0, 5.0)
+    assert budget.for_prompts(32) <= 1.3 * before
+    budget.saw(32, 64, 9.0)
+    assert budget.for_prompts(32) >= 0.7 * before
+
+
+def test_a_clock_that_stands_still_teaches_nothing() -> None:
+    budget = StepBudget(512, 180)
+    budget.saw(32, 0, 0.0)
+    budget.saw(32, 64, 0.0)
+    assert budget.alone_s(32) == 0.0
+    assert budget.for_prompts(32) == UNKNOWN_CHUNK

@@ -1,0 +1,250 @@
+"""Who enters next: between tenants, within a queue, and what one tenant's limits may not do to another."""
+
+from __future__ import annotations
+
+import pytest
+
+from pagemill.base.params import CacheOptions
+from pagemill.cache.entry import SharingConfig
+from pagemill.engine.entering import MOST_PASSED
+from tests.fixtures.fake_engine import STEP_S, Rig
+from tests.fixtures.fake_executor import answer
+
+A, B = CacheOptions(tenant="a"), CacheOptions(tenant="b")
+
+
+def prompt(length: int, first: int = 1) -> list[int]:
+    return [(first + 7 * i) % 256 for i in range(length)]
+
+
+def entered(rig: Rig, *names: str) -> list[str]:
+    """Names in the order in which they entered."""
+    marks = {name: rig.answers[name, 0].deltas[0].marks.scheduled_s or 0.0 for name in names}
+    return sorted(names, key=lambda name: marks[name])
+
+
+def shared(**options: object) -> Rig:
+    return Rig(sharing=SharingConfig(), **options)  # type: ignore[arg-type]
+
+
+# Between tenants
+
+
+def test_tenants_take_turns_however_many_one_of_them_brings() -> None:
+    rig = Rig(max_num_seqs=1, max_num_batched_tokens=64)
+    for index in range(6):
+        rig.add(f"a{index}", prompt(4, index), A, max_tokens=4)
+    for index in range(3):
+        rig.add(f"b{index}", prompt(4, 90 + index), B, max_tokens=4)
+    rig.run()
+    names = [f"a{i}" for i in range(6)] + [f"b{i}" for i in range(3)]
+    assert entered(rig, *names)[:6] == ["a0", "b0", "a1", "b1", "a2", "b2"]
+
+
+def test_weights_and_priorities_of_tenants_are_kept() -> None:
+    rig = Rig(max_num_seqs=1, max_num_batched_tokens=64)
+    rig.engine.grant("a", priority=-1)
+    for index in range(10):
+        rig.add(f"a{index}", prompt(4, index), A, max_tokens=4)
+        rig.add(f"b{index}", prompt(4, 90 + index), B, max_tokens=4)
+    rig.run()
+    order = entered(rig, *(f"{t}{i}" for t in "ab" for i in range(10)))
+    assert [name[0] for name in order[:10]].count("a") == 8
+
+
+def test_a_newcomer_displaces_the_last_of_who_has_more_than_its_part() -> None:
+    rig = shared(num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64)
+    for index in range(8):
+        rig.add(f"a{index}", prompt(4, index), A, max_tokens=40)
+    for _ in range(5):
+        rig.step()
+    rig.add("b", prompt(4, 200), B, max_tokens=4)
+    rig.run()
+    marks = rig.answers["b", 0].deltas[0].marks
+    assert marks.first_token_s is not None
+    assert marks.first_token_s - marks.arrival_s <= 2 * STEP_S, "it waits for nobody's end"
+    assert rig.engine.stats().num_preemptions == 1
+    for index in range(8):
+        assert rig.tokens(f"a{index}") == answer(prompt(4, index), 40, 256)
+
+
+def test_nobody_is_displaced_for_the_same_tenant_or_for_one_that_has_its_part() -> None:
+    rig = shared(num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64)
+    for tenant, options in (("a", A), ("b", B)):
+        for index in range(5):
+            rig.add(f"{tenant}{index}", prompt(4, ord(tenant) + 31 * index), options, max_tokens=20)
+    rig.run()
+    assert rig.engine.stats().num_preemptions == 0
+
+
+def test_a_flood_leaves_the_others_prompts_their_turn() -> None:
+    rig = shared(num_blocks=512, max_num_seqs=16, max_num_batched_tokens=16, max_model_len=256)
+    for index in range(8):
+        rig.add(f"a{index}", prompt(100, 3 * index), A, max_tokens=4)
+    for _ in range(4):
+        rig.step()
+    rig.add("b", prompt(20, 200), B, max_tokens=4)
+    rig.run()
+    marks = rig.answers["b", 0].deltas[0].marks
+    assert (marks.first_token_s or 0.0) - marks.arrival_s <= 5 * STEP_S, "800 tokens of the flood were before it"
+
+
+# A tenant at its cap, and room that is short
+
+
+def test_a_tenant_at_its_cap_holds_up_nobody_else() -> None:
+    rig = shared(num_blocks=64, max_num_batched_tokens=64)
+    assert rig.cache.shared is not None
+    rig.cache.shared.set_quota("a", 0, 4)
+    rig.add("a0", prompt(12, 1), A, max_tokens=5)
+    rig.add("a1", prompt(12, 50), A, max_tokens=5)
+    rig.add("b0", prompt(12, 90), B, max_tokens=5)
+    rig.step()
+    assert [row.seq_id for row in rig.rows[0]] == [1, 3]
+    rig.run()
+    assert rig.tokens("a1") == answer(prompt(12, 50), 5, 256)
+
+
+def test_room_is_held_for_whoever_is_first_against_small_ones_of_other_tenants() -> None:
+    rig = shared(num_blocks=16, max_num_batched_tokens=128)
+    rig.add("runs", prompt(40), A, max_tokens=8)  # 10 of 16 blocks
+    rig.step()
+    rig.add("large", prompt(44, 99), B, max_tokens=2)
+    for index in range(20):
+        rig.add(f"small{index}", prompt(2, index), A, max_tokens=2)
+    rig.run()
+    assert entered(rig, "large", *(f"small{i}" for i in range(20)))[0] == "large"
+
+
+def test_a_tenant_within_its_floor_enters_while_another_waits_for_room() -> None:
+    rig = shared(num_blocks=16, max_num_batched_tokens=128)
+    assert rig.cache.shared is not None
+    rig.cache.shared.set_quota("b", 4, None)
+    rig.add("warm", prompt(15, 77), B, max_tokens=1)  # leaves four blocks that only b may take
+    rig.run()
+    rig.add("runs", prompt(33, 30), CacheOptions(tenant="c"), max_tokens=14)  # 9 blocks, 12 in the end
+    rig.step()
+    rig.add("large", prompt(40, 99), A, max_tokens=2)
+    rig.add("within", prompt(8, 200), B, max_tokens=2)
+    rig.run()
+    assert entered(rig, "large", "within") == ["within", "large"]
+
+
+def test_whoever_can_never_fit_fails_and_holds_up_nobody() -> None:
+    rig = shared(num_blocks=16, max_num_batched_tokens=64)
+    assert rig.cache.shared is not None
+    rig.add("a0", prompt(20, 1), A, max_tokens=8)
+    rig.cache.shared.set_quota("a", 0, 4)  # lowered after it was let in
+    rig.add("b0", prompt(8, 90), B, max_tokens=8)
+    rig.run()
+    assert "tenant 'a' may have 4" in str(rig.answers["a0", 0].deltas[-1].error)
+    assert rig.answers["b0", 0].finish_reason == "length"
+
+
+# Within a queue: what the cache holds
+
+
+def test_a_text_that_is_in_the_cache_goes_before_one_that_is_not() -> None:
+    rig = shared(max_num_seqs=1)
+    rig.add("warm", prompt(17, 5), A, max_tokens=1)
+    rig.run()
+    rig.add("cold", prompt(17, 150), A, max_tokens=2)
+    rig.add("hot", [*prompt(17, 5), 9], A, max_tokens=2)
+    rig.run()
+    assert entered(rig, "cold", "hot") == ["hot", "cold"]
+
+
+@pytest.mark.parametrize("options", [B, CacheOptions(tenant="a", salt="x"), CacheOptions(tenant="a", bypass=True)])
+def test_what_another_namespace_holds_changes_no_order(options: CacheOptions) -> None:
+    rig = shared(max_num_seqs=1)
+    rig.add("warm", prompt(17, 5), A, max_tokens=1)
+    rig.run()
+    rig.add("cold", prompt(17, 150), options, max_tokens=2)
+    rig.add("same text", [*prompt(17, 5), 9], options, max_tokens=2)
+    rig.run()
+    assert entered(rig, "cold", "same text") == ["cold", "same text"]
+
+
+def test_a_better_priority_is_not_passed_for_a_hit() -> None:
+    rig = shared(max_num_seqs=1)
+    rig.add("warm", prompt(17, 5), A, max_tokens=1)
+    rig.run()
+    rig.add("cold", prompt(17, 150), A, max_tokens=2, priority=-1)
+    rig.add("hot", [*prompt(17, 5), 9], A, max_tokens=2)
+    rig.run()
+    assert entered(rig, "cold", "hot") == ["cold", "hot"]
+
+
+def test_one_without_hits_is_passed_only_so_often() -> None:
+    rig = shared(max_num_seqs=1, num_blocks=256)
+    rig.add("warm", prompt(17, 5), A, max_tokens=1)
+    rig.run()
+    rig.add("cold", prompt(17, 150), A, max_tokens=2)
+    names = [f"hot{index}" for index in range(3 * MOST_PASSED)]
+    for index, name in enumerate(names):
+        rig.add(name, [*prompt(17, 5), index], A, max_tokens=2)
+    rig.run()
+    assert entered(rig, "cold", *names).index("cold") == MOST_PASSED
+
+
+# Within a queue: what is being read
+
+
+def long_pair(rig: Rig, other: CacheOptions = A) -> None:
+    rig.add("first", [*prompt(200, 5), 1, 2, 3], A, max_tokens=3)
+    rig.add("second", [*prompt(200, 5), 7, 8, 9], other, max_tokens=3)
+    rig.run()
+    for name, end in (("first", [1, 2, 3]), ("second", [7, 8, 9])):
+        assert rig.tokens(name) == answer([*prompt(200, 5), *end], 3, 256)
+
+
+def test_a_prompt_that_is_just_being_read_is_not_read_twice() -> None:
+    rig = shared(num_blocks=256, max_num_batched_tokens=64, max_model_len=256)
+    long_pair(rig)
+    assert rig.answers["second", 0].deltas[-1].num_cached_tokens == 192
+    assert rig.engine.stats().num_computed_tokens == 203 + 2 + 203 - 192 + 2
+
+
+@pytest.mark.parametrize("other", [B, CacheOptions(tenant="a", salt="x"), CacheOptions(tenant="a", bypass=True)])
+def test_another_namespace_neither_waits_nor_hits(other: CacheOptions) -> None:
+    rig = shared(num_blocks=256, max_num_batched_tokens=256, max_model_len=256)
+    long_pair(rig, other)
+    assert rig.answers["second", 0].deltas[-1].num_cached_tokens == 0
+    assert len(rig.rows[0]) == 2, "there is room for both in the first step"
+
+
+def test_others_enter_while_one_waits_for_a_prompt_that_is_being_read() -> None:
+    rig = shared(num_blocks=256, max_num_batched_tokens=64, max_model_len=256)
+    rig.add("first", [*prompt(200, 5), 1, 2, 3], A, max_tokens=3)
+    rig.step()
+    rig.add("second", [*prompt(200, 5), 7, 8, 9], A, max_tokens=3)
+    rig.add("third", prompt(10, 99), A, max_tokens=3)
+    rig.run()
+    assert entered(rig, "second", "third") == ["third", "second"]
+
+
+def test_whoever_waited_for_a_prompt_reads_it_when_its_reader_is_gone() -> None:
+    rig = shared(num_blocks=256, max_num_batched_tokens=32, max_model_len=256)
+    rig.add("first", [*prompt(200, 5), 1, 2, 3], A, max_tokens=3)
+    rig.add("second", [*prompt(200, 5), 7, 8, 9], A, max_tokens=3)
+    for _ in range(2):
+        rig.step()
+    rig.abort("first")
+    rig.run()
+    assert rig.tokens("second") == answer([*prompt(200, 5), 7, 8, 9], 3, 256)
+    assert rig.answers["second", 0].deltas[-1].num_cached_tokens == 64, "and finds what it left"
+
+
+# Prompts beside each other
+
+
+def test_a_short_prompt_is_not_held_up_by_a_long_one_before_it() -> None:
+    rig = Rig(num_blocks=512, max_num_batched_tokens=20, max_model_len=1024)
+    rig.add("long", prompt(800), max_tokens=2)
+    rig.step()
+    rig.add("short", prompt(10, 99), max_tokens=2)
+    rig.run()
+    marks = rig.answers["short", 0].deltas[0].marks
+    assert (marks.first_token_s or 0.0) - marks.arrival_s <= 2 * STEP_S
+    rows = [row.count for step in rig.rows for row in step if row.seq_id == 1]
+    assert min(rows[:39]) >= 10, "the one in front has half of every step"

@@ -1,0 +1,263 @@
+"""/v1/completions over a socket, with a real engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from pagemill import SamplingParams
+from tests.fixtures.live_server import LiveServer
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+
+
+def ask(http: httpx.Client, **fields: Any) -> dict[str, Any]:
+    answer = http.post("/v1/completions", json={"model": "tiny", **GREEDY, **fields})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def events(http: httpx.Client, path: str = "/v1/completions", **fields: Any) -> list[dict[str, Any]]:
+    """The chunks of a stream, which must end with [DONE]."""
+    lines = http.post(path, json={"model": "tiny", "stream": True, **GREEDY, **fields}).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def text_of(chunks: list[dict[str, Any]]) -> str:
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+
+
+def test_an_answer_has_openai_s_shape_and_true_counts(http: httpx.Client) -> None:
+    answer = ask(http, prompt="Hello there")
+    [choice] = answer["choices"]
+    assert answer["object"] == "text_completion"
+    assert answer["id"].startswith("cmpl-")
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "length", None)
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == 8
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 8
+
+
+def test_a_stream_says_the_same_as_the_whole_answer(http: httpx.Client) -> None:
+    chunks = events(http, prompt="Hello there")
+    assert text_of(chunks) == ask(http, prompt="Hello there")["choices"][0]["text"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "length"
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_the_engine_s_own_answer_is_what_is_served(http: httpx.Client, live: LiveServer) -> None:
+    async def generate() -> str:
+        last = ""
+        async for output in live.llm.generate("Hello there", SamplingParams(**GREEDY)):
+            last = output.outputs[0].text
+        return last
+
+    assert ask(http, prompt="Hello there")["choices"][0]["text"] == live.on_loop(generate())
+
+
+def test_usage_comes_with_the_last_chunk_where_asked(http: httpx.Client) -> None:
+    chunks = events(http, prompt="Hello", stream_options={"include_usage": True})
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 8
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+def test_usage_comes_with_each_chunk_where_asked(http: httpx.Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(http, prompt="Hello", stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == 8
+
+
+def test_the_same_prompt_again_is_told_as_cached_with_a_receipt(http: httpx.Client) -> None:
+    prompt = "A prompt of its own, long enough for some blocks of sixteen tokens each. " * 2
+    first, second = ask(http, prompt=prompt), ask(http, prompt=prompt)
+    details = second["usage"]["prompt_tokens_details"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] <= 2
+    assert first["usage"]["prompt_tokens_details"]["cache"]["miss"]["reason"]
+    assert details["cached_tokens"] >= len(prompt) - 32
+    assert details["cached_tokens"] + details["cache_write_tokens"] == second["usage"]["prompt_tokens"]
+    assert details["cache"]["tiers"]["hot"] == details["cached_tokens"]
+
+
+def test_the_header_says_hit_partial_or_miss(http: httpx.Client) -> None:
+    body = {"prompt": "~header " * 20, "max_tokens": 2, "temperature": 0}
+    words = [http.post("/v1/completions", json=body).headers["x-cache"].split(";")[0] for _ in range(2)]
+    assert words == ["miss", "hit"]
+
+
+def test_a_salt_keeps_texts_apart(http: httpx.Client) -> None:
+    prompt = "Salted text that is long enough for a block or two of sixteen tokens."
+    ask(http, prompt=prompt, cache_salt="mine")
+    assert ask(http, prompt=prompt, cache_salt="yours")["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert ask(http, prompt=prompt, cache_salt="mine")["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_bypass_leaves_nothing_and_purge_on_end_drops_the_text(http: httpx.Client) -> None:
+    for mark, cache in (("<", {"bypass": True}), (">", {"purge_on_end": True})):
+        prompt = f"{mark} forget this once it is answered, all of it and more than a block."
+        ask(http, prompt=prompt, cache=cache)
+        details = ask(http, prompt=prompt)["usage"]["prompt_tokens_details"]
+        assert details["cached_tokens"] == 0
+
+
+def test_retained_ranges_outside_the_prompt_are_refused(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "x", "cache": {"retain": [{"from": 0, "to": 99}]}})
+    assert answer.status_code == 400
+    assert "retained range" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("options", [{"mode": "explicit", "ttl": "30m"}, {"ttl": 60}, {"mode": "implicit"}])
+def test_openai_s_cache_options_are_taken(http: httpx.Client, options: dict[str, Any]) -> None:
+    ask(http, prompt="Options", prompt_cache_options=options, prompt_cache_key="k", prompt_cache_retention="24h")
+
+
+def test_a_ttl_that_is_no_time_is_refused(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "x", "prompt_cache_options": {"ttl": "soon"}})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt_cache_options.ttl"
+
+
+def test_prompts_of_all_kinds_ask_the_same(http: httpx.Client) -> None:
+    ids = http.post("/tokenize", json={"prompt": "Hello"}).json()["tokens"]
+    text = ask(http, prompt="Hello")["choices"][0]["text"]
+    assert ask(http, prompt=ids)["choices"][0]["text"] == text
+    both = ask(http, prompt=[ids, ids])
+    assert [(each["index"], each["text"]) for each in both["choices"]] == [(0, text), (1, text)]
+    assert ask(http, prompt=["Hello", "Hello"])["usage"]["prompt_tokens"] == 2 * len(ids)
+
+
+def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(http: httpx.Client) -> None:
+    fields = {"prompt": ["one", "two"], "n": 2, "temperature": 1, "seed": 3}
+    whole = ask(http, **fields)
+    assert [each["index"] for each in whole["choices"]] == [0, 1, 2, 3]
+    chunks = events(http, **fields)
+    streamed = ["", "", "", ""]
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == [each["text"] for each in whole["choices"]]
+
+
+def test_a_seed_repeats_and_negative_seeds_are_taken(http: httpx.Client) -> None:
+    fields = {"prompt": "Draw", "temperature": 1.0}
+    assert ask(http, **fields, seed=-5)["choices"] == ask(http, **fields, seed=-5)["choices"]
+    assert ask(http, **fields, seed=1)["choices"] != ask(http, **fields, seed=2)["choices"]
+
+
+def test_stop_strings_end_the_text(http: httpx.Client) -> None:
+    text = ask(http, prompt="Hello there", max_tokens=24)["choices"][0]["text"]
+    stop = text[5:8]
+    [choice] = ask(http, prompt="Hello there", max_tokens=24, stop=stop)["choices"]
+    assert choice["text"] == text[: text.index(stop)]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+
+
+def test_echo_with_logprobs_scores_the_prompt(http: httpx.Client) -> None:
+    ids = http.post("/tokenize", json={"prompt": "Score this"}).json()["tokens"]
+    [choice] = ask(http, prompt=[ids], echo=True, logprobs=1, max_tokens=1)["choices"]
+    logprobs = choice["logprobs"]
+    assert choice["text"].startswith("Score this")
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == len(ids) + 1
+    assert logprobs["token_logprobs"][0] is None
+    assert all(value < 0 for value in logprobs["token_logprobs"][1:])
+    for value, top in zip(logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True):
+        assert value <= max(top.values())
+    assert logprobs["text_offset"][:3] == [0, 1, 2]
+
+
+def test_echoed_scores_are_those_that_generation_reports(http: httpx.Client) -> None:
+    ids = http.post("/tokenize", json={"prompt": "Score this"}).json()["tokens"]
+    made = ask(http, prompt=ids, logprobs=1, return_token_ids=True)["choices"][0]
+    echoed = ask(http, prompt=ids + made["token_ids"], echo=True, logprobs=1, max_tokens=0)["choices"][0]
+    scores = echoed["logprobs"]["token_logprobs"][len(ids) :]
+    assert scores == pytest.approx(made["logprobs"]["token_logprobs"], abs=1e-5)
+    assert len(echoed["logprobs"]["tokens"]) == len(ids) + 8  # max_tokens 0: nothing is added
+
+
+def test_echo_streams_the_prompt_first(http: httpx.Client) -> None:
+    chunks = events(http, prompt="Echo", echo=True)
+    assert text_of(chunks) == ask(http, prompt="Echo", echo=True)["choices"][0]["text"]
+    assert text_of(chunks).startswith("Echo")
+
+
+def test_a_bias_forces_and_forbids_tokens(http: httpx.Client) -> None:
+    [choice] = ask(http, prompt="x", logit_bias={"65": 100}, return_token_ids=True)["choices"]
+    assert choice["token_ids"] == [65] * 8
+    plain = ask(http, prompt="x", return_token_ids=True)["choices"][0]["token_ids"]
+    [other] = ask(http, prompt="x", logit_bias={str(plain[0]): -100}, return_token_ids=True)["choices"]
+    assert other["token_ids"][0] != plain[0]
+
+
+def test_a_regular_expression_holds_the_answer(http: httpx.Client) -> None:
+    fields = {"response_format": {"type": "regex", "regex": "[0-9]{3}-[a-c]x"}, "ignore_eos": False}
+    [choice] = ask(http, prompt="x", temperature=1, seed=1, **fields)["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert len(choice["text"]) == 6
+    assert choice["text"][3] == "-"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "said"),
+    [
+        ({"prompt": ""}, 400, "empty"),
+        ({"prompt": []}, 400, "empty"),
+        ({"prompt": [[]]}, 400, "empty"),
+        ({"prompt": ["x"] * 600, "n": 2, "temperature": 1}, 400, "in all"),
+        ({"prompt": [1, 2, 99_999]}, 400, "token 2"),
+        ({"prompt": [-1]}, 400, "token 0"),
+        ({"prompt": "x" * 1600}, 400, "max_model_len"),
+        ({"prompt": "x", "model": "other"}, 404, "does not exist"),
+        ({"prompt": "x", "temperature": -1}, 400, "temperature"),
+        ({"prompt": "x", "temperature": "hot"}, 422, "temperature"),
+        ({"prompt": "x", "n": 0}, 400, "n is 0"),
+        ({"prompt": "x", "n": 1000, "temperature": 1}, 400, "n is 1000"),
+        ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
+        ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "x", "best_of": 3}, 400, "best_of"),
+        ({"prompt": "x", "suffix": "y"}, 400, "suffix"),
+        ({"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"1": 101}}, 400, "logit_bias"),
+        ({"prompt": "x", "presence_penalty": 3}, 400, "presence_penalty"),
+        ({"prompt": "x", "stop": [""]}, 400, "stop"),
+        ({"prompt": "x", "response_format": {"type": "regex", "regex": "("}}, 400, "regex"),
+        ({"prompt": "x", "response_format": {"type": "grammar", "grammar": "nonsense"}}, 400, "lark"),
+        ({"prompt": "x", "response_format": {"type": "json_schema"}}, 400, "json_schema"),
+        ({"prompt": "x", "guided_regex": "a", "guided_json": {}}, 400, "several forms"),
+        ({"prompt": "x", "cache": {"unknown": 1}}, 422, "cache"),
+        ({}, 422, "prompt"),
+    ],
+)
+def test_wrong_fields_are_told_in_openai_s_shape(
+    http: httpx.Client, fields: dict[str, Any], status: int, said: str
+) -> None:
+    answer = http.post("/v1/completions", json=fields)
+    error = answer.json()["error"]
+    assert answer.status_code == status, answer.text
+    assert said in error["message"]
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+def test_a_wrong_stream_is_refused_before_it_begins(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": [-1], "stream": True})
+    assert answer.status_code == 400
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_one_wrong_prompt_of_several_lets_none_in(http: httpx.Client, live: LiveServer) -> None:
+    assert http.post("/v1/completions", json={"prompt": [[65], [-1]]}).status_code == 400
+    stats = live.call(lambda engine: engine.stats())
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'{"prompt": "\\ud800"}'])
+def test_a_body_that_is_no_request_is_a_client_s_error(http: httpx.Client, body: bytes) -> None:
+    answer = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert answer.json()["error"]["message"]

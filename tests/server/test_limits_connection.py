@@ -1,0 +1,212 @@
+"""Slow clients are cut, and nobody else is (S12): over sockets, with uvicorn and a small application."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from threading import Event, Thread
+
+import httpx
+import pytest
+import uvicorn
+
+from pagemill.server.access_door import Receive, Scope, Send, send_json
+from pagemill.server.limits import Limits
+from pagemill.server.limits_body import BodyLimits
+from pagemill.server.limits_connection import guarded_protocol
+from pagemill.telemetry.metrics import Metrics
+
+LIMITS = Limits(
+    header_timeout_s=0.4, body_timeout_s=0.5, write_timeout_s=0.5, max_header_bytes=4096, max_url_bytes=1024,
+    max_connections=600,
+)  # fmt: skip
+HEAD = b"POST /v1/x HTTP/1.1\r\nhost: a\r\n"
+
+
+class Small:
+    """An application behind the guards, on a thread of its own. Mutated by requests: what it saw."""
+
+    def __init__(self, limits: Limits = LIMITS) -> None:
+        self.metrics = Metrics("tiny")
+        self.gone = Event()
+        self.num_answered = 0
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.port: int = listener.getsockname()[1]
+        config = uvicorn.Config(
+            BodyLimits(self._app, lambda: limits, self.metrics),
+            http=guarded_protocol(limits, self.metrics),
+            log_level="critical",
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=2,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/flood":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(2000):  # more than all buffers hold
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+                if self.cut("read") or self._server.should_exit:
+                    break
+            self.gone.set()
+            return
+        if scope["path"] == "/slow":
+            await asyncio.sleep(1.0)
+        self.num_answered += 1
+        await send_json(send, 200, {})
+
+    def cut(self, reason: str) -> float:
+        """Connections cut so far for this reason."""
+        samples = self.metrics["pagemill:http_connections_cut"].samples()
+        return sum(each.value for each in samples if each.labels == (reason,))
+
+    @property
+    def num_connections(self) -> int:
+        """Connections that are open now."""
+        return len(self._server.server_state.connections)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+
+@pytest.fixture
+def small() -> Iterator[Small]:
+    server = Small()
+    yield server
+    server.stop()
+
+
+def answer_of(connection: socket.socket) -> bytes:
+    """All that comes until the connection ends."""
+    pieces = []
+    try:
+        while piece := connection.recv(65536):
+            pieces.append(piece)
+    except ConnectionResetError:
+        pass
+    return b"".join(pieces)
+
+
+def test_a_connection_that_says_nothing_is_cut(small: Small) -> None:
+    with small.connect() as connection:
+        assert answer_of(connection).startswith(b"HTTP/1.1 408 ")
+    assert small.cut("head") == 1
+
+
+def test_a_head_that_drips_is_cut_at_its_time_however_often_a_byte_comes(small: Small) -> None:
+    with small.connect() as connection:
+        began = time.monotonic()
+        try:
+            for byte in HEAD * 20:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+        except OSError:
+            pass
+        assert time.monotonic() - began < 5
+    assert small.cut("head") == 1
+
+
+def test_a_second_head_on_the_same_connection_is_timed_too(small: Small) -> None:
+    with small.connect() as connection:
+        connection.sendall(HEAD + b"content-length: 0\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"POST /v1")
+        assert b"408" in answer_of(connection)
+    assert small.cut("head") == 1
+
+
+def test_a_head_that_does_not_end_is_cut_by_its_size(small: Small) -> None:
+    with small.connect() as connection:
+        with suppress(OSError):
+            connection.sendall(HEAD + b"x-filler: " + b"a" * 200_000)
+        answer_of(connection)
+    assert small.cut("head") == 1
+    assert small.num_answered == 0
+
+
+def test_a_head_behind_a_request_that_is_being_answered_is_bounded_too(small: Small) -> None:
+    with small.connect() as connection:
+        connection.sendall(b"POST /slow HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n")
+        time.sleep(0.1)
+        try:
+            connection.sendall(HEAD)
+            for _ in range(40):
+                connection.sendall(b"x-more: " + b"a" * 8000 + b"\r\n")
+                time.sleep(0.005)
+        except OSError:
+            pass
+        answer_of(connection)
+    assert small.cut("head") == 1
+
+
+def test_a_body_that_drips_is_refused(small: Small) -> None:
+    with small.connect() as connection:
+        connection.sendall(HEAD + b"content-length: 1000\r\n\r\nab")
+        assert answer_of(connection).startswith(b"HTTP/1.1 408 ")
+    assert small.num_answered == 0
+
+
+def test_a_client_that_does_not_read_is_cut(small: Small) -> None:
+    with small.connect() as connection:
+        connection.sendall(b"GET /flood HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert small.gone.wait(20), "the application goes on although nobody reads"
+    assert small.cut("read") == 1
+
+
+def test_a_long_answer_is_not_cut(small: Small) -> None:
+    with httpx.Client(trust_env=False) as client:
+        assert client.post(f"http://127.0.0.1:{small.port}/slow").status_code == 200
+        assert client.post(f"http://127.0.0.1:{small.port}/slow").status_code == 200
+    assert small.cut("head") == 0
+
+
+def test_a_request_whose_parts_come_one_by_one_but_in_time_is_answered(small: Small) -> None:
+    with small.connect() as connection:
+        for piece in (HEAD, b"content-length: 4\r\n", b"\r\n", b"ab", b"cd"):
+            connection.sendall(piece)
+            time.sleep(0.02)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_normal_requests_are_answered_beside_five_hundred_slow_ones(small: Small) -> None:
+    slow = [small.connect() for _ in range(500)]
+    for connection in slow:
+        connection.sendall(b"POST /v1/x HTTP/1.1\r\nhost: ")
+    with httpx.Client(trust_env=False) as client:
+        assert [client.post(f"http://127.0.0.1:{small.port}/v1/x").status_code for _ in range(50)] == [200] * 50
+        deadline = time.monotonic() + 10
+        while small.cut("head") < 500 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert client.post(f"http://127.0.0.1:{small.port}/v1/x").status_code == 200
+    for connection in slow:
+        connection.close()
+    assert small.cut("head") == 500
+    assert small.num_answered == 51
+
+
+def test_connections_beyond_the_limit_are_told_to_come_back() -> None:
+    small = Small(replace(LIMITS, max_connections=20, header_timeout_s=20.0))
+    inside = [small.connect() for _ in range(20)]
+    try:
+        while small.num_connections < 20:
+            time.sleep(0.01)
+        with small.connect() as connection:
+            assert answer_of(connection).startswith(b"HTTP/1.1 503 ")
+        assert small.cut("too many") == 1
+    finally:
+        for each in inside:
+            each.close()
+        small.stop()

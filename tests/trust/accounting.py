@@ -1,0 +1,45 @@
+"""R5: random operations on a cache against a slow model; blocks are conserved after each, and none is left at the end.
+
+Open, compute, extend, roll back, draft, share, fork, close (or abort), preempt and resume, pin, unpin, purge by text,
+prefix, namespace and tenant, resize, quotas, time. What is offloaded and restored joins with the colder tiers.
+"""
+
+from __future__ import annotations
+
+from pagemill.cache.policies.registry import POLICIES
+from tests.contracts.cache.exercise import exercise
+from tests.contracts.cache.harness import Harness
+from tests.trust.figures import Figure
+
+SIZES = (3, 6, 12, 30)
+STEPS = 200
+
+
+def harness_of(seed: int) -> Harness:
+    """Every third in plain least-recently-used order, where the slow model also says who is evicted."""
+    plain = seed % 3 == 0
+    policies = sorted(POLICIES)
+    policy = "lru" if plain else policies[seed // 3 % len(policies)]
+    return Harness(num_blocks=SIZES[seed % len(SIZES)], policy=policy, plain=plain)
+
+
+def replay(seed: int) -> None:
+    """One seed; raises what it finds."""
+    exercise(harness_of(seed), seed, STEPS)
+
+
+def count(seeds: range) -> Figure:
+    """Seeds until there are none, counting operations and what the cache met."""
+    num_operations = num_evicted = num_hit = 0
+    replays = []
+    for seed in seeds:
+        harness = harness_of(seed)
+        try:
+            exercise(harness, seed, STEPS)
+        except Exception as error:
+            replays.append(f"python scripts/trust.py --replay R5:{seed}  # {type(error).__name__}: {error}")
+        num_operations += harness.num_operations
+        num_evicted += harness.num_evicted
+        num_hit += harness.num_hit
+    also = {"evictions": num_evicted, "tokens hit": num_hit}
+    return Figure("R5", "leaks, double frees or divergences", len(replays), num_operations, "operations", also, replays)

@@ -1,0 +1,23 @@
+"""R17: native code under address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.trust import sanitized
+from tests.trust.figures import Figure
+
+
+@pytest.mark.timeout(900)  # the first time it is built
+def test_the_kernel_contract_suite_finds_nothing(publish: Callable[[Figure], None]) -> None:
+    figure = sanitized.count(sanitized.CI_TESTS)
+    publish(figure)
+    assert figure.num_trials > 50
+
+
+@pytest.mark.timeout(900)
+def test_a_suite_that_fails_is_a_finding() -> None:
+    figure = sanitized.count([*sanitized.CI_TESTS[2:], "-k", "there_is_no_such_test"])
+    assert figure.num_failures == 1

@@ -1,0 +1,45 @@
+"""S1: the isolation matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pagemill.base.params import CacheOptions
+from pagemill.cache import prefix
+from tests.contracts.cache import broken
+from tests.trust import matrix
+from tests.trust.figures import Figure
+
+
+def test_every_field_of_a_key_keeps_texts_apart(publish: Callable[[Figure], None]) -> None:
+    publish(matrix.count([matrix.cache_cells(), matrix.token_cells(), matrix.key_cells()]))
+
+
+def test_engines_that_compute_other_bytes_are_told_apart(tmp_path: Path, publish: Callable[[Figure], None]) -> None:
+    publish(matrix.count([matrix.engine_cells(tmp_path)]))
+
+
+def test_a_cell_and_its_control_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken.shares_across_tenants(monkeypatch)
+    told = matrix.cell((CacheOptions("t"), matrix.BASE), (CacheOptions("u"), matrix.BASE), "not seen")
+    assert any("hit 12 tokens" in line for line in told)
+    monkeypatch.undo()
+    monkeypatch.setattr(prefix.PrefixTree, "find", lambda self, root, tokens, most: prefix.Match(root, []))
+    told = matrix.cell((CacheOptions("t"), matrix.BASE), (CacheOptions("u"), matrix.BASE), "not seen")
+    assert any("did not hit" in line for line in told)
+
+
+@pytest.mark.parametrize("name", list(matrix.VALUES))
+def test_a_field_left_out_of_the_key_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = matrix.VALUES[name][0]
+    root = prefix.PrefixTree.root
+
+    def without(self: prefix.PrefixTree, namespace: matrix.Namespace, fingerprint: matrix.Fingerprint) -> prefix.Node:
+        return root(self, namespace, matrix.replace(fingerprint, **{name: value}))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prefix.PrefixTree, "root", without)
+    figure = matrix.count([matrix.cache_cells()])
+    assert figure.num_failures >= len(matrix.VALUES[name]) * (len(matrix.VALUES[name]) - 1)
