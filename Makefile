@@ -9,10 +9,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # editable install reads in place.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PARITY := build/parity-venv
+CLIENTS := build/clients-venv
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help install demo test trust-ci trust lint parity bench bench-peers sanitize clean
+.PHONY: help install demo test trust-ci trust lint parity clients bench bench-peers sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -56,6 +57,10 @@ lint: $(VENV)/.dev ## style and strict types
 
 parity: $(VENV)/.dev ## compare with transformers, in an environment of its own
 	@scripts/parity.sh $(BIN)/python $(PARITY) $(ARGS)
+
+clients: $(VENV)/.dev ## other projects' clients against a real server, in environments of their own
+	@$(BIN)/pagemill models pull smollm2-135m >/dev/null || echo "the clients' tests are skipped without the default model"
+	@scripts/clients.sh $(BIN)/python $(CLIENTS) $(ARGS)
 
 bench: $(VENV)/.dev ## generation with and without the cache, on both models
 	$(BIN)/pagemill bench kvcache --tokens 200 --runs 3 $(ARGS)

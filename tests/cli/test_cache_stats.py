@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 
 from pagemill.base.errors import ConfigError
 from pagemill.cache.entry import SharingConfig
-from pagemill.cli.cache_stats import ROUTE, ServerError, ask
+from pagemill.cli.cache_remote_client import ServerError
+from pagemill.cli.cache_stats import ROUTE, ask
 from pagemill.cli.main import main
 from pagemill.engine.cache_stats import cache_stats
+from tests.fixtures.answering import Answer, serving
 from tests.fixtures.fake_engine import Rig
-
-Answer = tuple[int, bytes, dict[str, str]]
-
-
-@contextmanager
-def serving(answer: Callable[[str, str | None], Answer]) -> Iterator[str]:
-    """A server whose answer is a function of path and Authorization; yields its address."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body, headers = answer(self.path, self.headers.get("Authorization"))
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Nothing is written to the tests' output."""
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def served_stats(tenant: str = "shop [bold]1[/bold]") -> dict[str, Any]:
@@ -88,7 +56,7 @@ def test_a_server_is_asked_with_the_key_and_its_answer_is_shown(
         ((404, b"", {}), "see that its admin API is on"),
         ((500, b"", {}), "answers 500"),
         ((200, b"<html>", {}), "answers no JSON"),
-        ((200, b"[]", {}), "something else than a cache's figures"),
+        ((200, b"[]", {}), "answers something else than an object"),
         ((200, b'{"ok": true}', {}), "something else than a cache's figures"),
         ((200, b'{"blocks": {}}', {}), "figures of another version"),
         ((302, b"", {"Location": "http://127.0.0.1:1/elsewhere"}), "answers 302"),

@@ -150,3 +150,22 @@ def test_arrays_of_wrong_shapes_are_refused() -> None:
         sampler.sample(logits, np.array([0, 10], np.int32), requests)
     with pytest.raises(ValueError, match="forbidden"):
         sampler.sample(logits, best, requests, (starts, np.zeros(2, np.int32)))
+
+
+def test_greedy_rows_that_come_and_go_are_the_specification_s() -> None:
+    rng = np.random.default_rng(3)
+    sampler, specification = native(available_targets()[0], 50), SpecificationSampler()
+    kept, ids = np.empty((8, 50), np.float32), np.empty(8, np.int32)
+    for number in range(200):
+        count = int(rng.integers(1, 9))
+        logits, best = kept[:count], ids[:count]
+        logits[:] = rng.normal(0, 3, logits.shape)
+        if number % 5 == 0:
+            logits[rng.integers(count), rng.integers(50)] = rng.choice([np.nan, np.inf])
+        if number % 7 == 0:
+            logits[rng.integers(count)] = -np.inf
+        best[:] = np.argmax(logits, axis=1)
+        seq_ids = rng.choice(12, count, replace=False) if number % 3 == 0 else range(number % 2, number % 2 + count)
+        forbid = (int(best[0]),) if number % 4 == 0 else ()
+        rows = [step(int(each), SamplingParams(temperature=0), number + 5, forbid) for each in seq_ids]
+        assert sampler.choose(rows, logits, best) == specification.choose(rows, logits, best)

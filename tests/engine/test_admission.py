@@ -7,7 +7,8 @@ from array import array
 import pytest
 
 from pagemill.base.errors import CapacityError, ConfigError, RequestError
-from pagemill.base.params import SamplingParams
+from pagemill.base.params import CacheOptions, SamplingParams
+from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager, CacheMode
 from pagemill.engine.admission import Admission, EngineLimits, derive_seed
 from pagemill.engine.request import Request
@@ -79,6 +80,17 @@ def test_no_max_tokens_means_up_to_the_end_of_a_small_cache() -> None:
     request = admit([1] * 10, SamplingParams(max_tokens=None), num_blocks=5)
     assert request.max_tokens == 11
     assert request.longest == 20
+
+
+def test_no_max_tokens_means_up_to_the_end_of_a_tenants_part() -> None:
+    cache = CacheManager(32, 4, sharing=SharingConfig())
+    cache.grant("small", cap_tokens=20)
+    admission, anything = Admission(LIMITS, cache), SamplingParams(max_tokens=None)
+    longest = {
+        tenant: admission.admit("r", [1] * 10, anything, 99, 0.0, CacheOptions(tenant)).max_tokens
+        for tenant in ("small", "other")
+    }
+    assert longest == {"small": 11, "other": 54}
 
 
 def test_prompt_larger_than_the_whole_cache_is_refused_with_the_arithmetic() -> None:

@@ -141,6 +141,42 @@ def test_whoever_can_never_fit_fails_and_holds_up_nobody() -> None:
     assert rig.answers["b0", 0].finish_reason == "length"
 
 
+def _floor_of_twelve(rig: Rig) -> None:
+    """Tenant a has 12 of 16 blocks by its floor, all of them cached."""
+    assert rig.cache.shared is not None
+    rig.cache.shared.set_quota("a", 12, None)
+    for index in range(3):
+        rig.add(f"fill{index}", [index + 1] * 15, A, max_tokens=2)
+    rig.run()
+
+
+def test_whoever_finds_no_room_beside_floors_fails_and_holds_up_nobody_while_the_floored_run_on() -> None:
+    rig = shared(num_blocks=16, max_model_len=64)
+    _floor_of_twelve(rig)
+    rig.add("a0", [1] * 15, A, max_tokens=40)
+    rig.step()
+    rig.add("large", prompt(30, 90), B, max_tokens=2)
+    rig.add("small", prompt(3, 200), CacheOptions(tenant="c"), max_tokens=2)
+    for _ in range(20):
+        rig.step()
+    assert rig.answers["small", 0].finish_reason == "length"
+    assert "more than the floors of other tenants leave" in str(rig.answers["large", 0].deltas[-1].error)
+    rig.run()
+    assert rig.answers["a0", 0].finish_reason == "length"
+
+
+def test_whoever_outgrows_what_floors_leave_fails_and_takes_nobodys_blocks() -> None:
+    rig = shared(num_blocks=16, max_model_len=64)
+    _floor_of_twelve(rig)
+    rig.add("grows", prompt(10, 90), B, max_tokens=20)
+    rig.step()
+    rig.add("a0", [1] * 15, A, max_tokens=30)
+    rig.run()
+    assert "more than the floors of other tenants leave" in str(rig.answers["grows", 0].deltas[-1].error)
+    assert rig.answers["a0", 0].finish_reason == "length"
+    assert rig.engine.stats().num_preemptions == 0
+
+
 # Within a queue: what the cache holds
 
 

@@ -32,7 +32,7 @@ def push(tokens: Iterable[int], max_tokens: int = 100, **params: object) -> list
     output.open(choice)
     deltas: list[Delta] = []
     for step, token in enumerate(tokens):
-        deltas.append(output.delta(choice, Sample(1, token), 3.0 + step))
+        deltas.append(output.delta(choice, Sample(1, token), choice.num_generated + 1, 3.0 + step))
         if deltas[-1].finished:
             break
     return deltas
@@ -134,7 +134,7 @@ def test_logprobs_come_only_where_asked_for() -> None:
         output = Output(decode_bytes)
         choice = sequence(params, 10)
         output.open(choice)
-        delta = output.delta(choice, Sample(1, 97, logprob, (logprob,)), 3.0)
+        delta = output.delta(choice, Sample(1, 97, logprob, (logprob,)), 1, 3.0)
         assert len(delta.logprobs) == expected
         assert all(entry.sampled == logprob for entry in delta.logprobs)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import replace
 
 import pytest
 
@@ -39,7 +38,7 @@ def test_what_a_row_without_an_answer_wrote_is_not_found_by_others() -> None:
     def nothing_came(plan: StepPlan) -> StepResult:
         result = run(plan)
         failures = tuple(SampleFailure(each.seq_id, "not a number") for each in result.samples)
-        return replace(result, samples=(), failures=failures)
+        return result._replace(samples=(), failures=failures)
 
     rig.executor.run = nothing_came  # type: ignore[method-assign]
     rig.add("bad", list(range(17)))

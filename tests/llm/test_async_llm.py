@@ -126,6 +126,28 @@ def test_a_name_in_use_is_refused(model: str) -> None:
     use(model, twice)
 
 
+def test_of_two_that_take_a_name_at_a_time_one_is_refused(model: str) -> None:
+    async def twice(llm: AsyncLLM) -> None:
+        await llm.ready()
+        found = await asyncio.gather(
+            *(last_of(llm, "x", LONG, request_id="mine") for _ in range(2)), return_exceptions=True
+        )
+        assert sorted(type(each).__name__ for each in found) == ["RequestError", "RequestOutput"]
+
+    use(model, twice)
+
+
+def test_requests_that_never_entered_are_not_told_as_left(model: str) -> None:
+    async def ask(llm: AsyncLLM) -> None:
+        left: list[str] = []
+        llm.leaving = left.extend
+        with pytest.raises(RequestError):
+            await llm.open([([65], GREEDY, CacheOptions()), ([-1], GREEDY, CacheOptions())])
+        assert left == []
+
+    use(model, ask)
+
+
 @pytest.mark.parametrize("prompt", ["", 5, {"prompt": 5}, {"nothing": 1}, {"prompt_token_ids": [-1]}, "x" * 600])
 def test_wrong_prompts_are_refused_and_leave_nothing(model: str, prompt: Any) -> None:
     async def ask(llm: AsyncLLM) -> None:

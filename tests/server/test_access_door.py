@@ -9,10 +9,13 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
 
 from pagemill.base.clock import VirtualClock
 from pagemill.server.access import KeyRing, RefusedError
-from pagemill.server.access_door import Door, Message, Receive, Scope, Send, send_json, visit_of
+from pagemill.server.access_door import METRICS_ROUTE, Door, Message, Receive, Scope, Send, send_json, visit_of
 from pagemill.server.access_keys import KeyEntry, make_key
 from pagemill.server.access_listen import HostCheck
 from pagemill.telemetry.logs import FIELDS
@@ -100,6 +103,8 @@ def test_two_different_keys_count_as_none() -> None:
     ):
         assert house.ask(headers=sent).status_code == 401  # type: ignore[arg-type]
     assert house.ask(headers=[("authorization", good), ("authorization", good)]).status_code == 200
+    assert house.ask(headers={"authorization": good, "x-api-key": "x"}).status_code == 401
+    assert house.ask(headers={"authorization": good, "x-api-key": house.keys["alice"]}).status_code == 200
 
 
 def test_open_routes_need_no_key_and_no_others_are_open() -> None:
@@ -116,6 +121,24 @@ def test_metrics_are_for_keys_of_that_role_and_users_see_none() -> None:
     assert found == {"alice": 403, "prometheus": 200, "root": 200}
     assert house.ask_as("prometheus").status_code == 403
     assert house.ask_as("root").status_code == 403, "an admin's key has no tenant, hence generates nothing"
+
+
+def test_no_spelling_of_its_path_leads_a_user_to_the_metrics() -> None:
+    app = Starlette(routes=[Route(METRICS_ROUTE, lambda request: Response("figures"))])
+    house = House(keys={"alice": {}, "prometheus": {"role": "metrics", "tenant": None}}, app=app)
+    assert house.ask_as("prometheus", "GET", "/metrics").text == "figures"
+    for path in ("/metrics%0A", "/metrics/", "/%6Detrics", "//metrics", "/metrics%00", "/metrics%0D%0A", "/metrics?a"):
+        assert "figures" not in house.ask_as("alice", "GET", path).text, path
+
+
+def test_without_a_key_no_body_is_read() -> None:
+    house = House(keys={"alice": {}})
+    for path in ("/health", "/version"):
+        for method in ("POST", "PUT", "PATCH", "DELETE"):
+            answer = house.ask(method, path, content=b"x" * 100)
+            assert (answer.status_code, answer.headers["connection"]) == (405, "close")
+        assert house.ask("HEAD", path).status_code == 200
+    assert house.refused("method") == 8
 
 
 def test_the_admin_door_opens_to_admins_alone() -> None:

@@ -245,6 +245,19 @@ def test_a_request_s_spans_are_in_its_caller_s_trace(served: Served) -> None:
     assert names == ["decode", "prefill", "queue", "text_completion tiny"]
 
 
+def test_each_prompt_of_a_request_has_a_span_of_its_own(served: Served) -> None:
+    parent = PARENT.replace("4bf92f35", "5c002b46")
+    with served.process.client(served.keys["alice"]) as client:
+        body = {"model": "tiny", "prompt": ["hello", "bye"], "max_tokens": 3}
+        assert client.post("/v1/completions", json=body, headers={"traceparent": parent}).status_code == 200
+    end = time.monotonic() + 20
+    mine: list[Any] = []
+    while len(mine) < 8 and time.monotonic() < end:
+        mine = [span for span in wait_for_spans(served) if span.trace_id == bytes.fromhex(parent[3:35])]
+        time.sleep(0.1)
+    assert len({span.span_id for span in mine}) == len(mine) == 8
+
+
 # Metrics of a real server
 
 

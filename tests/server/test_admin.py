@@ -14,6 +14,7 @@ from pagemill.base.errors import ConfigError
 from pagemill.base.params import CacheOptions
 from pagemill.cache.entry import SharingConfig
 from pagemill.engine.engine import Engine
+from pagemill.server import admin_cache
 from pagemill.server.access import KeyRing
 from pagemill.server.access_keys import KeyEntry, make_key
 from pagemill.server.access_listen import HostCheck
@@ -130,6 +131,19 @@ def test_blocks_are_listed_page_by_page_without_their_tokens() -> None:
     for each in found:
         assert each["parent"] is None or by_key[each["parent"]]["first_token"] == each["first_token"] - 4
     assert "token_ids" not in found[0]
+
+
+def test_a_page_of_blocks_looks_at_no_more_than_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    office = Office()
+    office.fill()
+    monkeypatch.setattr(admin_cache, "MAX_LOOKED_AT", 2)
+    pages, after = [], -1
+    while after is not None:
+        page = office.get(f"/admin/cache/blocks?after={after}")
+        pages.append(page["blocks"])
+        after = page["next_after"]
+    assert max(map(len, pages)) <= 2
+    assert sum(map(len, pages)) == office.num_cached
 
 
 def test_blocks_in_use_are_active() -> None:

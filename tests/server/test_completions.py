@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -84,6 +85,46 @@ def test_the_same_prompt_again_is_told_as_cached_with_a_receipt(http: httpx.Clie
     assert details["cached_tokens"] >= len(prompt) - 32
     assert details["cached_tokens"] + details["cache_write_tokens"] == second["usage"]["prompt_tokens"]
     assert details["cache"]["tiers"]["hot"] == details["cached_tokens"]
+
+
+def test_a_miss_is_told_with_its_kind(http: httpx.Client) -> None:
+    miss = ask(http, prompt="^never asked before, and long enough")["usage"]["prompt_tokens_details"]["cache"]["miss"]
+    assert miss == {"kind": "not seen", "reason": "not seen recently", "token": 0}
+
+
+def test_log_probabilities_of_a_prompt_are_bounded_in_all(live: LiveServer, http: httpx.Client) -> None:
+    body = {"prompt": [65] * 1000, "echo": True, "max_tokens": 1, "logprobs": 20, "n": 100}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "2,100,000 log-probabilities" in answer.json()["error"]["message"]
+    assert live.call(lambda engine: engine.stats().num_running) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "Hello", "return_token_strs": True}),
+        ("/v1/completions", {"prompt": "Hello", "echo": True, "logprobs": 2, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "Hello", "echo": True, "logprobs": 2, "max_tokens": 1, "stream": True}),
+    ],
+)
+def test_what_takes_long_to_write_does_not_hold_up_the_loop(
+    live: LiveServer, http: httpx.Client, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, threads = live.llm.token, set()
+
+    def watched(token_id: int) -> tuple[str, bytes]:
+        threads.add(threading.get_ident())
+        return token(token_id)
+
+    monkeypatch.setattr(live.llm, "token", watched)
+    assert http.post(path, json=body).status_code == 200
+
+    async def loop_thread() -> int:
+        return threading.get_ident()
+
+    assert threads
+    assert live.on_loop(loop_thread()) not in threads
 
 
 def test_the_header_says_hit_partial_or_miss(http: httpx.Client) -> None:

@@ -100,6 +100,25 @@ def test_a_client_that_leaves_frees_its_blocks(live: LiveServer, stream: bool) -
     assert stats(live).num_steps - before < 1200, "it was not read to its end"
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_client_that_leaves_leaves_nothing_of_what_was_to_be_purged(tiny_model: Path, reads: bool) -> None:
+    """Also where the engine had gone on from what the client took."""
+    settings = {"slow_client_s": 0.3}
+    body = {**LONG, "stream": True, "n": 8, "stream_options": {"continuous_usage_stats": True}, "logprobs": 20}
+    data = json.dumps({**body, "cache": {"purge_on_end": True}}).encode()
+    with LiveServer(str(tiny_model), settings=settings, max_num_seqs=8) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(_post(data))
+        assert wait_until(lambda: stats(server).num_running == 8)
+        if reads:
+            client.recv(65536)
+            client.close()
+        assert wait_until(lambda: is_idle(server), 60)
+        assert stats(server).num_steps < 1200, "it was not read to its end"
+        assert wait_until(lambda: stats(server).cache.num_cached_blocks == 0, 5), stats(server).cache
+
+
 def test_a_client_that_leaves_while_waiting_frees_its_place(tiny_model: Path) -> None:
     with LiveServer(str(tiny_model), max_num_seqs=1) as server, server.client() as first, server.client() as second:
         slow_down(server)

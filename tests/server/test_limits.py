@@ -136,6 +136,35 @@ def test_numbers_under_other_names_have_the_same_limit(field: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"n": "129"}, "n is 129"), ({"n": 129.0}, "n is 129"), ({"max_tokens": 1e30}, "max_tokens is huge"),
+        ({"logprobs": " 21 "}, "logprobs"), ({"prompt": ["a"] * 65, "n": "4"}, "256 in all"),
+        ({"prompt": "a", "n": "9" * 5000}, "in all"),
+    ],
+)  # fmt: skip
+def test_a_number_has_the_same_limit_in_every_form_that_the_schema_takes(body: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        check(body, LIMITS)
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.encode("utf-16"),
+        lambda text: text.encode("utf-32"), lambda text: text.replace("0", "NaN").encode(),
+        lambda text: text.replace("0", '"\\ud800"').encode(), lambda text: text.replace("0", "-Infinity").encode(),
+    ],
+)  # fmt: skip
+def test_no_way_to_write_json_leads_past_the_limits(encode: Any) -> None:
+    text = json.dumps({"n": 129, "user": 0})
+    assert json.loads(encode(text))["n"] == 129, "the route reads it"
+    answer = asyncio.run(post(encode(text)))
+    assert answer.status_code == 400
+    assert "n is 129" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     "place",
     [
         lambda pattern: {"response_format": {"type": "regex", "regex": pattern}},
@@ -143,6 +172,9 @@ def test_numbers_under_other_names_have_the_same_limit(field: str) -> None:
         lambda pattern: {"response_format": {"json_schema": {"schema": {"items": [{"pattern": pattern}]}}}},
         lambda pattern: {"tools": [tool(parameters={"properties": {"a": {"pattern": pattern}}})]},
         lambda pattern: {"structured_outputs": {"json": {"pattern": pattern}}},
+        lambda pattern: {"structured_outputs": {"json": json.dumps({"pattern": pattern})}},
+        lambda pattern: {"guided_json": json.dumps({"items": {"pattern": pattern}})},
+        lambda pattern: {"guided_json": {"patternProperties": {pattern: {}}}},
     ],
 )
 def test_a_regex_is_measured_wherever_it_stands(place: Any) -> None:

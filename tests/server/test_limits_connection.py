@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import socket
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import httpx
 import pytest
 import uvicorn
 
+from pagemill.server import limits_connection
 from pagemill.server.access_door import Receive, Scope, Send, send_json
 from pagemill.server.limits import Limits
 from pagemill.server.limits_body import BodyLimits
@@ -34,6 +36,7 @@ class Small:
         self.metrics = Metrics("tiny")
         self.gone = Event()
         self.num_answered = 0
+        self.bodies: list[bytes] = []
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port: int = listener.getsockname()[1]
         config = uvicorn.Config(
@@ -59,6 +62,14 @@ class Small:
                     break
             self.gone.set()
             return
+        if scope["path"] == "/wait":
+            await receive()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.gone.set()
+            return
+        if scope["method"] == "POST":
+            self.bodies.append((await receive()).get("body", b""))
         if scope["path"] == "/slow":
             await asyncio.sleep(1.0)
         self.num_answered += 1
@@ -150,6 +161,47 @@ def test_a_head_behind_a_request_that_is_being_answered_is_bounded_too(small: Sm
             pass
         answer_of(connection)
     assert small.cut("head") == 1
+
+
+@pytest.mark.parametrize("parser", ["httptools_impl.HttpToolsProtocol", "h11_impl.H11Protocol"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_client_that_asked_for_more_is_seen_to_leave(
+    parser: str, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name = parser.split(".")
+    pytest.importorskip(module.removesuffix("_impl"))
+    protocol = getattr(importlib.import_module(f"uvicorn.protocols.http.{module}"), name)
+    monkeypatch.setattr(limits_connection, "AutoHTTPProtocol", protocol)
+    small = Small()
+    try:
+        first, second = b"GET /wait HTTP/1.1\r\nhost: a\r\n\r\n", HEAD + b"content-length: 2\r\n\r\n{}"
+        with small.connect() as connection:
+            connection.sendall(first + second if at_once else first)
+            time.sleep(0.1)
+            connection.sendall(second)
+            time.sleep(0.1)
+            assert not small.gone.is_set()
+        assert small.gone.wait(5), "nobody reads, and it goes on"
+        assert small.num_answered == 0
+    finally:
+        small.stop()
+
+
+@pytest.mark.parametrize("parser", ["httptools_impl.HttpToolsProtocol", "h11_impl.H11Protocol"])
+def test_what_was_asked_for_behind_an_answer_ends_with_it(parser: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name = parser.split(".")
+    pytest.importorskip(module.removesuffix("_impl"))
+    protocol = getattr(importlib.import_module(f"uvicorn.protocols.http.{module}"), name)
+    monkeypatch.setattr(limits_connection, "AutoHTTPProtocol", protocol)
+    small = Small()
+    try:
+        with small.connect() as connection:
+            connection.sendall((HEAD + b"content-length: 4\r\n\r\nabcd") * 3)
+            answers = answer_of(connection)
+        assert answers.count(b"HTTP/1.1 200 ") == 1
+        assert small.bodies == [b"abcd"], "what came behind is no part of it"
+    finally:
+        small.stop()
 
 
 def test_a_body_that_drips_is_refused(small: Small) -> None:

@@ -36,6 +36,25 @@ def test_tokens_go_there_and_back(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "Hello"}
 
 
+def test_a_tokeniser_s_control_tokens_are_told(http: httpx.Client) -> None:
+    answer = http.get("/tokenizer_info").json()
+    assert answer["eos_token"] == "<|im_end|>"
+    assert answer["bos_token"] is None
+    assert len(http.post("/tokenize", json={"prompt": answer["eos_token"]}).json()["tokens"]) == 1
+    assert "messages" in answer["chat_template"]
+    assert answer["model_max_length"] == 1536
+
+
+def test_an_operator_s_template_is_not_told(tiny_model: Path) -> None:
+    with (
+        LiveServer(str(tiny_model), settings={"chat_template": "secret {{ messages[0].content }}"}) as server,
+        server.client() as http,
+    ):
+        answer = http.get("/tokenizer_info").json()
+        assert answer["chat_template"] is None
+        assert answer["eos_token"] == "<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [

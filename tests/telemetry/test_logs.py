@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import json
 import logging
@@ -54,6 +56,22 @@ def test_a_line_is_one_json_object_with_its_fields() -> None:
     assert (line["message"], line["level"], line["logger"]) == ("request 7", "info", "pagemill.test")
     assert (line["status"], line["path"]) == (200, "/v1/models")
     assert line["time"].endswith("Z")
+
+
+def test_what_asyncio_says_of_a_task_does_not_quote_its_error() -> None:
+    _, stream = lines()
+
+    async def lose() -> None:
+        task = asyncio.ensure_future(asyncio.to_thread(fail, CANARY))
+        await asyncio.wait({task})
+        del task
+        gc.collect()
+
+    asyncio.run(lose())
+    [line] = told(stream)
+    assert line["message"] == "Task exception was never retrieved"
+    assert line["error"]["type"] == "ValueError"
+    assert CANARY not in stream.getvalue()
 
 
 def test_no_value_begins_a_line_of_its_own_or_replaces_a_field() -> None:

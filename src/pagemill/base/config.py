@@ -31,7 +31,9 @@ OTHER_VARIABLES: dict[str, str] = {
     "PAGEMILL_FORCE_TARGET": "Instruction-set target of the kernels: scalar, avx2, avx512, avx512_bf16 or amx.",
     "PAGEMILL_HOME": "Directory of downloaded models and of packed weights (default ~/.cache/pagemill).",
     "PAGEMILL_THREADS": "Kernel threads where num_threads is not set.",
-    "PAGEMILL_ADMIN_KEY": "Key of a server's admin port: asked for by `serve`, sent by `cache stats`.",
+    "PAGEMILL_ADMIN_KEY": "Key of a server's admin port: asked for by `serve`, sent by `cache` and `top`.",
+    "PAGEMILL_ADMIN_URL": "Address of a server's admin port, for `cache` and `top`.",
+    "PAGEMILL_METRICS_KEY": "Key of role metrics that `top` sends to a server's public port.",
     "PAGEMILL_API_KEY": "Keys of the default tenant that `serve` asks for, separated by spaces.",
     "PAGEMILL_KEYS": "File of keys of `pagemill keys`.",
 }

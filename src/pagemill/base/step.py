@@ -1,6 +1,6 @@
 """What the engine asks of an executor in one step, and what it gets back. Frozen values, no arrays.
 
-What is made for each row or token is a named tuple: a frozen dataclass takes three times as long to make.
+What is made for each row, token or step is a named tuple: a frozen dataclass takes three times as long to make.
 
 history of one sequence   |<------ computed ------>|<-- token_ids -->|
                           0                      start        start + len(token_ids)
@@ -92,8 +92,7 @@ class SampleFailure:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """One sample or one failure for each sequence of the plan that asked for a sample, in the plan's order."""
 
     samples: tuple[Sample, ...]

@@ -457,6 +457,10 @@ class SharedBlocks:
         """The error of a text of `count` blocks that its account's cap can never hold, None where it can."""
         return self.account_of(options).never(count)
 
+    def floor_error(self, count: int, options: CacheOptions) -> CapacityError | None:
+        """The error of a text of `count` blocks that other accounts' floors leave no room for, None where they do."""
+        return self.tenancy.kept_for_others(self.account_of(options), count)
+
     def check(self) -> None:
         """Look at the next block in turn, in O(1). Raises IntegrityError where pool, tree and accounts contradict each
         other there."""

@@ -198,6 +198,18 @@ class Tenancy:
         floored = (other.cached - other.spare for other in self._floored if other is not account)
         return num_free + num_cached - sum(floored)
 
+    def kept_for_others(self, account: Account, count: int) -> CapacityError | None:
+        """The error of `count` blocks that could not be had though everybody else ended: others keep their floors."""
+        if not self._floored:
+            return None
+        kept = sum(min(other.used, other.floor) for other in self._floored if other is not account)
+        if count <= self.num_blocks - kept:
+            return None
+        return CapacityError(
+            f"the sequence needs {count:,} of the {self.num_blocks:,} blocks of the KV cache, more than the floors of "
+            f"other tenants leave; shorten it, raise kv_cache_memory_bytes or lower floors"
+        )
+
     def givers(self, account: Account, num_cached: int) -> list[Account | None]:
         """Whose blocks may go for one that the account takes, the one furthest above its floor first; None stands for
         all accounts without floor and cap. num_cached: blocks that nobody holds, of all accounts."""

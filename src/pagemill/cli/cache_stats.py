@@ -3,41 +3,29 @@ object is `pagemill.engine.cache_stats`'s."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pagemill.base.errors import ConfigError, PagemillError
+from pagemill.base.errors import ConfigError
 from pagemill.base.units import parse_count
 from pagemill.bench.cache_curve import replayed_stats
+from pagemill.cli.cache_remote_client import ADMIN_KEY_VARIABLE, Server, ServerError
 from pagemill.cli.terminal import BOLD, note, paint, print_json
 from pagemill.simulator.trace import read_trace
 from pagemill.simulator.workload import GENERATORS, generate
 
-KEY_VARIABLE = "PAGEMILL_ADMIN_KEY"
 ROUTE = "/admin/cache/stats"
 
-_TIMEOUT_S = 10.0
-_MOST_BYTES = 1 << 24
 _GENERATED_REQUESTS = 2000
 _MOST_BLOCKS = 1 << 24
 _PIPE_WIDTH = 100
-
-
-class ServerError(PagemillError):
-    """A server that cannot be asked, or answers something else."""
-
-    exit_code = 2
 
 
 def stats(*, trace: str | None, url: str | None, key: str | None, blocks: str, seed: int, as_json: bool) -> int:
@@ -45,7 +33,7 @@ def stats(*, trace: str | None, url: str | None, key: str | None, blocks: str, s
     if (trace is None) == (url is None):
         raise ConfigError("give either a trace to replay or --url of a server, such as --url http://127.0.0.1:8000")
     if url is not None:
-        found = ask(url, key if key is not None else os.environ.get(KEY_VARIABLE))
+        found = ask(url, key if key is not None else os.environ.get(ADMIN_KEY_VARIABLE))
         title = f"the cache of {url}"
     else:
         assert trace is not None
@@ -82,47 +70,13 @@ def replay(trace: str, blocks: str, seed: int) -> dict[str, Any]:
 
 def ask(url: str, key: str | None) -> dict[str, Any]:
     """The object that a server answers with. key: the operator's, sent to this address alone. Raises ServerError."""
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--url {url}: give the address of a server's admin port, such as http://127.0.0.1:8000")
-    address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-    if not address.endswith(ROUTE):
-        address += ROUTE
-    headers = {"Accept": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    try:
-        with _opener().open(Request(address, headers=headers), timeout=_TIMEOUT_S) as answer:
-            found = json.loads(answer.read(_MOST_BYTES))
-    except HTTPError as error:
-        raise ServerError(_refusal(address, error)) from None
-    except (URLError, OSError) as error:
-        said = getattr(error, "reason", error)
-        raise ServerError(f"no server answers at {address}: {said}; start one, or give another --url") from None
-    except ValueError:
-        raise ServerError(f"{address} answers no JSON; give the address of a Pagemill server's admin port") from None
-    if not isinstance(found, dict) or "blocks" not in found:
-        raise ServerError(f"{address} answers something else than a cache's figures; is it a Pagemill server?")
+    server = Server(url, key)
+    found = server.ask("GET", ROUTE)
+    if "blocks" not in found:
+        raise ServerError(
+            f"{server.url}{ROUTE} answers something else than a cache's figures; is it a Pagemill server?"
+        )
     return found
-
-
-class _NoRedirects(HTTPRedirectHandler):
-    """The operator's key is for the address that was given and goes nowhere else."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-def _opener() -> OpenerDirector:
-    return build_opener(_NoRedirects, ProxyHandler({}))
-
-
-def _refusal(address: str, error: HTTPError) -> str:
-    if error.code in (401, 403):
-        return f"{address} refuses ({error.code}); give the operator's key with --key or {KEY_VARIABLE}"
-    if error.code == 404:
-        return f"{address} is not there; give the server's admin port, and see that its admin API is on"
-    return f"{address} answers {error.code} {error.reason}"
 
 
 def summary(found: dict[str, Any]) -> list[str]:

@@ -11,10 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from pagemill.cli.access_options import access_options
+from pagemill.cli.cache_remote_commands import cache_app
 from pagemill.cli.keys_commands import keys_app
 from pagemill.cli.options import engine_options
+from pagemill.cli.serve_bench_command import add_bench_serve
 from pagemill.cli.simulate_options import serving_options
 from pagemill.cli.terminal import silence_stdout
+from pagemill.cli.top_commands import add_top
 
 _SETTINGS: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
 
@@ -26,11 +29,10 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Fetch, list, remove and describe models.", **_SETTINGS)
 bench_app = typer.Typer(help="Measure on this machine: table, JSON, plots.", **_SETTINGS)
-cache_app = typer.Typer(help="What the prefix cache holds, found, and would find at other sizes.", **_SETTINGS)
 config_app = typer.Typer(help="The engine's options: values in force, where they come from, schema.", **_SETTINGS)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
 app.add_typer(bench_app, name="bench", rich_help_panel="This machine")
-app.add_typer(cache_app, name="cache", rich_help_panel="This machine")
+app.add_typer(cache_app(_SETTINGS), name="cache", rich_help_panel="This machine")
 app.add_typer(keys_app(_SETTINGS), name="keys", rich_help_panel="Generate")
 app.add_typer(config_app, name="config", rich_help_panel="This machine")
 
@@ -204,6 +206,8 @@ def doctor(ctx: typer.Context, json: Json = False) -> None:
     _act(ctx, "doctor", as_json=json)
 
 
+add_top(app, "This machine")
+
 ModelName = Annotated[str, typer.Argument(help="A model's name, or a path.")]
 
 
@@ -327,6 +331,7 @@ def bench_peers(
         str, typer.Option(help="Directory of the peers' environments.", metavar="DIRECTORY")
     ] = "~/.cache/pagemill/peers",
     runs: Annotated[int, typer.Option(help="Samples of each row, interleaved over the engines.")] = 5,
+    rows: Annotated[str, typer.Option(help="Rows to measure, as 'prefill 256,decode 32,start' (unset: all).")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and shorter answers, to try it out.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that an engine may take for one answer.")] = 600.0,
     output: Annotated[str, typer.Option(help="Directory for JSON and plots.")] = "bench-results",
@@ -351,6 +356,7 @@ def bench_peers(
         pythons={name: path for name, path in pythons.items() if path is not None},
         environments=environments,
         runs=runs,
+        rows=rows,
         quick=quick,
         timeout=timeout,
         output=output,
@@ -462,26 +468,7 @@ def bench_step(
     _act(ctx, "bench.step", **given, as_json=json, engine=engine)
 
 
-@cache_app.callback()
-def cache() -> None:
-    """What the prefix cache holds, found, and would find at other sizes."""
-
-
-@cache_app.command("stats")
-def cache_stats(
-    ctx: typer.Context,
-    trace: Annotated[
-        str | None,
-        typer.Argument(help="A trace with block ids to replay here, or a load: chat, agents, … (instead of --url)"),
-    ] = None,
-    url: Annotated[str | None, typer.Option(help="Admin address of a running server.", metavar="URL")] = None,
-    key: Annotated[str | None, typer.Option(help="The operator's key (unset: PAGEMILL_ADMIN_KEY).")] = None,
-    blocks: Annotated[str, typer.Option(help="Size of the cache that a trace is replayed over, in blocks.")] = "10000",
-    seed: Annotated[int, typer.Option(help="Seed of session starts and generated loads.")] = 0,
-    json: Json = False,
-) -> None:
-    """Use of the cache, tokens found, and the expected hit ratio at other sizes: of a server, or of a trace."""
-    _act(ctx, "cache.stats", trace=trace, url=url, key=key, blocks=blocks, seed=seed, as_json=json)
+add_bench_serve(bench_app, _act)
 
 
 @config_app.command("show")

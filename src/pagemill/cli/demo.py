@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from pagemill.base.params import SamplingParams
 from pagemill.base.units import format_bytes, format_seconds
+from pagemill.cli.demo_server import ask, served
 from pagemill.cli.generate import open_llm
 from pagemill.cli.terminal import BOLD, DIM, paint
 from pagemill.llm import LLM
@@ -26,6 +28,7 @@ TOPICS = (
 
 NUM_ANSWER_TOKENS = 96
 NUM_BATCH_TOKENS = 48
+NUM_SERVED_TOKENS = 24
 MIN_STORY_TOKENS, MAX_STORY_TOKENS = 32, 256
 OFF_BUDGET_S = 12.0  # what generating without a cache may take; it decides how many tokens both modes generate
 _ENDS = 16  # tokens at each end of the story whose time is shown
@@ -77,6 +80,8 @@ def run(*, engine: dict[str, Any]) -> None:
         without_cache = _timed(llm, STORY, num_tokens, echo=False, ignore_eos=True)
     same = "the same tokens" if without_cache.token_ids == with_cache.token_ids else "OTHER TOKENS (report this)"
     _say(f"{num_tokens} tokens in {format_seconds(without_cache.total_s)}: {same}")
+    if built.vocab.chat_template is not None:
+        _serve_and_ask_twice(engine)
     print()
     _print_table(answer, with_cache, without_cache, alone_rate, batch_rate, (cold, warm))
     _say(f"all of it took {format_seconds(time.perf_counter() - began)}")
@@ -136,6 +141,18 @@ def _cold_and_warm(llm: LLM) -> tuple[float, float]:
         seconds.append(found.timing.ttft_s or 0.0)
         _say(f"first token after {format_seconds(seconds[-1])}. {found.receipt or 'nothing is shared'}")
     return seconds[0], seconds[1]
+
+
+def _serve_and_ask_twice(engine: dict[str, Any]) -> None:
+    """The same question to `pagemill serve`, twice, with what the cache did as a client is told it."""
+    with served(engine) as (url, ready):
+        _title(f"The same over HTTP: {ready}")
+        for times in ("the first time", "again"):
+            found = ask(url, QUESTION, NUM_SERVED_TOKENS)
+            _say(
+                f"{times}: {format_seconds(found.seconds)} for {NUM_SERVED_TOKENS} tokens, {found.num_cached_tokens} of "
+                f"{found.num_prompt_tokens} prompt tokens cached. receipt: {json.dumps(found.cache)}"
+            )
 
 
 def _print_table(

@@ -58,6 +58,7 @@ def peers(
     pythons: dict[str, str],
     environments: str,
     runs: int,
+    rows: str,
     quick: bool,
     timeout: float,
     output: str,
@@ -88,7 +89,7 @@ def peers(
         config = resolve_config({**arguments, **mode}, file=engine["file"], origin="command line").config
         configs.setdefault(config.weights, config)  # float32 and f32 are one
     config = next(iter(configs.values()))
-    works = QUICK_WORKS if quick else WORKS
+    works = _works(rows, QUICK_WORKS if quick else WORKS)
     directory = prepare_directory(output)
     with byte_progress(quiet=as_json) as report_bytes:
         checkpoint = open_checkpoint(resolve(config.model, progress=report_bytes))
@@ -115,6 +116,15 @@ def peers(
     if found.interrupted:
         return _INTERRUPTED
     return int(any(each in found.failures for each in ours))
+
+
+def _works(rows: str, works: tuple[Work, ...]) -> tuple[Work, ...]:
+    """The works whose names begin with one of the names in a list. Raises ConfigError for a name that none has."""
+    wanted = [each.strip() for each in rows.split(",") if each.strip()]
+    for each in wanted:
+        if not any(work.name.startswith(each) for work in works):
+            raise ConfigError(f"--rows: no row is called {each!r}; there are {', '.join(work.name for work in works)}")
+    return tuple(work for work in works if not wanted or any(work.name.startswith(each) for each in wanted))
 
 
 def _check_lengths(checkpoint: Checkpoint, works: tuple[Work, ...]) -> None:

@@ -36,7 +36,7 @@ from pagemill.telemetry.logs import configure_logging
 from pagemill.telemetry.metrics import Metrics
 from pagemill.telemetry.observe import EngineObserver
 from pagemill.telemetry.otlp import OtlpSink
-from pagemill.telemetry.trace import Sampling, Tracer
+from pagemill.telemetry.trace import Sampling, Tracer, sibling_of
 
 OPERATIONS: Final = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
 NO_ADMIN: Final = -1
@@ -156,10 +156,11 @@ class ServeAccess:
         }
 
     def opened(self, request_ids: Sequence[str], asks: Sequence[tuple[Sequence[int], Any, Any]], visitor: Any) -> None:
-        """Requests of a visitor have entered the engine: they are counted from now on, and traced as one."""
+        """Requests of a visitor have entered the engine: they are counted from now on, each with a span of its own."""
         trace = visitor.trace if isinstance(visitor, Visit) and self._tracer is not None else None
         for request_id, (token_ids, params, _) in zip(request_ids, asks, strict=True):
             self.observer.added(request_id, len(token_ids), params.n, trace)
+            trace = None if trace is None else sibling_of(trace)
 
     async def loaded(self, side: AsyncLLM, built: Built) -> None:
         """The model is there: limits follow its context, metrics its cache."""

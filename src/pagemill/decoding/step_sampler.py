@@ -22,6 +22,8 @@ Failures = tuple[SampleFailure, ...]
 
 _ROW = struct.Struct("=dddQQQii")
 assert _ROW.size == ROW_DTYPE.itemsize
+_NEVER = -inf
+_NEW = tuple.__new__  # of a named tuple, without the Python function that fills in its defaults
 
 
 class StepSampler(Protocol):
@@ -75,15 +77,21 @@ class BatchSampler:
         self._requests = np.zeros(0, ROW_DTYPE)
         self._most_logprobs = -1
         self._plain = False  # all rows take their largest logit and report nothing
+        self._logits, self._best = np.empty((0, 0), np.float32), np.empty(0, np.int32)  # executors reuse their arrays
+        self._values, self._ids = self._logits.data, self._best.data
 
     def choose(
         self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
     ) -> tuple[Samples, Failures]:
+        samples = self._largest(rows, logits, best)
+        if samples is not None:
+            return samples, ()
         seq_ids = [s.seq_id for s in rows]
         if seq_ids != self._seq_ids:
             self._remember(seq_ids, rows)
-        if self._plain and (samples := _largest(rows, logits, best)) is not None:
-            return samples, ()
+            samples = self._largest(rows, logits, best)
+            if samples is not None:
+                return samples, ()
         requests = self._requests
         requests["position"] = [s.start + len(s.token_ids) for s in rows]
         adjusted = self._adjuster.adjust(rows, self._which, logits, best) if self._which else None
@@ -93,6 +101,27 @@ class BatchSampler:
         samples, failures = _read(rows, requests, choices, logits.shape[1])
         return (samples, failures) if adjusted is None else _as_computed(rows, adjusted, samples, failures)
 
+    def _largest(
+        self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
+    ) -> Samples | None:
+        """The largest logit of each row, which is known already; None where one may not be taken, or where the rows are
+        not those remembered.
+
+        One plain loop over memory views: in caches that the step has emptied, numpy calls for a row take longer.
+        """
+        if not self._plain or len(rows) != len(self._seq_ids):
+            return None
+        if logits is not self._logits or best is not self._best:
+            self._logits, self._values = logits, logits.data
+            self._best, self._ids = best, best.data
+        values = self._values
+        samples: list[Sample] = []
+        for step, seq_id, token in zip(rows, self._seq_ids, self._ids.tolist(), strict=True):
+            if step.seq_id != seq_id or step.forbid or not values[len(samples), token] > _NEVER:  # NaN is not, either
+                return None
+            samples.append(_NEW(Sample, (seq_id, token, None, (), ())))
+        return tuple(samples)
+
     def _remember(self, seq_ids: list[int], rows: Sequence[SequenceStep]) -> None:
         known = self._packed
         self._packed = packed = {s.seq_id: known.get(s.seq_id) or _pack(s) for s in rows}
@@ -101,18 +130,6 @@ class BatchSampler:
         self._seq_ids = seq_ids
         self._which = [index for index, each in enumerate(rows) if each.params.adjusts_logits]
         self._plain = not self._which and self._most_logprobs < 0 and all(each.params.greedy for each in rows)
-
-
-def _largest(rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]) -> Samples | None:
-    """The largest logit of each row, which is known already; None where one may not be taken."""
-    tokens = best.tolist()
-    value = logits.item
-    samples = []
-    for index, (step, token) in enumerate(zip(rows, tokens, strict=True)):
-        if step.forbid or not value(index, token) > -inf:  # NaN is not, either
-            return None
-        samples.append(Sample(step.seq_id, token))
-    return tuple(samples)
 
 
 def _as_computed(

@@ -84,7 +84,7 @@ class Admission:
             prompt_token_ids=tokens,
             params=params,
             seed=seed if params.seed is None else params.seed,
-            max_tokens=self._max_tokens(len(prompt), params),
+            max_tokens=self._max_tokens(len(prompt), params, cache),
             stop_token_ids=self._stop_ids(params),
             arrival_s=arrival_s,
             cache=cache,
@@ -147,13 +147,15 @@ class Admission:
         if error is not None:
             raise error
 
-    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        """As asked, cut at the context's end. Without a wish also at the end of the cache, whose last position may be
-        followed by one more token that is never computed."""
+    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams, options: CacheOptions) -> int:
+        """As asked, cut at the context's end. Without a wish also at the end of the cache, or of the tenant's part of
+        it, whose last position may be followed by one more token that is never computed."""
         room = self.limits.max_model_len - num_prompt_tokens
         if params.max_tokens is not None:
             return min(params.max_tokens, room)
-        return min(room, self._cache.num_blocks * self._cache.block_size + 1 - num_prompt_tokens)
+        cap = None if self._cache.shared is None else self._cache.shared.account_of(options).cap
+        num_blocks = self._cache.num_blocks if cap is None else min(self._cache.num_blocks, cap)
+        return min(room, num_blocks * self._cache.block_size + 1 - num_prompt_tokens)
 
     def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
         own = () if params.ignore_eos else self.limits.eos_token_ids

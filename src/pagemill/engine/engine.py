@@ -28,6 +28,7 @@ from pagemill.engine.scheduler import Schedule, Scheduler
 
 _LOG: Final = logging.getLogger(__name__)
 _MOST_RECOVERIES: Final = 3
+_MOST_FAULTS: Final = 1  # recoveries that began with the same sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,8 @@ class Engine:
         self._next_seq_id = 0
         self._num_steps = 0
         self._num_computed_tokens = 0
-        self._num_recoveries = 0  # since a step came to its end
-        self._damage: Exception | None = None  # raised where a request ended; mended before anything else
+        self._num_recoveries = 0  # since a token was told
+        self._damage: Exception | None = None  # raised where a request came or ended; the next step mends it
         self.on_stage: Callable[[str], None] | None = None
 
     @property
@@ -168,19 +169,25 @@ class Engine:
                 self._scheduler.add(sequence)
         except Exception as error:
             del self._unfinished[request_id]
-            self._recover(error)
+            self._damage = error
+            self._rest()
             raise
         return request
 
     def abort(self, request_id: str) -> list[Delta]:
-        """End a request in whatever state and free its blocks. Returns the last delta of each choice still open;
+        """End a request in whatever state and free its blocks. Returns the last delta of each of its open choices;
         none where the request is unknown or has just finished."""
         deltas = self._end(self._unfinished.get(request_id, ()), "abort")
-        if self._damage is not None:
-            deltas += self._recover(self._damage)
-        elif not self._unfinished:
-            self._settle_idle()
+        self._rest()
         return deltas
+
+    def _rest(self) -> None:
+        """Where nothing is unfinished, nobody waits for a step: what that would mend and wipe is done now."""
+        if self._unfinished:
+            return
+        if self._damage is not None:
+            self._recover(self._damage)
+        self._settle_idle()
 
     def grant(self, tenant: str, weight: float = 1.0, priority: int = 0) -> None:
         """A tenant's part of the engine beside other tenants, from now on (`Shares.grant`). Raises ConfigError."""
@@ -232,15 +239,19 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run one step. Returns what it added, in the plan's order; possibly nothing, for a chunk of a prompt."""
-        deltas = self._step()
+        deltas = [] if self._damage is None else self._recover(self._damage)
+        deltas += self._step()
         return deltas if self._damage is None else deltas + self._recover(self._damage)
 
     def _step(self) -> list[Delta]:
         begin_s = self._clock.now()
+        scheduler = self._scheduler
         try:
             self._cache.check()
-            schedule = self._scheduler.plan(begin_s)
+            schedule = scheduler.plan(begin_s)
         except Exception as error:
+            if scheduler.suspect is not None:
+                scheduler.suspect.num_faults += 1
             return self._recover(error)
         deltas = [delta for sequence, error in schedule.failed for delta in self._end([sequence], "error", error)]
         self._reach("schedule")
@@ -250,22 +261,25 @@ class Engine:
         self._num_steps += 1
         try:
             result = self._executor.run(schedule.step)
-            check_answers([step.seq_id for step in schedule.step.sequences if step.sample], result)
+            check_answers(schedule.step.sequences, result)
         except Exception as error:
             deltas += self._fail(schedule.rows, error)
             if not self._unfinished:
                 self._settle_idle()
             return deltas
         try:
-            self._cache.moved(schedule.step.moves)
+            if schedule.step.moves:
+                self._cache.moved(schedule.step.moves)
             num_tokens = self._commit(schedule, result)
         except Exception as error:
             return deltas + self._recover(error)
-        self._num_recoveries = 0
+        if result.samples:
+            self._num_recoveries = 0
         self._reach("commit")
         seconds = self._clock.now() - begin_s
-        self._rate.saw(schedule.step, seconds)
-        self._scheduler.ran(schedule, num_tokens, seconds)
+        if schedule.num_decoding < len(schedule.rows):
+            self._rate.saw(schedule.step, seconds)
+        scheduler.ran(schedule, num_tokens, seconds)
         deltas += self._deltas(schedule, result)
         self._reach("deltas")
         if not self._unfinished:
@@ -274,8 +288,8 @@ class Engine:
 
     def _recover(self, error: Exception) -> list[Delta]:
         """The control plane contradicts itself. Nothing that the cache holds is trusted any more: all of it is dropped
-        and wiped, and what runs is computed again, to the same tokens. Where that does not help, what is unfinished
-        fails."""
+        and wiped, and what runs is computed again, to the same tokens. A sequence at which that begins again fails;
+        where no token comes of it after several times, all that is unfinished does."""
         self._num_recoveries += 1
         _LOG.error("the KV cache is dropped and computed again: %s: %s", type(error).__name__, error, exc_info=error)
         self._damage = None
@@ -284,7 +298,7 @@ class Engine:
         self._output.keep(sequences)
         self._scheduler.restart(each for each in sequences if each.status != "finished")
         hopeless = self._num_recoveries > _MOST_RECOVERIES
-        lost = [each for each in sequences if hopeless or each.status == "finished"]
+        lost = [each for each in sequences if hopeless or each.status == "finished" or each.num_faults > _MOST_FAULTS]
         deltas = self._end(lost, "error", error)
         if not self._unfinished:
             self._settle_idle()
@@ -297,13 +311,18 @@ class Engine:
     def _commit(self, schedule: Schedule, result: StepResult) -> int:
         """Tell the cache what was computed. Returns the number of tokens."""
         commit = self._cache.commit
-        failed = {failure.seq_id for failure in result.failures}
+        failed = {failure.seq_id for failure in result.failures} if result.failures else ()
         num_tokens = 0
-        for step in schedule.step.sequences:
+        for sequence, step in zip(schedule.rows, schedule.step.sequences, strict=True):
             count = len(step.token_ids)
             num_tokens += count
-            if step.seq_id not in failed:  # what a row wrote that came to nothing is not to be found by others
+            if step.seq_id in failed:  # what a row wrote that came to nothing is not to be found by others
+                continue
+            try:
                 commit(step.seq_id, step.start + count)
+            except Exception:
+                sequence.num_faults += 1
+                raise
         self._num_computed_tokens += num_tokens
         return num_tokens
 
@@ -312,7 +331,7 @@ class Engine:
         now_s = self._clock.now()
         deltas: list[Delta] = []
         samples = iter(result.samples)
-        failures = {failure.seq_id: failure.reason for failure in result.failures}
+        failures = {each.seq_id: each.reason for each in result.failures} if result.failures else {}
         make_delta = self._output.delta
         for sequence, step in zip(schedule.rows, schedule.step.sequences, strict=True):
             if not step.sample:
@@ -324,7 +343,7 @@ class Engine:
             if sequence.status == "finished":  # a choice of a request that has failed in this loop
                 continue
             try:
-                delta = make_delta(sequence, sample, now_s)
+                delta = make_delta(sequence, sample, step.num_generated + 1, now_s)
             except Exception as error:
                 deltas += self._fail([sequence], error)
                 continue

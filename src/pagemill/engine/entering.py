@@ -202,9 +202,10 @@ class Entering:
 
     def _is_hopeless(self, sequence: Sequence, fit: _Fit) -> bool:
         """True where none of those that run could free what the sequence needs."""
+        shared, options = self._cache.shared, sequence.request.cache
         if fit == "full":
-            return not self._running
-        options = sequence.request.cache
+            count = self._cache.blocks_for(len(sequence.tokens))
+            return not self._running or (shared is not None and shared.floor_error(count, options) is not None)
         return not any(_same_account(each.request.cache, options) for each in self._running)
 
     def _num_to_grow(self, sequence: Sequence) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
-from pagemill.base.step import PositionLogprobs, Sample, StepResult
+from pagemill.base.step import PositionLogprobs, Sample, SequenceStep, StepResult
 from pagemill.engine.ports import Decode
 from pagemill.engine.receipt import Receipt
 from pagemill.engine.request import Marks, Request, Sequence
@@ -49,18 +49,23 @@ class Delta(NamedTuple):
         return self.finish_reason is not None
 
 
+_NEW = tuple.__new__  # of a named tuple, without the Python function that fills in its defaults
+
 # Text that one token brings, the reason to finish and the stop that was met.
 TextStep = tuple[str, FinishReason | None, str | int | None]
 
 
 class ChoiceText:
-    """The text of one choice as its tokens come. Mutated by `push`."""
+    """The text of one choice as its tokens come. Mutated by `push`. What each token needs of the request is kept at
+    hand."""
 
-    __slots__ = ("_detokenizer", "_matcher", "_request")
+    __slots__ = ("_detokenizer", "_matcher", "_max_tokens", "_request", "_stop_token_ids", "request_id")
 
     def __init__(self, request: Request, pieces: Pieces, decode: Callable[[Ordered[int]], str]) -> None:
         params = request.params
         self._request = request
+        self.request_id, self._max_tokens = request.request_id, request.max_tokens
+        self._stop_token_ids = request.stop_token_ids
         self._detokenizer = IncrementalDetokenizer(decode, pieces)
         stops = params.stop
         self._matcher = StopMatcher(stops, params.include_stop_str_in_output) if stops else None
@@ -71,11 +76,10 @@ class ChoiceText:
         An id that stops is not part of the text unless the request wants its stops included. Stop strings are looked
         for in the text of the tokens from the min_tokens-th on.
         """
-        request = self._request
-        if token_id in request.stop_token_ids:
+        if token_id in self._stop_token_ids:
             return self._stop(token_id, num_generated)
         text = self._detokenizer.push(token_id)
-        if num_generated < request.max_tokens:
+        if num_generated < self._max_tokens:
             return (text, None, None) if self._matcher is None else self._match(text, num_generated, None, None)
         return self._match(text + self._detokenizer.flush(), num_generated, "length", None)
 
@@ -124,22 +128,21 @@ class Output:
         """Choices that have not ended."""
         return len(self._texts)
 
-    def delta(self, sequence: Sequence, sample: Sample, now_s: float) -> Delta:
-        """Append the sampled token to the sequence and tell what it brings."""
-        request, token_id, tokens = sequence.request, sample.token_id, sequence.tokens
-        tokens.append(token_id)
-        num_generated = len(tokens) - len(request.prompt_token_ids)
-        text, reason, stop = self._texts[sequence.seq_id].push(token_id, num_generated)
-        marks = sequence.marks
-        if marks.first_token_s is None:
-            sequence.marks = marks = replace(marks, first_token_s=now_s)
+    def delta(self, sequence: Sequence, sample: Sample, num_generated: int, now_s: float) -> Delta:
+        """Append the sampled token, the num_generated-th, to the sequence and tell what it brings."""
+        _, token_id, logprob, top, prompt = sample
+        sequence.tokens.append(token_id)
+        choice = self._texts[sequence.seq_id]
+        text, reason, stop = choice.push(token_id, num_generated)
+        if num_generated == 1:
+            sequence.marks = replace(sequence.marks, first_token_s=now_s)
         if reason is not None:
-            sequence.marks = marks = replace(marks, finished_s=now_s)
+            sequence.marks = replace(sequence.marks, finished_s=now_s)
         logprobs: tuple[PositionLogprobs, ...] = ()
-        if sample.logprob is not None and request.params.logprobs is not None:
-            logprobs = (PositionLogprobs(sample.logprob, sample.top),)
-        made = Delta(request.request_id, sequence.choice, (token_id,), text, marks, logprobs, reason, stop)
-        return made._replace(prompt_logprobs=sample.prompt) if sample.prompt else made
+        if logprob is not None and sequence.request.params.logprobs is not None:
+            logprobs = (PositionLogprobs(logprob, top),)
+        begun = choice.request_id, sequence.choice, (token_id,), text, sequence.marks
+        return _NEW(Delta, (*begun, logprobs, reason, stop, None, 0, None, prompt))
 
     def ending(self, sequence: Sequence, reason: FinishReason, now_s: float, error: Exception | None = None) -> Delta:
         """The last delta of a sequence that no token ends: aborted or failed. Text held back is dropped."""
@@ -148,11 +151,18 @@ class Output:
         return Delta(request.request_id, sequence.choice, (), "", sequence.marks, finish_reason=reason, error=error)
 
 
-def check_answers(asked: list[int], result: StepResult) -> None:
+def check_answers(steps: Ordered[SequenceStep], result: StepResult) -> None:
     """An executor answers each sequence that asked, by number and in order, with a sample or a failure: our own mistake
     otherwise."""
-    if result.failures:
-        failed = {failure.seq_id for failure in result.failures}
-        assert failed <= set(asked), "the executor failed a row that did not ask"
-        asked = [seq_id for seq_id in asked if seq_id not in failed]
-    assert [s.seq_id for s in result.samples] == asked, "the executor's answers do not fit"
+    failed = {failure.seq_id for failure in result.failures} if result.failures else ()
+    samples = result.samples
+    count = 0
+    for step in steps:
+        if step.sample and step.seq_id not in failed:
+            assert count < len(samples), "the executor's answers do not fit"
+            assert samples[count].seq_id == step.seq_id, "the executor's answers do not fit"
+            count += 1
+    assert count == len(samples), "the executor's answers do not fit"
+    if failed:
+        asked = {step.seq_id for step in steps if step.sample}
+        assert asked.issuperset(failed), "the executor failed a row that did not ask"

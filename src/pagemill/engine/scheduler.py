@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from pagemill.base.errors import CapacityError, PagemillError
 from pagemill.base.step import SequenceStep, StepPlan
@@ -29,11 +30,11 @@ from pagemill.engine.preemption import choose_victim
 from pagemill.engine.queue import TenantQueue
 from pagemill.engine.request import Sequence, tenant_of
 
+_NEW = tuple.__new__  # of a named tuple, without the Python function that fills in its defaults
 Failed = tuple[tuple[Sequence, PagemillError], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(NamedTuple):
     """A step to run. rows: the sequences of `step.sequences`, in its order. num_decoding: the first of them, which have
     one token each; the others read prompts. failed: sequences that can never run on, already taken out, with the
     reason."""
@@ -45,11 +46,12 @@ class Schedule:
 
 
 class Scheduler:
-    """Waiting and running sequences over one cache. Mutated by `add`, `plan`, `ran` and `remove`. running: by rank."""
+    """Waiting and running sequences over one cache. Mutated by `add`, `plan`, `ran` and `remove`. running: by rank.
+    suspect: with whose blocks `plan` was busy when it raised, None where with nobody's."""
 
     __slots__ = (
         "_backlog", "_budget", "_cache", "_deadlines", "_entering", "_limits", "_next_rank", "_now_s", "_num_queued",
-        "_num_waiting", "num_expired", "num_preemptions", "num_tails_dropped", "running", "shares",
+        "_num_waiting", "num_expired", "num_preemptions", "num_tails_dropped", "running", "shares", "suspect",
     )  # fmt: skip
 
     def __init__(self, limits: EngineLimits, cache: CacheManager) -> None:
@@ -68,6 +70,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_tails_dropped = 0
         self.num_expired = 0
+        self.suspect: Sequence | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -121,7 +124,7 @@ class Scheduler:
 
         No more run than a step has tokens, so that each that decodes has its row.
         """
-        self._now_s = now_s
+        self._now_s, self.suspect = now_s, None
         self._cache.advance(now_s)
         failed: list[tuple[Sequence, PagemillError]] = []
         for sequence, error in self._deadlines.due(now_s):
@@ -189,7 +192,7 @@ class Scheduler:
         cache, running, short = self._cache, self.running, False
         index = 0
         while index < len(running):
-            sequence = running[index]
+            sequence = self.suspect = running[index]
             blocks, num_tokens = sequence.blocks, len(sequence.tokens)
             assert blocks is not None
             if blocks.committed == num_tokens:  # computed, but an interrupt lost the sample: once more
@@ -206,12 +209,15 @@ class Scheduler:
                 else:
                     prompts.append(sequence)
                 index += 1
+            elif self._floor_error(sequence, num_tokens) is not None:
+                failed.append(self._fail(sequence))
             elif not self._make_room(sequence, num_tokens):
                 if self._is_first(sequence, num_tokens):
                     failed.append(self._fail(sequence))
                 else:
                     short = short or not cache.is_capped(sequence.seq_id, num_tokens)
                     index += 1
+        self.suspect = None
         return short
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -243,8 +249,8 @@ class Scheduler:
         self._wait(sequence)
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
-        """The cache was rebuilt and knows no sequence any more: `sequences`, all that are unfinished, wait to be computed
-        anew. What was noted of any others is forgotten."""
+        """The cache was rebuilt and knows no sequence any more: `sequences`, all that are unfinished, wait to be
+        computed anew. What was noted of any others is forgotten."""
         self.num_preemptions += len(self.running)
         self.running.clear()
         for share in self.shares.active.values():
@@ -274,12 +280,18 @@ class Scheduler:
         sequence.blocks = None
         self.shares.active[tenant_of(sequence)].num_running -= 1
 
+    def _floor_error(self, sequence: Sequence, num_tokens: int) -> CapacityError | None:
+        """The error of so many tokens where other tenants' floors deny them for ever."""
+        shared, count = self._cache.shared, self._cache.blocks_for(num_tokens)
+        return None if shared is None else shared.floor_error(count, sequence.request.cache)
+
     def _fail(self, sequence: Sequence) -> tuple[Sequence, PagemillError]:
         cache, num_tokens = self._cache, len(sequence.tokens)
         need = max(cache.blocks_for(num_tokens), cache.blocks_to_open(num_tokens, self._limits.max_model_len))
         error = (
-            self._cache.cap_error(num_tokens, sequence.request.cache)
-            or self._cache.pin_error(need)
+            cache.cap_error(num_tokens, sequence.request.cache)
+            or self._floor_error(sequence, num_tokens)
+            or cache.pin_error(need)
             or CapacityError(
                 f"the sequence has {num_tokens:,} tokens and needs {need:,} blocks of the KV cache, which has "
                 f"{cache.num_blocks:,} of {cache.block_size} tokens in all; lower max_tokens or raise "
@@ -292,6 +304,7 @@ class Scheduler:
     def _enter(self, sequence: Sequence, now_s: float) -> None:
         cache, share = self._cache, self.shares.active[tenant_of(sequence)]
         first, longest = sequence.first, self._limits.max_model_len
+        self.suspect = sequence
         if first is not None and first.status == "running":
             cache.publish_tail(first.seq_id)
         lookup = cache.open(sequence.seq_id, len(sequence.tokens), longest, sequence.tokens, sequence.request.cache)
@@ -310,6 +323,7 @@ class Scheduler:
         share.num_running += 1
         sequence.status = "running"
         sequence.blocks = cache.blocks_of(sequence.seq_id)
+        self.suspect = None
 
     def _let_in(self, prompts: list[Sequence], left: int, failed: list[tuple[Sequence, PagemillError]]) -> None:
         """Waiting sequences become prompts to be read as long as `left` tokens reach to them in this step."""
@@ -377,18 +391,21 @@ class Scheduler:
         params, start, num_tokens = request.params, blocks.committed, len(tokens)
         end = start + count
         num_generated = num_tokens - len(request.prompt_token_ids)
-        return SequenceStep(
-            sequence.seq_id,
-            tokens[start:end],
-            start,
-            blocks.table,
-            end == num_tokens,
-            params,
-            request.seed,
-            sequence.choice,
-            num_generated,
-            request.stop_token_ids if num_generated < params.min_tokens else (),
-            tokens if sequence.reads_history else (),
+        return _NEW(
+            SequenceStep,
+            (
+                sequence.seq_id,
+                tokens[start:end],
+                start,
+                blocks.table,
+                end == num_tokens,
+                params,
+                request.seed,
+                sequence.choice,
+                num_generated,
+                request.stop_token_ids if num_generated < params.min_tokens else (),
+                tokens if sequence.reads_history else (),
+            ),
         )
 
 

@@ -20,14 +20,18 @@ class BatchBuilder:
     """Builds one batch per step. Mutated by `build`: the arrays are kept between steps and grow when needed, and a
     block table is copied where it differs from what its row held.
 
+    A step that only decodes writes tokens and positions through `array`, whose memory numpy reads: with the processor's
+    caches emptied by the step before, a few numpy calls take longer than all the rest of a small batch.
+
     block_size: positions per block.
     """
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._tables = np.zeros((1, 8), np.int32)
-        self._held: list[array[int]] = []  # what each row of _tables holds
-        self._single = (np.arange(2, dtype=np.int32), np.zeros(1, np.int32))
+        self._held = [array("i")]  # what each row of _tables holds
+        self._tokens, self._positions = array("i", [0]), array("i", [0])
+        self._single = self._make_single(1)
 
     def build(self, sequences: Sequence[SequenceStep]) -> Batch:
         """Rows in the plan's order. logit_rows: the last row of each sequence that samples, then those of the prompt
@@ -35,14 +39,49 @@ class BatchBuilder:
 
         The arrays are good until the next call. Raises IntegrityError for a table that is shorter than its sequence.
         """
-        tables = self._table_array(sequences)
-        counts = [len(s.token_ids) for s in sequences]
-        if max(counts) == 1 and False not in [s.sample for s in sequences]:
-            tokens = np.array([s.token_ids[0] for s in sequences], np.int32)
-            positions = np.array([s.start for s in sequences], np.int32)
-            starts, logit_rows = self._single_rows(len(sequences))
-            return Batch(tokens, positions, starts, tables, logit_rows)
-        return self._build_mixed(sequences, counts, tables)
+        count = len(sequences)
+        longest = max([len(s.block_table) for s in sequences])
+        if len(self._tokens) < count or self._tables.shape[1] < longest:
+            self._make_room(count, longest)
+        if self._write(sequences):
+            if len(self._single.tokens) != count:
+                self._single = self._make_single(count)
+            return self._single
+        return self._build_mixed(sequences, [len(s.token_ids) for s in sequences], self._tables[:count])
+
+    def _make_room(self, count: int, longest: int) -> None:
+        """Arrays for so many sequences with tables of so many blocks, forgetting what they held."""
+        rows, width = self._tables.shape
+        self._tables = np.zeros((max(count, rows), 2 * longest if width < longest else width), np.int32)
+        rows = len(self._tables)
+        self._held = [array("i")] * rows
+        self._tokens, self._positions = array("i", bytes(4 * rows)), array("i", bytes(4 * rows))
+        self._single = self._make_single(count)
+
+    def _write(self, sequences: Sequence[SequenceStep]) -> bool:
+        """Table, first token and position of each sequence. Returns whether all have one token and sample."""
+        tokens, positions, held, size = self._tokens, self._positions, self._held, self._block_size
+        single = True
+        for row, sequence in enumerate(sequences):
+            ids, start, table = sequence.token_ids, sequence.start, sequence.block_table
+            if len(table) * size < start + len(ids):  # behind the table stands what another sequence left in this row
+                raise IntegrityError(
+                    f"sequence {sequence.seq_id} has {len(table)} blocks of {size} positions for {sequence.end}; "
+                    f"report this as a bug"
+                )
+            if table != held[row]:
+                self._tables[row, : len(table)] = table
+                held[row] = array("i", table)
+            if len(ids) != 1 or not sequence.sample:
+                single = False
+            tokens[row], positions[row] = ids[0], start
+        return single
+
+    def _make_single(self, count: int) -> Batch:
+        """A batch of `count` sequences of one row each, over the arrays that are kept."""
+        rows = np.arange(count + 1, dtype=np.int32)
+        tokens, positions = (np.frombuffer(each, np.int32)[:count] for each in (self._tokens, self._positions))
+        return Batch(tokens, positions, rows, self._tables[:count], rows[:count])
 
     def _build_mixed(self, sequences: Sequence[SequenceStep], counts: list[int], tables: Int32) -> Batch:
         starts = np.zeros(len(sequences) + 1, np.int32)
@@ -64,30 +103,3 @@ class BatchBuilder:
             if sequence.sample:
                 logit_rows.append(at - 1)
         return Batch(tokens, positions, starts, tables, np.array(logit_rows + prompt_rows, np.int32))
-
-    def _single_rows(self, count: int) -> tuple[Int32, Int32]:
-        """starts and logit_rows of `count` sequences of one row each."""
-        starts, rows = self._single
-        if len(rows) < count:
-            starts, rows = self._single = np.arange(2 * count + 1, dtype=np.int32), np.arange(2 * count, dtype=np.int32)
-        return starts[: count + 1], rows[:count]
-
-    def _table_array(self, sequences: Sequence[SequenceStep]) -> Int32:
-        tables = [s.block_table for s in sequences]
-        longest = max(map(len, tables))
-        if len(self._tables) < len(tables) or self._tables.shape[1] < longest:
-            shape = (max(len(tables), len(self._tables)), max(2 * longest, self._tables.shape[1]))
-            self._tables = np.zeros(shape, np.int32)
-            self._held = []
-        held = self._held
-        held += [array("i")] * (len(tables) - len(held))
-        for row, (sequence, table) in enumerate(zip(sequences, tables, strict=True)):
-            if len(table) * self._block_size < sequence.end:  # behind it stands what another sequence left in this row
-                raise IntegrityError(
-                    f"sequence {sequence.seq_id} has {len(table)} blocks of {self._block_size} positions for "
-                    f"{sequence.end}; report this as a bug"
-                )
-            if table != held[row]:
-                self._tables[row, : len(table)] = table
-                held[row] = array("i", table)
-        return self._tables[: len(tables)]

@@ -54,8 +54,9 @@ class Runner:
             self.model.move(plan.moves)
         if not plan.sequences:
             return StepResult(())
-        if any(s.params.prompt_logprobs is not None for s in plan.sequences):
-            return self._run_reporting(plan.sequences)
+        for sequence in plan.sequences:
+            if sequence.params.prompt_logprobs is not None:
+                return self._run_reporting(plan.sequences)
         return self._run_rows(plan.sequences)
 
     def _run_reporting(self, sequences: tuple[SequenceStep, ...]) -> StepResult:
@@ -73,13 +74,13 @@ class Runner:
     def _run_rows(self, sequences: tuple[SequenceStep, ...]) -> StepResult:
         on_stage = self.on_stage
         batch = self._batches.build(sequences)
+        rows = [s for s in sequences if s.sample]
         if on_stage is not None:
             on_stage("batch")
         logits, best = self.model.forward_best(batch)
         if on_stage is not None:
             on_stage("native")
-        rows = [s for s in sequences if s.sample]
-        if len(logits) > len(rows):
+        if len(best) > len(rows):
             self._prompts.take(sequences, logits[len(rows) :], best[len(rows) :])
             logits, best = logits[: len(rows)], best[: len(rows)]
         result = StepResult(*self._sampler.choose(rows, logits, best)) if rows else StepResult(())

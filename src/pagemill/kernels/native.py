@@ -121,6 +121,7 @@ class NativeExecutor:
         self._plan = plan
         self._weights = weights
         self._logits = np.empty((0, plan.vocab_size), np.float32)
+        self._results = self._logits, np.empty(0, np.int32)  # of the step before
         self._model = _native.NativeModel(target, num_threads, plan.hidden_dim, plan.vocab_size, plan.max_positions)
         self._set_arena(arena, num_blocks)
         self._matrices: dict[MatrixRef, int] = {}
@@ -183,9 +184,11 @@ class NativeExecutor:
     def forward_best(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """The same, and the index of each row's largest logit [num_logits] i32. Good until the next call."""
         rows = len(batch.logit_rows)
-        if rows > len(self._logits):
-            self._logits = np.empty((rows, self._plan.vocab_size), np.float32)
-        logits, best = self._logits[:rows], np.empty(rows, np.int32)
+        logits, best = self._results
+        if rows != len(best):
+            if rows > len(self._logits):
+                self._logits = np.empty((rows, self._plan.vocab_size), np.float32)
+            logits, best = self._results = self._logits[:rows], np.empty(rows, np.int32)
         self._model.step(batch.tokens, batch.positions, batch.starts, batch.tables, batch.logit_rows, logits, best)
         return logits, best
 

@@ -232,6 +232,9 @@ class AsyncLLM:
             raise RequestError(f"request id {request_id!r} is in use; give each request its own", status=409)
         stream = await self.open([(question.token_ids, own, options)])
         name = stream.request_ids[0] if request_id is None else request_id
+        if name in self._names:  # given twice at a time
+            stream.close()
+            raise RequestError(f"request id {name!r} is in use; give each request its own", status=409)
         self._names[name] = stream
         answer = Answer(Question(question.text, question.token_ids, own, options))
         try:
@@ -271,8 +274,12 @@ class AsyncLLM:
         self._thread.send(Enter(ticket, tuple(Entrant(key, *ask, arrival_s) for key, ask in named.items())))
         try:
             await reply
-        except BaseException:
+        except asyncio.CancelledError:
             self._leave(stream.request_ids)
+            raise
+        except Exception:  # none of them has entered
+            for request_id in stream.request_ids:
+                self._streams.pop(request_id, None)
             raise
         finally:
             self._tickets.pop(ticket, None)

@@ -167,8 +167,8 @@ class EngineThread:
                 )  # fmt: skip
                 entered.append(each.request_id)
         except Exception as error:
-            for request_id in entered:
-                engine.abort(request_id)
+            for request_id in entered:  # which may tell of others, where the cache had to be dropped
+                batch.deltas += engine.abort(request_id)
             return error
         self._open |= {each.request_id: each.params.n for each in command.entrants}
         return None

@@ -38,6 +38,7 @@ MAX_OPEN_REQUESTS: Final = 1024
 _LOG: Final = logging.getLogger("pagemill.http")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _QUIET: Final = frozenset({"/health", "/metrics"})
 _TYPES: Final = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -159,6 +160,8 @@ class Door:
         if not self._hosts.allows_origin(headers.get("origin")):
             raise RefusedError("pages of other origins may not ask here", 403, "origin")
         if path in self._open_routes:
+            if method in _WITH_BODY:  # nobody without a key has a body read
+                raise RefusedError(f"{path} does not take {method}; use GET", 405, "method")
             return self._ring.nobody
         identity = self._ring.find(_key_of(headers))
         if not self._ring.is_open and not self._fits(identity.role, path):
@@ -170,9 +173,9 @@ class Door:
         return identity
 
     def _fits(self, role: str, path: str) -> bool:
-        if path == METRICS_ROUTE and role in ("metrics", "admin"):
-            return True
-        return role == self._role and path != METRICS_ROUTE
+        if path.strip() == METRICS_ROUTE:  # routes match with a line's end behind them, too
+            return role in ("metrics", "admin")
+        return role == self._role
 
     def _told(self, record: _Record, visit: Visit | None) -> None:
         """The metrics' count and the log's line; of an answer that never began, status 499."""
@@ -259,11 +262,10 @@ def _headers_of(scope: Scope) -> dict[str, str]:
 
 
 def _key_of(headers: Mapping[str, str]) -> str | None:
-    """The key from `Authorization: Bearer KEY` or `x-api-key: KEY`; None without."""
-    scheme, _, key = headers.get("authorization", "").strip().partition(" ")
-    if scheme.lower() == "bearer" and key.strip():
-        return key.strip()
-    return headers.get("x-api-key", "").strip() or None
+    """The key from `Authorization: Bearer KEY` or `x-api-key: KEY`; None without, and where the two differ."""
+    scheme, _, bearer = headers.get("authorization", "").strip().partition(" ")
+    given = {bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()} - {""}
+    return given.pop() if len(given) == 1 else None
 
 
 def _counts(method: str) -> bool:

@@ -97,7 +97,7 @@ def admin_app(
             Route("/admin/cache/pin", _answers(routes.pin), methods=["POST"]),
             Route("/admin/cache/pin/{pin_id:int}", _answers(routes.unpin), methods=["DELETE"]),
             Route("/admin/tenants", _answers(routes.tenants)),
-            Route("/admin/tenants/{tenant}", _answers(routes.set_quota), methods=["PUT"]),
+            Route("/admin/tenants/{tenant:path}", _answers(routes.set_quota), methods=["PUT"]),
             Route("/admin/keys", _answers(routes.keys)),
             Route("/admin/keys/reload", _answers(routes.reload_keys), methods=["POST"]),
             Route("/admin/drain", _answers(routes.drain), methods=["POST"]),

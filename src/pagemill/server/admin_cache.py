@@ -15,6 +15,7 @@ from pagemill.base.params import CacheOptions
 from pagemill.engine.engine import Engine
 
 MAX_LISTED: Final = 10_000
+MAX_LOOKED_AT: Final = 65_536
 MAX_TREE_DEPTH: Final = 64
 KEY_CHARS: Final = 32
 _TOKEN_BYTES: Final = 4
@@ -22,16 +23,21 @@ _TOKEN_BYTES: Final = 4
 
 def list_blocks(engine: Engine, *, limit: int = 100, after: int = -1, tenant: str | None = None) -> dict[str, Any]:
     """Published blocks by id, at the most `limit` behind block `after`; next_after leads to the rest, None at the end.
+    A page may have fewer, or none, where blocks of other tenants lie between.
 
     state: active where a sequence or a pin holds it, cached otherwise. expires_in_s: of its priority.
     """
     limit = _bounded("limit", limit, 1, MAX_LISTED)
     shared = _shared(engine)
-    numbers = sorted(block for block in shared.tree.nodes if block > after)
     found: list[dict[str, Any]] = []
     last: int | None = None
-    for number in numbers:
-        node = shared.tree.nodes[number]
+    first = max(after, -1) + 1
+    for number in range(first, engine.cache.num_blocks):
+        if number - first == MAX_LOOKED_AT:
+            return {"blocks": found, "next_after": number - 1}
+        node = shared.tree.nodes.get(number)
+        if node is None:
+            continue
         account = shared.tenancy.accounts[node.account]
         if tenant is not None and account.name != tenant:
             continue

@@ -80,9 +80,9 @@ class EngineFigures:
 
     def left(self, request_ids: Sequence[str]) -> None:
         """Clients have left these requests, whose blocks are free when the engine tells their end."""
-        now_s = self._clock.now()
-        if len(self._left) + len(request_ids) <= MAX_LEFT:
-            self._left |= dict.fromkeys(request_ids, now_s)
+        self._left |= dict.fromkeys(request_ids, self._clock.now())
+        while len(self._left) > MAX_LEFT:  # those that never entered are told by nobody
+            del self._left[next(iter(self._left))]
 
     async def render(self, side: EngineSide, accept: str = "") -> tuple[bytes, str]:
         """The body and the content type of a scrape. While the model loads, or where the engine does not answer in

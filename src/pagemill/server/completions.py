@@ -25,6 +25,7 @@ from pagemill.server.service import Service, priority_of, service_of, visitor_of
 from pagemill.server.usage import Tally, leaves_blocks
 
 MAX_CHOICES = 1024
+MAX_SCORED = 2**20  # log-probabilities of prompts in one answer
 
 router = APIRouter()
 
@@ -38,6 +39,9 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     service.check_ready()
     params = completion_sampling(body, priority_of(visitor, body.priority))
     prompts = await _prompts(body, service.serving)
+    if params.prompt_logprobs is not None:
+        times = params.n if body.echo and body.logprobs is not None else 1
+        _check_scored(sum(len(ids) for _, ids in prompts) * times * (1 + params.prompt_logprobs))
     asks: list[Ask] = [(ids, params, cache_of(body, visitor.tenant, len(ids))) for _, ids in prompts]
     stream = await service.open(asks, visitor)
     try:
@@ -71,6 +75,15 @@ async def _prompts(body: CompletionBody, serving: Serving) -> list[tuple[str | N
         else:
             found.append((None, each))
     return found
+
+
+def _check_scored(count: int) -> None:
+    if count > MAX_SCORED:
+        raise FieldError(
+            f"the answer would hold {count:,} log-probabilities of prompts; ask for up to {MAX_SCORED:,}: shorter or "
+            "fewer prompts, fewer choices or fewer of them at each position",
+            param="logprobs",
+        )
 
 
 @dataclass(slots=True)

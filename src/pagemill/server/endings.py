@@ -32,6 +32,15 @@ class Ending:
     asks: Mapping[str, Ask]
 
 
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A prompt with its answer. whole: False where the answer was left or failed: the engine may have gone further."""
+
+    tokens: array[int]
+    options: CacheOptions
+    whole: bool
+
+
 def keeps_text(body: GenerationBody) -> bool:
     """True where the answer's text is needed in the end."""
     return body.cache is not None and body.cache.purge_on_end
@@ -44,23 +53,25 @@ def end_of(ending: Ending) -> None:
     if hasattr(ending.visitor, "num_cached_tokens"):
         ending.visitor.num_cached_tokens = tally.num_cached_tokens
     if keeps_text(ending.body):
-        answers = {**{(request_id, 0): [] for request_id in ending.asks}, **tally.answers}
         texts = []
-        for (request_id, _), answer in answers.items():
-            ids, _, options = ending.asks[request_id]
-            texts.append((array("i", [*ids, *answer]), options))
+        for request_id, (ids, params, options) in ending.asks.items():
+            for choice in ((request_id, index) for index in range(params.n)):
+                tokens = array("i", [*ids, *tally.answers.get(choice, ())])
+                texts.append(_Text(tokens, options, choice in tally.ended))
         task = asyncio.ensure_future(ending.service.serving.call(lambda engine: _purge(engine, texts)))
         _purges.add(task)
         task.add_done_callback(_purged)
 
 
-def _purge(engine: Engine, texts: Sequence[tuple[array[int], CacheOptions]]) -> int:
-    """On the engine's thread: drop prompts with their answers, but not what other texts share with them."""
+def _purge(engine: Engine, texts: Sequence[_Text]) -> int:
+    """On the engine's thread: drop prompts with their answers, but not what other texts share with them. Behind an
+    answer that is not known to its end, everything goes: other texts that go on from there are computed again."""
     shared = engine.cache.shared
     if shared is None:
         return 0
     engine.advance_clock()
-    count = sum(shared.purge_text(options, tokens) for tokens, options in texts)
+    count = sum(shared.purge_prefix(each.options, each.tokens) for each in texts if not each.whole)
+    count += sum(shared.purge_text(each.options, each.tokens) for each in texts)
     engine.settle()
     return count
 

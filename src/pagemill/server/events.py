@@ -61,7 +61,9 @@ class EventStream(Response):
                     error_response(failed)  # logged as any other
                     await self._send(send, event(error_body(failed)))
                     break
-                if deltas and (data := writer.write(deltas)):
+                is_scored = any(each.prompt_logprobs for each in deltas)
+                data = await asyncio.to_thread(writer.write, deltas) if is_scored else writer.write(deltas)
+                if data:
                     await self._send(send, data)
             else:
                 await self._send(send, writer.end())
@@ -82,6 +84,7 @@ class EventStream(Response):
 async def answer_whole(stream: Stream, writer: Writer, request: Request, *, finished: Callable[[], None]) -> Response:
     """The answer in one piece. A client that leaves ends it; what fails is answered with its error."""
     watcher = asyncio.create_task(_watch(request.receive, stream))
+    is_scored = False
     try:
         while not stream.finished:
             deltas = await stream.next()
@@ -89,9 +92,11 @@ async def answer_whole(stream: Stream, writer: Writer, request: Request, *, fini
             if failed is not None:
                 return error_response(failed)
             writer.add(deltas)
+            is_scored = is_scored or any(each.logprobs or each.prompt_logprobs for each in deltas)
         if watcher.done():  # nobody reads it
             return Response(status_code=499)
-        return writer.whole()
+        # Log-probabilities of a long prompt take a second: other answers go on meanwhile.
+        return await asyncio.to_thread(writer.whole) if is_scored else writer.whole()
     finally:
         watcher.cancel()
         stream.close()

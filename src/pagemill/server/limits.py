@@ -6,6 +6,8 @@ name in `Limits`, can be set by the operator, and is told in the error that it c
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,6 +16,7 @@ from typing import Any, Final
 from pagemill.base.errors import ConfigError, RequestError
 
 _CHARS_PER_TOKEN: Final = 16
+_MAX_DIGITS: Final = 4300  # of a number, as Python has it
 # A repetition, an escape, a class of characters (its first may be a bracket).
 _ATOM: Final = re.compile(r"\{\s*\d*\s*(?:,\s*\d*\s*)?\}|\\.|\[\^?\]?(?:[^\]\\]|\\.)*+\]?", re.DOTALL | re.ASCII)
 _REPEAT: Final = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}", re.ASCII)
@@ -147,9 +150,12 @@ def _check_texts(body: Mapping[str, Any], limits: Limits) -> None:
             longest = max(longest, len(each))
     suffix = body.get("suffix")
     num_chars += len(suffix) if isinstance(suffix, str) else 0
-    n = body.get("n")
-    choices = len(prompts) * (n if isinstance(n, int) else 1)
-    _most("n", choices, max(limits.max_choices, 1), "choices of all prompts together")
+    n = _number(body.get("n"))
+    if n is not None and len(prompts) * n > limits.max_choices:
+        raise RequestError(
+            f"n: {len(prompts):,} prompts with {n:.15g} choices each; give at most {limits.max_choices:,} in all"
+        )
+    _most("n", len(prompts), limits.max_choices, "choices of all prompts together")
     many = max(1, len(prompts))
     if num_chars > limits.max_prompt_chars * many:
         raise RequestError(
@@ -173,9 +179,9 @@ def _check_numbers(body: Mapping[str, Any], limits: Limits) -> None:
         ("top_logprobs", limits.max_logprobs),
         ("prompt_logprobs", limits.max_logprobs),
     ):
-        value = body.get(name)
-        if isinstance(value, int) and value > most:
-            raise RequestError(f"{name} is {value if value < 10**18 else 'huge'}; give at most {most:,}")
+        value = _number(body.get(name))
+        if value is not None and value > most:
+            raise RequestError(f"{name} is {f'{value:.15g}' if value < 10**15 else 'huge'}; give at most {most:,}")
     stop = body.get("stop")
     stops = stop if isinstance(stop, list) else [stop]
     _most("stop", len(stops), limits.max_stops, "strings")
@@ -203,8 +209,18 @@ def _check_format(body: Mapping[str, Any], limits: Limits) -> None:
             check_regex(value, limits, name)
         elif isinstance(value, str):
             _most(name, len(value), limits.max_schema_bytes, "characters")
+            if name.endswith("json"):
+                check_schema(_schema_of(value), limits, name)
         elif isinstance(value, Mapping | list):
             check_schema(value, limits, name)
+
+
+def _schema_of(text: str) -> object:
+    """A schema that comes as text; None where it is no JSON, which the compiler tells."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def check_schema(schema: object, limits: Limits, name: str = "schema") -> None:
@@ -230,9 +246,11 @@ def _check_counts(schema: Mapping[str, Any], limits: Limits, name: str) -> None:
         value = schema.get(key)
         if isinstance(value, int | float) and value > limits.max_repeat:
             raise RequestError(f"{name}: {key} is above {limits.max_repeat:,}; give less, or leave it out")
-    pattern = schema.get("pattern")
+    pattern, named = schema.get("pattern"), schema.get("patternProperties")
     if isinstance(pattern, str):
         check_regex(pattern, limits, f"{name}: pattern")
+    for each in named if isinstance(named, Mapping) else ():
+        check_regex(each, limits, f"{name}: patternProperties")
 
 
 def check_regex(pattern: str, limits: Limits, name: str = "regex") -> None:
@@ -278,6 +296,18 @@ def _check_tools(body: Mapping[str, Any], limits: Limits) -> None:
         for index, tool in enumerate(tools):
             _most(f"{name}.{index}", _size(tool, limits.max_tool_bytes), limits.max_tool_bytes, "bytes")
             check_schema(tool, limits, f"{name}.{index}")
+
+
+def _number(value: object) -> float | None:
+    """A number in each form that the schema takes for one, texts included; None for anything else."""
+    if isinstance(value, str) and len(value) > _MAX_DIGITS:
+        return math.inf
+    try:
+        return float(value) if isinstance(value, int | float | str) else None
+    except ValueError:
+        return None
+    except OverflowError:
+        return math.inf
 
 
 def _most(name: str, count: int, most: int, what: str) -> None:

@@ -30,7 +30,8 @@ def guarded_protocol(limits: Limits, metrics: Metrics) -> type[asyncio.Protocol]
 
         A head is under way from the connection's beginning, or from the first byte behind a request, until the cycle of
         its request exists. What comes behind a request that is being answered is a head too, but not timed: the answer
-        may be long, and uvicorn's keep-alive timer runs from its end.
+        may be long, and uvicorn's keep-alive timer runs from its end. A whole head there is not taken: the connection
+        ends with the answer. uvicorn would stop reading, and then not see the client of the first one leave.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,6 +39,7 @@ def guarded_protocol(limits: Limits, metrics: Metrics) -> type[asyncio.Protocol]
             self._head_timer: asyncio.TimerHandle | None = None
             self._write_timer: asyncio.TimerHandle | None = None
             self._num_head_bytes = 0
+            self._is_last = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -47,20 +49,54 @@ def guarded_protocol(limits: Limits, metrics: Metrics) -> type[asyncio.Protocol]
             self._head_timer = self.loop.call_later(limits.header_timeout_s, self._cut, "head", _TOO_SLOW)
 
         def data_received(self, data: bytes) -> None:
+            if self._is_last:
+                return
             before = self.cycle
-            running = before is not None and not before.response_complete
+            running = self._is_answering()
             if running and before.more_body:
                 super().data_received(data)
+                self._look_behind()
                 return
             if not running and self._head_timer is None:
                 self._head_timer = self.loop.call_later(limits.header_timeout_s, self._cut, "head", _TOO_SLOW)
             self._num_head_bytes += len(data)
             super().data_received(data)
+            self._look_behind()
             if self.cycle is not before or self.transport.is_closing():
                 self._num_head_bytes = 0
                 self._stop_head_timer()
             elif self._num_head_bytes > limits.max_header_bytes + limits.max_url_bytes:
                 self._cut("head", b"" if running else _TOO_LARGE)
+
+        def _is_answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _end_with_answer(self) -> None:
+            self._is_last = True
+            self.cycle.keep_alive = False
+
+        def _look_behind(self) -> None:
+            """h11 keeps what comes behind a request and stops reading; httptools calls what follows."""
+            conn = getattr(self, "conn", None)
+            if conn is None or not self._is_answering() or self.cycle.more_body or not conn.trailing_data[0]:
+                return
+            if b"\r\n\r\n" in conn.trailing_data[0]:
+                self._end_with_answer()
+            self.flow.resume_reading()
+
+        def on_headers_complete(self) -> None:
+            if self._is_answering():
+                self._end_with_answer()
+            else:
+                super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            if not self._is_last:
+                super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            if not self._is_last:
+                super().on_message_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_head_timer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -65,7 +66,8 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     answer: dict[str, Any] = {"count": len(tokens), "max_model_len": service.serving.facts.get("max_model_len")}
     answer["tokens"] = tokens
     if body.return_token_strs:
-        answer["token_strs"] = [service.serving.token(each)[0] for each in tokens]
+        token = service.serving.token
+        answer["token_strs"] = await asyncio.to_thread(lambda: [token(each)[0] for each in tokens])
     return json_response(answer)
 
 

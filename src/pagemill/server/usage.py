@@ -23,15 +23,16 @@ class Tally:
     """Counts of the requests of one answer. Mutated by `add`.
 
     num_prompts: tokens of each prompt. writes: False where the requests leave nothing in the cache. answers: generated
-    ids by request and choice, kept where `keeps`.
+    ids by request and choice, kept where `keeps`. ended: choices whose last delta was counted.
     """
 
-    __slots__ = ("_keeps", "_num_prompts", "_receipts", "_writes", "answers", "num_generated")
+    __slots__ = ("_keeps", "_num_prompts", "_receipts", "_writes", "answers", "ended", "num_generated")
 
     def __init__(self, num_prompts: dict[str, int], *, writes: bool, keeps: bool = False) -> None:
         self._num_prompts = num_prompts
         self._keeps = keeps
         self.answers: dict[tuple[str, int], list[int]] = {}
+        self.ended: set[tuple[str, int]] = set()
         self._receipts: dict[str, Receipt] = {}
         self._writes = writes
         self.num_generated = 0
@@ -41,6 +42,8 @@ class Tally:
         self.num_generated += len(delta.token_ids)
         if self._keeps:
             self.answers.setdefault((delta.request_id, delta.choice), []).extend(delta.token_ids)
+        if delta.finish_reason is not None:
+            self.ended.add((delta.request_id, delta.choice))
         if delta.receipt is not None and (delta.choice == 0 or delta.request_id not in self._receipts):
             self._receipts[delta.request_id] = delta.receipt
 
@@ -86,5 +89,5 @@ class Tally:
                 tiers[tier] = tiers.get(tier, 0) + count
         saved_s = sum(receipt.saved_s for receipt in self._receipts.values())
         missed = next((each for each in self._receipts.values() if each.miss is not None), None)
-        miss = None if missed is None else {"reason": missed.miss, "token": missed.miss_position}
+        miss = None if missed is None else missed.describe()["miss"]
         return {"tiers": tiers, "saved_ms": round(1000 * saved_s, 3), "miss": miss}

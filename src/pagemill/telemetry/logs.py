@@ -109,8 +109,10 @@ def describe_error(error: BaseException, messages: bool = False) -> dict[str, An
 
 def _message_of(record: logging.LogRecord) -> str:
     """The message of our own loggers; of a library's, its template unless the level is DEBUG, without arguments, which
-    may be a client's text."""
+    may be a client's text; of asyncio's, the first line, for those below quote errors."""
     name = record.name.split(".")[0]
+    if name == "asyncio":
+        return str(record.msg).partition("\n")[0][:MAX_MESSAGE_CHARS]
     if name in ("pagemill", "uvicorn") or not record.args:
         try:
             return record.getMessage()[:MAX_MESSAGE_CHARS]

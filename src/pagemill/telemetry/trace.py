@@ -105,6 +105,11 @@ def start_trace(
     return RequestTrace(trace_id, _RANDOM.getrandbits(64) or 1, parent, operation, dict(attributes or {}))
 
 
+def sibling_of(trace: RequestTrace) -> RequestTrace:
+    """Another span beside this one, for a further prompt of the same HTTP request."""
+    return replace(trace, span_id=_RANDOM.getrandbits(64) or 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Which requests are kept: those whose caller keeps its own, a share `ratio` of those without a caller's word, and

@@ -13,28 +13,27 @@ _KEPT_IDS = 8
 _WINDOW_IDS = 2 * _KEPT_IDS
 
 
-class Pieces:
-    """What each token adds to a text in its middle, for one decoder; shared by all its streams. Mutated by `of`, which
-    remembers, so that a token of whole characters is decoded once and not at each push."""
+class Pieces(dict[int, tuple[str, str] | None]):
+    """What each token adds to a text in its middle, for one decoder; shared by all its streams. Mutated by look-ups,
+    which remember, so that a token of whole characters is decoded once and not at each push.
 
-    __slots__ = ("_decode", "_known")
+    By token id: its text after whole characters, and at the beginning of a text, where a space may be dropped. None
+    where bytes around the token could make other characters of its own.
+    """
+
+    __slots__ = ("_decode",)
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._known: dict[int, tuple[str, str] | None] = {}
 
-    def of(self, token_id: int) -> tuple[str, str] | None:
-        """The token's text after whole characters, and at the beginning of a text, where a space may be dropped.
-
-        None where bytes around the token could make other characters of its own.
-        """
-        try:
-            return self._known[token_id]
-        except KeyError:
-            first, twice = self._decode((token_id,)), self._decode((token_id, token_id))
-            whole = REPLACEMENT not in twice and twice.startswith(first)
-            self._known[token_id] = known = (twice[len(first) :], first) if whole else None
-            return known
+    def __missing__(self, token_id: int) -> tuple[str, str] | None:
+        twice = self._decode((token_id, token_id))
+        first = twice[: len(twice) // 2]
+        if twice != first + first:  # a space was dropped
+            first = self._decode((token_id,))
+        whole = REPLACEMENT not in twice and twice.startswith(first)
+        self[token_id] = known = (twice[len(first) :], first) if whole else None
+        return known
 
 
 class IncrementalDetokenizer:
@@ -52,11 +51,12 @@ class IncrementalDetokenizer:
     where the text ends with a whole character and the new token consists of such.
     """
 
-    __slots__ = ("_decode", "_given", "_pieces", "_text", "_window")
+    __slots__ = ("_decode", "_given", "_last", "_pieces", "_text", "_window")
 
     def __init__(self, decode: Callable[[Sequence[int]], str], pieces: Pieces | None = None) -> None:
         self._decode = decode
         self._pieces = Pieces(decode) if pieces is None else pieces
+        self._last: int | None = None  # the newest id with text, where it consists of whole characters: then the window
         self._window: list[int] = []
         self._text = ""
         self._given = 0
@@ -67,18 +67,23 @@ class IncrementalDetokenizer:
         A U+FFFD at the end is held back until the next id, since only that tells an invalid byte from a character
         that is still arriving.
         """
-        if self._given and self._given == len(self._text):
-            known = self._pieces.of(token_id)
-            if known is not None:
-                piece, first = known
-                if piece:
-                    self._window = [token_id]
-                    self._text = first
-                    self._given = len(first)
-                return piece
-        return self._push_bytes(token_id)
+        if self._last is None and (not self._given or self._given != len(self._text)):
+            return self._push_bytes(token_id)
+        known = self._pieces[token_id]
+        if known is None:
+            return self._push_bytes(token_id)
+        piece = known[0]
+        if piece:
+            self._last = token_id
+        return piece
 
     def _push_bytes(self, token_id: int) -> str:
+        if self._last is not None:
+            known = self._pieces[self._last]
+            assert known is not None
+            self._window, self._text = [self._last], known[1]
+            self._given = len(self._text)
+            self._last = None
         self._window.append(token_id)
         text = self._decode(self._window)
         if text == self._text and not self._decode((token_id, token_id)):

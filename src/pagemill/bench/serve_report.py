@@ -1,0 +1,281 @@
+"""From the measurement of `bench serve` to its report: rows, the comparison at the same time between tokens, tables.
+
+Owns the JSON object and how it is shown; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from pagemill.bench.machine import describe_git, describe_machine, describe_versions
+from pagemill.bench.peers_catalog import PAGEMILL
+from pagemill.bench.report import Row, rounded, timestamp
+from pagemill.bench.serve_figures import LoadFigures, quantile_ms
+from pagemill.bench.serve_run import Measurement, Settings
+from pagemill.bench.serve_servers import Contender
+from pagemill.bench.serve_workload import DISTINCT, SHARED
+from pagemill.kernels.target import choose_target
+
+GOAL_USERS = 32
+GOALS = {DISTINCT: 3.0, SHARED: 5.0}
+TOKENS, ITL_P95 = "tokens", "time between tokens, p95"
+SAME_ITL, AS_SET = "at no longer p95 between tokens", "all users at once"
+
+# (name, unit, of a run's figures and the machine's cores); None where a run has no such figure.
+_METRICS: tuple[tuple[str, str, Callable[[LoadFigures, int], float | None]], ...] = (
+    (TOKENS, "tok/s", lambda run, cores: run.tokens_per_s),
+    ("requests", "1/s", lambda run, cores: run.requests_per_s),
+    ("first token, p50", "ms", lambda run, cores: quantile_ms(run.ttft_s, 0.5)),
+    ("first token, p95", "ms", lambda run, cores: quantile_ms(run.ttft_s, 0.95)),
+    ("first token, p99", "ms", lambda run, cores: quantile_ms(run.ttft_s, 0.99)),
+    ("time between tokens, p50", "ms", lambda run, cores: quantile_ms(run.itl_s, 0.5)),
+    (ITL_P95, "ms", lambda run, cores: quantile_ms(run.itl_s, 0.95)),
+    ("time between tokens, p99", "ms", lambda run, cores: quantile_ms(run.itl_s, 0.99)),
+    ("goodput", "1/s", lambda run, cores: run.good_per_s),
+    ("good requests", "share", lambda run, cores: run.good_share),
+    ("prompt tokens found", "share", lambda run, cores: run.hit_ratio),
+    ("waiting at the end", "requests", lambda run, cores: float(run.num_waiting)),
+    ("failed", "requests", lambda run, cores: float(run.num_failed)),
+    ("sent late by", "ms", lambda run, cores: 1e3 * run.latest_s),
+    ("CPU of the generator", "share", lambda run, cores: run.generator_s / (run.run_s * cores)),
+    ("CPU of the server", "share", lambda run, cores: run.server_s / (run.run_s * cores)),
+)
+_SHOWN = (
+    (TOKENS, "tok/s", ",.0f"),
+    ("first token, p50", "TTFT p50", ",.0f"),
+    ("first token, p95", "p95", ",.0f"),
+    ("first token, p99", "p99", ",.0f"),
+    ("time between tokens, p50", "ITL p50", ",.1f"),
+    (ITL_P95, "p95", ",.1f"),
+    ("time between tokens, p99", "p99", ",.1f"),
+    ("goodput", "good/s", ".2f"),
+    ("good requests", "good", ".0%"),
+    ("prompt tokens found", "hits", ".0%"),
+    ("waiting at the end", "wait", ",.0f"),
+    ("CPU of the generator", "gen.", ".1%"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a report tells beside the measurement. arguments: Pagemill's options as given. load: how sessions begin.
+    absent: peer -> why it was not run."""
+
+    model: str
+    arguments: Mapping[str, str]
+    load: Mapping[str, Any]
+    absent: Mapping[str, str]
+    quick: bool
+    num_threads: int
+
+
+def make_report(context: Context, settings: Settings, found: Measurement) -> dict[str, Any]:
+    """The bench's JSON object, without the names of its files."""
+    machine = describe_machine(choose_target(), context.num_threads) | {"cpu_shares": found.cpu_shares}
+    works = [each for each in settings.works if any(work == each for work, _ in found.runs)]
+    return {
+        "bench": "serve",
+        "date": timestamp(),
+        "machine": machine,
+        "versions": describe_versions(),
+        "git": describe_git(),
+        "settings": {
+            "model": context.model,
+            "pagemill": dict(context.arguments),
+            "num_threads": context.num_threads,
+            "num_runs": settings.num_runs,
+            "duration_s": settings.duration_s,
+            "warmup_s": settings.warmup_s,
+            "users": settings.users,
+            "slo_ttft_ms": 1e3 * settings.objective.ttft_s,
+            "slo_itl_ms": 1e3 * settings.objective.itl_s,
+            "quick": context.quick,
+            **context.load,
+        },
+        "engines": [_engine(each, found) for each in dict.fromkeys((*found.starts, *found.failures))],
+        "absent": dict(context.absent),
+        "interrupted": found.interrupted,
+        "comparisons": [line for work in works for line in _comparisons(work, context, settings, found)],
+        "rows": [row for work in works for row in _rows(work, found, machine["num_cores"])],
+    }
+
+
+def _engine(contender: Contender, found: Measurement) -> dict[str, Any]:
+    return {
+        "engine": contender.engine,
+        "mode": contender.mode,
+        "command": list(contender.command),
+        "fields": dict(contender.fields),
+        "note": contender.note,
+        "start_s": None if contender not in found.starts else rounded(found.starts[contender]),
+        "failure": found.failures.get(contender),
+    }
+
+
+def _rows(work: str, found: Measurement, num_cores: int) -> list[dict[str, Any]]:
+    rows = []
+    for (name, contender), runs in found.runs.items():
+        if name != work:
+            continue
+        for metric, unit, of in _METRICS:
+            samples = tuple(value for run in runs if (value := of(run, num_cores)) is not None)
+            if samples:
+                row = Row(f"{work}: {metric}", contender.mode, unit, samples, contender.engine)
+                rows.append({**row.as_json(), "workload": work, "metric": metric, "at_once": contender.at_once})
+        first, between = ([s for run in runs for s in side(run)] for side in (_ttft, _itl))
+        rows[-1] |= {
+            "all_first_token_ms": [rounded(1e3 * each) for each in first],
+            "percentiles_between_tokens_ms": _percentiles(between),
+            "num_between_tokens": len(between),
+            "errors": sorted({error for run in runs for error in run.errors}),
+        }
+    return rows
+
+
+def _ttft(run: LoadFigures) -> tuple[float, ...]:
+    return run.ttft_s
+
+
+def _itl(run: LoadFigures) -> tuple[float, ...]:
+    return run.itl_s
+
+
+def _percentiles(seconds: list[float]) -> list[float]:
+    """Milliseconds at 0, 1 … 100 %, none without samples."""
+    return [rounded(1e3 * float(each)) for each in np.percentile(seconds, range(101))] if seconds else []
+
+
+def _p95(runs: list[LoadFigures]) -> float | None:
+    values = [value for run in runs if (value := quantile_ms(run.itl_s, 0.95)) is not None]
+    return float(np.median(values)) if values else None
+
+
+def _comparisons(work: str, context: Context, settings: Settings, found: Measurement) -> list[dict[str, Any]]:
+    """Tokens per second against each peer: with as many at once as users, and in the setting that gives most without a
+    longer p95 between tokens than the peer's."""
+    runs = {contender: each for (name, contender), each in found.runs.items() if name == work}
+    ours = [each for each in runs if each.engine == PAGEMILL]
+    lines = []
+    for peer in (each for each in runs if each.engine != PAGEMILL):
+        limit = _p95(runs[peer])
+        within = [each for each in ours if limit is not None and (_p95(runs[each]) or np.inf) <= limit]
+        for name, among in ((SAME_ITL, within), (AS_SET, ours[:1])):
+            best = max(among, key=lambda each: _median_tokens(runs[each]), default=None)
+            full = name == SAME_ITL and settings.users == GOAL_USERS and not context.quick
+            goal = GOALS.get(work) if full else None
+            ratio = None if best is None else _ratio(runs[best], runs[peer])
+            lines.append(
+                {
+                    "workload": work,
+                    "compared": name,
+                    "peer": {"engine": peer.engine, "mode": peer.mode, "itl_p95_ms": limit},
+                    "pagemill": None if best is None else {"mode": best.mode, "itl_p95_ms": _p95(runs[best])},
+                    "ratio": ratio,
+                    "goal": goal,
+                    "met": None if goal is None else ratio is not None and ratio["median"] >= goal,
+                }
+            )
+    return lines
+
+
+def _median_tokens(runs: list[LoadFigures]) -> float:
+    return float(np.median([run.tokens_per_s for run in runs]))
+
+
+def _ratio(ours: list[LoadFigures], theirs: list[LoadFigures]) -> dict[str, float] | None:
+    """Of the medians, and the lowest and highest over the rounds that both have; None where the peer gave nothing."""
+    rounds = [a.tokens_per_s / b.tokens_per_s for a, b in zip(ours, theirs, strict=False) if b.tokens_per_s]
+    if not rounds or not _median_tokens(theirs):
+        return None
+    median = _median_tokens(ours) / _median_tokens(theirs)
+    return {"median": rounded(median), "lowest": rounded(min(rounds)), "highest": rounded(max(rounds))}
+
+
+def title_of(report: Mapping[str, Any]) -> str:
+    """Model and load in one line."""
+    settings = report["settings"]
+    users = settings["users"]
+    load = f"{users} users" if users else settings["arrivals"]
+    return f"{settings['model']}, {settings['num_threads']} threads, {load}, {settings['duration_s']:g} s a run"
+
+
+def make_tables(report: Mapping[str, Any]) -> list[Table]:
+    """One table for each workload: medians over the runs, milliseconds."""
+    tables = []
+    for work in dict.fromkeys(row["workload"] for row in report["rows"]):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{work}, ms", title_justify="left", title_style="bold")
+        table.add_column("server", no_wrap=True)
+        for _, heading, _ in _SHOWN:
+            table.add_column(heading, justify="right")
+        rows = {
+            (row["engine"], row["mode"], row["metric"]): row["median"]
+            for row in report["rows"]
+            if row["workload"] == work
+        }
+        for engine, mode in dict.fromkeys((engine, mode) for engine, mode, _ in rows):
+            found = [rows.get((engine, mode, metric)) for metric, _, _ in _SHOWN]
+            cells = [
+                "" if value is None else f"{value:{form}}" for value, (*_, form) in zip(found, _SHOWN, strict=True)
+            ]
+            table.add_row(f"{engine} {mode}", *cells)
+        tables.append(table)
+    return tables
+
+
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """Comparisons, what failed or could not be had, definitions and the machine, one line each."""
+    settings = report["settings"]
+    lines = [_said(each) for each in report["comparisons"]]
+    lines.append(
+        f"good: first token within {settings['slo_ttft_ms']:,g} ms, 95 of 100 times between tokens within "
+        f"{settings['slo_itl_ms']:,g} ms; wait: requests without a token at the end; gen.: the load generator's "
+        "share of all cores"
+    )
+    for row in report["rows"]:
+        lines += [f"failed requests of {row['engine']} {row['mode']}: {each}" for each in row.get("errors", ())]
+    for each in report["engines"]:
+        if each["note"]:
+            lines.append(f"{each['engine']}: {each['note']}")
+        if each["failure"] is not None:
+            lines.append(f"failed: {each['engine']} {each['mode']} {each['failure']}")
+    lines += [f"not run: {name}: {why}" for name, why in report["absent"].items()]
+    if settings["quick"]:
+        lines.append("quick: sizes are small; goals are not judged")
+    if report["interrupted"]:
+        lines.append("interrupted: what is missing was not measured")
+    machine = report["machine"]
+    if machine["cpu_shares"] is not None:
+        shares = machine["cpu_shares"]
+        lines.append(f"CPU time: own {shares['own']:.0%}, others {shares['others']:.0%}, steal {shares['steal']:.0%}")
+    lines.append(f"{machine['cpu']}, {machine['num_threads']} of {machine['num_cores']} cores, {machine['target']}")
+    return lines
+
+
+def _said(line: Mapping[str, Any]) -> str:
+    peer, ours, ratio = line["peer"], line["pagemill"], line["ratio"]
+    beside = f"{peer['engine']} {peer['mode']}"
+    if peer["itl_p95_ms"] is None:
+        return (
+            f"{line['workload']}, {line['compared']}: {beside} delivered too little to compare with; take a longer run"
+        )
+    if ours is None:
+        limit = f"{peer['itl_p95_ms']:.1f} ms"
+        return f"{line['workload']}, {line['compared']}: no setting of Pagemill stays within the {limit} of {beside}"
+    if ratio is None:
+        return f"{line['workload']}, {line['compared']}: {beside} delivered nothing in the window"
+    goal = ""
+    if line["goal"] is not None:
+        goal = f", goal {line['goal']:g}× {'met' if line['met'] else 'missed'}"
+    times = " against ".join(
+        "–" if each["itl_p95_ms"] is None else f"{each['itl_p95_ms']:.1f}" for each in (ours, peer)
+    )
+    return (
+        f"{line['workload']}, {line['compared']}: {ratio['median']:.2f}× the tokens of {beside} "
+        f"({ratio['lowest']:.2f}–{ratio['highest']:.2f}), {ours['mode']}, p95 {times} ms{goal}"
+    )
