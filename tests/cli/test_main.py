@@ -178,4 +178,4 @@ def test_config_show_tells_where_a_value_came_from(
 
 def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "schema"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["properties"]) == set(OPTIONS)
+    assert set(json.loads(capsys.readouterr().out)["properties"]) == {*OPTIONS, "tenants"}

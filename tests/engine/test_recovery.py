@@ -9,6 +9,7 @@ import pytest
 
 from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager
+from pagemill.engine.engine import Engine
 from pagemill.engine.output import Output
 from pagemill.engine.scheduler import Scheduler
 from tests.fixtures.fake_engine import Rig
@@ -57,7 +58,7 @@ def test_a_request_at_which_the_cache_fails_each_time_ends_alone(monkeypatch: py
 def test_what_fails_at_every_other_step_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig()
     calls = count()
-    planted(monkeypatch, CacheManager, "moved", lambda _: next(calls) % 2)
+    planted(monkeypatch, Engine, "_commit", lambda *_: next(calls) % 2)
     engine.add("long", VICTIM, max_tokens=4)
     engine.num_rebuilds = 4
     answers = engine.run(most_steps=100)

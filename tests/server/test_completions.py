@@ -88,7 +88,8 @@ def test_the_same_prompt_again_is_told_as_cached_with_a_receipt(http: httpx.Clie
 
 
 def test_a_miss_is_told_with_its_kind(http: httpx.Client) -> None:
-    miss = ask(http, prompt="^never asked before, and long enough")["usage"]["prompt_tokens_details"]["cache"]["miss"]
+    usage = ask(http, prompt="Asked by nobody else", cache_salt="its own")["usage"]
+    miss = usage["prompt_tokens_details"]["cache"]["miss"]
     assert miss == {"kind": "not seen", "reason": "not seen recently", "token": 0}
 
 

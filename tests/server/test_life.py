@@ -144,10 +144,10 @@ def test_a_failing_request_leaves_the_others_untouched(tiny_model: Path, monkeyp
         expected = [client.post("/v1/completions", json={"prompt": each, **body}).json() for each in prompts]
         whole = Output.delta
 
-        def broken(self: Output, sequence: Sequence, sample: Sample, now_s: float) -> Delta:
-            if sequence.request.params.seed == 666 and sequence.num_generated == 3:
+        def broken(self: Output, sequence: Sequence, sample: Sample, num_generated: int, now_s: float) -> Delta:
+            if sequence.request.params.seed == 666 and num_generated == 4:
                 raise RuntimeError("the hook of one request")
-            return whole(self, sequence, sample, now_s)
+            return whole(self, sequence, sample, num_generated, now_s)
 
         monkeypatch.setattr(Output, "delta", broken)
         answers: dict[int, httpx.Response] = {}

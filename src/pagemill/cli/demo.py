@@ -150,8 +150,8 @@ def _serve_and_ask_twice(engine: dict[str, Any]) -> None:
         for times in ("the first time", "again"):
             found = ask(url, QUESTION, NUM_SERVED_TOKENS)
             _say(
-                f"{times}: {format_seconds(found.seconds)} for {NUM_SERVED_TOKENS} tokens, {found.num_cached_tokens} of "
-                f"{found.num_prompt_tokens} prompt tokens cached. receipt: {json.dumps(found.cache)}"
+                f"{times}: {format_seconds(found.seconds)} for {NUM_SERVED_TOKENS} tokens, {found.num_cached_tokens} "
+                f"of {found.num_prompt_tokens} prompt tokens cached. receipt: {json.dumps(found.cache)}"
             )
 
 

@@ -28,7 +28,7 @@ def check_address(host: str, *, has_keys: bool, insecure: bool = False, what: st
     loopback = is_loopback(host)
     if not loopback and not has_keys and not insecure:
         raise ConfigError(
-            f"{what} would listen on {host} for everybody, without keys; make one with `pagemill keys add` and give "
+            f"{what} would listen on {host} for everybody, without keys; add one by `pagemill keys add` and give "
             "--keys FILE, listen on 127.0.0.1, or say --insecure"
         )
     return loopback

@@ -21,118 +21,123 @@ _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-le
 _TOO_SLOW: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
-def guarded_protocol(limits: Limits, metrics: Metrics) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol (the `http` of its Config) with the limits' timers."""
-    base: Any = AutoHTTPProtocol
+_Base: Any = AutoHTTPProtocol  # httptools where it is installed, else h11
 
-    class GuardedProtocol(base):  # type: ignore[misc]
-        """One connection. Mutated by the transport's events.
 
-        A head is under way from the connection's beginning, or from the first byte behind a request, until the cycle of
-        its request exists. What comes behind a request that is being answered is a head too, but not timed: the answer
-        may be long, and uvicorn's keep-alive timer runs from its end. A whole head there is not taken: the connection
-        ends with the answer. uvicorn would stop reading, and then not see the client of the first one leave.
-        """
+class _GuardedProtocol(_Base):  # type: ignore[misc]
+    """One connection. Mutated by the transport's events. limits, metrics: set by `guarded_protocol`.
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._head_timer: asyncio.TimerHandle | None = None
-            self._write_timer: asyncio.TimerHandle | None = None
-            self._num_head_bytes = 0
-            self._is_last = False
+    A head is under way from the connection's beginning, or from the first byte behind a request, until the cycle of
+    its request exists. What comes behind a request that is being answered is a head too, but not timed: the answer
+    may be long, and uvicorn's keep-alive timer runs from its end. A whole head there is not taken: the connection
+    ends with the answer. uvicorn would stop reading, and then not see the client of the first one leave.
+    """
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > limits.max_connections:
-                self._cut("too many", _BUSY)
-                return
-            self._head_timer = self.loop.call_later(limits.header_timeout_s, self._cut, "head", _TOO_SLOW)
+    limits: Limits
+    metrics: Metrics
 
-        def data_received(self, data: bytes) -> None:
-            if self._is_last:
-                return
-            before = self.cycle
-            running = self._is_answering()
-            if running and before.more_body:
-                super().data_received(data)
-                self._look_behind()
-                return
-            if not running and self._head_timer is None:
-                self._head_timer = self.loop.call_later(limits.header_timeout_s, self._cut, "head", _TOO_SLOW)
-            self._num_head_bytes += len(data)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._num_head_bytes = 0
+        self._is_last = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self._cut("too many", _BUSY)
+            return
+        self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._cut, "head", _TOO_SLOW)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_last:
+            return
+        before = self.cycle
+        running = self._is_answering()
+        if running and before.more_body:
             super().data_received(data)
             self._look_behind()
-            if self.cycle is not before or self.transport.is_closing():
-                self._num_head_bytes = 0
-                self._stop_head_timer()
-            elif self._num_head_bytes > limits.max_header_bytes + limits.max_url_bytes:
-                self._cut("head", b"" if running else _TOO_LARGE)
-
-        def _is_answering(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _end_with_answer(self) -> None:
-            self._is_last = True
-            self.cycle.keep_alive = False
-
-        def _look_behind(self) -> None:
-            """h11 keeps what comes behind a request and stops reading; httptools calls what follows."""
-            conn = getattr(self, "conn", None)
-            if conn is None or not self._is_answering() or self.cycle.more_body or not conn.trailing_data[0]:
-                return
-            if b"\r\n\r\n" in conn.trailing_data[0]:
-                self._end_with_answer()
-            self.flow.resume_reading()
-
-        def on_headers_complete(self) -> None:
-            if self._is_answering():
-                self._end_with_answer()
-            else:
-                super().on_headers_complete()
-
-        def on_body(self, body: bytes) -> None:
-            if not self._is_last:
-                super().on_body(body)
-
-        def on_message_complete(self) -> None:
-            if not self._is_last:
-                super().on_message_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
+            return
+        if not running and self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._cut, "head", _TOO_SLOW)
+        self._num_head_bytes += len(data)
+        super().data_received(data)
+        self._look_behind()
+        if self.cycle is not before or self.transport.is_closing():
+            self._num_head_bytes = 0
             self._stop_head_timer()
-            self._stop_write_timer()
-            super().connection_lost(exc)
+        elif self._num_head_bytes > self.limits.max_header_bytes + self.limits.max_url_bytes:
+            self._cut("head", b"" if running else _TOO_LARGE)
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            if self._write_timer is None:
-                self._write_timer = self.loop.call_later(limits.write_timeout_s, self._cut, "read", b"")
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._stop_write_timer()
+    def _end_with_answer(self) -> None:
+        self._is_last = True
+        self.cycle.keep_alive = False
 
-        def _cut(self, reason: str, answer: bytes) -> None:
-            self._stop_head_timer()
-            if self.transport.is_closing():
-                if reason == "read":  # closing waits for a reader that does not read
-                    self.transport.abort()
-                return
-            metrics["pagemill:http_connections_cut"].add(1, reason)
-            if not answer:
+    def _look_behind(self) -> None:
+        """h11 keeps what comes behind a request and stops reading; httptools calls what follows."""
+        conn = getattr(self, "conn", None)
+        if conn is None or not self._is_answering() or self.cycle.more_body or not conn.trailing_data[0]:
+            return
+        if b"\r\n\r\n" in conn.trailing_data[0]:
+            self._end_with_answer()
+        self.flow.resume_reading()
+
+    def on_headers_complete(self) -> None:
+        if self._is_answering():
+            self._end_with_answer()
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_last:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_last:
+            super().on_message_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.limits.write_timeout_s, self._cut, "read", b"")
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def _cut(self, reason: str, answer: bytes) -> None:
+        self._stop_head_timer()
+        if self.transport.is_closing():
+            if reason == "read":  # closing waits for a reader that does not read
                 self.transport.abort()
-                return
-            self.transport.write(answer)
-            self.transport.close()
+            return
+        self.metrics["pagemill:http_connections_cut"].add(1, reason)
+        if not answer:
+            self.transport.abort()
+            return
+        self.transport.write(answer)
+        self.transport.close()
 
-        def _stop_head_timer(self) -> None:
-            timer, self._head_timer = self._head_timer, None
-            if timer is not None:
-                timer.cancel()
+    def _stop_head_timer(self) -> None:
+        timer, self._head_timer = self._head_timer, None
+        if timer is not None:
+            timer.cancel()
 
-        def _stop_write_timer(self) -> None:
-            timer, self._write_timer = self._write_timer, None
-            if timer is not None:
-                timer.cancel()
+    def _stop_write_timer(self) -> None:
+        timer, self._write_timer = self._write_timer, None
+        if timer is not None:
+            timer.cancel()
 
-    return GuardedProtocol
+
+def guarded_protocol(limits: Limits, metrics: Metrics) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol (the `http` of its Config) with the limits' timers."""
+    return type("GuardedProtocol", (_GuardedProtocol,), {"limits": limits, "metrics": metrics})
