@@ -33,7 +33,7 @@ class MarksLike(Protocol):
 
 
 class ReceiptLike(Protocol):
-    """What the cache did for a prompt. miss: the sentence of the reason."""
+    """What the cache did for a prompt. reason: why not more, None where all that could be hit was."""
 
     @property
     def num_prompt_tokens(self) -> int: ...
@@ -44,7 +44,7 @@ class ReceiptLike(Protocol):
     @property
     def saved_s(self) -> float: ...
     @property
-    def miss(self) -> str | None: ...
+    def reason(self) -> str | None: ...
 
 
 class DeltaLike(Protocol):
@@ -100,25 +100,9 @@ class _Open:
     receipt: ReceiptLike | None = None
 
 
-def miss_label(sentence: str | None) -> str | None:
-    """The label for a receipt's reason: "evicted 3.1 s ago by lru" -> "evicted". Reasons not known are "other"."""
-    if sentence is None:
-        return None
-    for beginning, label in _SENTENCES:
-        if sentence.startswith(beginning):
-            return label
-    return "other"
-
-
-_SENTENCES: Final = (
-    ("not seen", "not_seen"),
-    ("evicted", "evicted"),
-    ("differs", "differs"),
-    ("same text under", "other_format"),
-    ("window not kept", "window_not_kept"),
-    ("a tier failed", "tier_failed"),
-    ("the request goes past", "bypassed"),
-)
+def miss_label(reason: str | None) -> str | None:
+    """The label of a receipt's reason: "other format" is `other_format`."""
+    return None if reason is None else reason.replace(" ", "_")
 
 
 class EngineObserver:
@@ -259,5 +243,5 @@ def _finished(request: _Open, delta: DeltaLike, reason: str, now_s: float) -> Fi
         first_token_s=request.first_token_s,
         finished_s=now_s if marks.finished_s is None else marks.finished_s,
         saved_s=0.0 if receipt is None else receipt.saved_s,
-        miss=None if receipt is None else miss_label(receipt.miss),
+        miss=None if receipt is None else miss_label(receipt.reason),
     )
