@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import SystemRandom
-from typing import Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal
 
 from pagemill.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pagemill.telemetry.observe import Finished
 
 Attribute = str | bool | int | float | Sequence[str]
 Kind = Literal["server", "internal"]
@@ -58,31 +61,6 @@ class RequestTrace:
     parent: TraceContext | None
     operation: str
     attributes: Mapping[str, Attribute]
-
-
-class Timeline(Protocol):
-    """An ended request in numbers, on the engine's clock in seconds (`telemetry.observe.Finished`)."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def finish_reason(self) -> str: ...
-    @property
-    def num_prompt_tokens(self) -> int: ...
-    @property
-    def num_cached_tokens(self) -> int: ...
-    @property
-    def num_generated(self) -> int: ...
-    @property
-    def arrival_s(self) -> float: ...
-    @property
-    def scheduled_s(self) -> float | None: ...
-    @property
-    def first_token_s(self) -> float | None: ...
-    @property
-    def finished_s(self) -> float: ...
-    @property
-    def miss(self) -> str | None: ...
 
 
 def parse_traceparent(header: str) -> TraceContext | None:
@@ -156,7 +134,7 @@ class Tracer:
         self._offset_s = time.time() - time.monotonic() if offset_s is None else offset_s
         self._on_result = on_result
 
-    def finished(self, done: Timeline, trace: RequestTrace | None) -> None:
+    def finished(self, done: Finished, trace: RequestTrace | None) -> None:
         """A request has ended; without a trace nothing is made."""
         if trace is None:
             return
@@ -171,7 +149,7 @@ class Tracer:
         if self._on_result is not None:
             self._on_result(result)
 
-    def spans(self, done: Timeline, trace: RequestTrace) -> list[Span]:
+    def spans(self, done: Finished, trace: RequestTrace) -> list[Span]:
         """The request's span, then queue, prefill and decode as far as it came."""
         failed = done.finish_reason == "error"
         attributes: dict[str, Attribute] = {
