@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pagemill.base.config import OPTIONS
 from pagemill.base.errors import ConfigError, ModelError
 from pagemill.kernels.reference import to_bf16
 from pagemill.kernels.rotated import MULTIPLE, quantize_rotated
@@ -13,7 +14,7 @@ from pagemill.kernels.tensors import QUANT_GROUP, ROTATED, Tensor, dequantize, r
 
 # Version of what `convert` computes. Bump it with every change of a bit: converted weights are kept on disk.
 CONVERSION_VERSION = 1
-FORMATS = ("auto", "exact", "int8", "q8_0", "bf16", "f32")
+FORMATS = OPTIONS["weight_format"].choices
 # Of these, the ones that leave what they do not rotate as it is in the checkpoint.
 OWN = ("auto", "exact", "int8")
 
