@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 
 from pagemill.base.params import Grammar, SamplingParams
@@ -25,7 +24,7 @@ from pagemill.server.logprobs import chat_logprobs, prompt_logprobs
 from pagemill.server.ports import Ask, Stream
 from pagemill.server.schema import ChatBody, ChatMessage, NamedTool
 from pagemill.server.service import Service, priority_of, service_of, visitor_of
-from pagemill.server.usage import Tally, leaves_blocks
+from pagemill.server.usage import StreamUsage, Tally, leaves_blocks
 from pagemill.text.conversation import PromptTokens
 from pagemill.text.tool_calls import CallPiece, ToolCallParser, as_text, calls_grammar, describe_tools, with_objects
 
@@ -172,12 +171,11 @@ class ChatWriter:
         self._prompt: tuple[PositionLogprobs, ...] = ()
         counts = {stream.request_ids[0]: len(token_ids)}
         self.tally = Tally(counts, writes=writes, keeps=keeps_text(body))
-        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
-        self._running_usage = body.stream_options is not None and body.stream_options.continuous_usage_stats
+        self._usage = StreamUsage(body.stream_options, self.tally)
 
     def begin(self) -> bytes:
         """The role of each choice."""
-        usage = self._usage()
+        usage = self._usage.beside()
         first: dict[str, Any] = {"role": "assistant", "content": ""}
         return b"".join(
             self._frame.chunk([self._choice_of(each, dict(first))], usage) for each in self._choices
@@ -189,7 +187,8 @@ class ChatWriter:
 
     def end(self) -> bytes:
         """The usage, where it was asked for."""
-        return self._frame.chunk([], orjson.dumps(self.tally.usage())) if self._with_usage else b""
+        usage = self._usage.at_end()
+        return b"" if usage is None else self._frame.chunk([], usage)
 
     def add(self, deltas: list[Delta]) -> None:
         """Keep deltas for `whole`."""
@@ -207,11 +206,6 @@ class ChatWriter:
             answer["prompt_token_ids"] = list(self._token_ids)
         header = self.tally.header()
         return json_response(answer, {"x-cache": header} if header else None)
-
-    def _usage(self) -> bytes | None:
-        if self._running_usage:
-            return orjson.dumps(self.tally.usage())
-        return b"null" if self._with_usage else None
 
     def _take(self, delta: Delta) -> tuple[_Choice, list[dict[str, Any]]]:
         """Add a delta; what it brings, as the fields of chunks."""
@@ -245,7 +239,7 @@ class ChatWriter:
 
     def _chunks(self, delta: Delta) -> bytes:
         choice, fields = self._take(delta)
-        usage = self._usage()
+        usage = self._usage.beside()
         chunks = []
         last = delta.finish_reason is not None
         if not fields and (delta.logprobs or last or self._body.return_token_ids):
@@ -260,7 +254,7 @@ class ChatWriter:
                 described["finish_reason"] = choice.finish_reason
                 described["stop_reason"] = choice.stop_reason
             chunks.append(self._frame.chunk([described], usage))
-        if not fields and self._running_usage:
+        if not fields and self._usage.is_running:
             chunks.append(self._frame.chunk([], usage))
         choice.text.clear()
         choice.token_ids.clear()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 
 from pagemill.base.errors import RequestError
@@ -22,7 +21,7 @@ from pagemill.server.logprobs import CompletionLogprobs, prompt_logprobs
 from pagemill.server.ports import Ask, Serving, Stream
 from pagemill.server.schema import CompletionBody
 from pagemill.server.service import Service, priority_of, service_of, visitor_of
-from pagemill.server.usage import Tally, leaves_blocks
+from pagemill.server.usage import StreamUsage, Tally, leaves_blocks
 
 MAX_CHOICES = 1024
 MAX_SCORED = 2**20  # log-probabilities of prompts in one answer
@@ -128,8 +127,7 @@ class CompletionWriter:
         counts = {request_id: len(ids) for request_id, (_, ids) in zip(stream.request_ids, prompts, strict=True)}
         self.tally = Tally(counts, writes=writes, keeps=keeps_text(body))
         self._drops_token = body.echo and body.max_tokens == 0
-        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
-        self._running_usage = body.stream_options is not None and body.stream_options.continuous_usage_stats
+        self._usage = StreamUsage(body.stream_options, self.tally)
 
     def begin(self) -> bytes:
         """Nothing comes before the first delta."""
@@ -141,7 +139,8 @@ class CompletionWriter:
 
     def end(self) -> bytes:
         """The usage, where it was asked for."""
-        return self._frame.chunk([], orjson.dumps(self.tally.usage())) if self._with_usage else b""
+        usage = self._usage.at_end()
+        return b"" if usage is None else self._frame.chunk([], usage)
 
     def add(self, deltas: list[Delta]) -> None:
         """Keep deltas for `whole`."""
@@ -177,10 +176,9 @@ class CompletionWriter:
             choice.token_ids.clear()
             choice.positions.clear()
             choices.append(described)
-        elif not self._running_usage:
+        elif not self._usage.is_running:
             return b""
-        usage = orjson.dumps(self.tally.usage()) if self._running_usage else b"null" if self._with_usage else None
-        return self._frame.chunk(choices, usage)
+        return self._frame.chunk(choices, self._usage.beside())
 
     def _described(self, choice: _Choice) -> dict[str, Any]:
         """The choice as far as it was not told yet."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
+
 from pagemill.engine.output import Delta
 from pagemill.engine.receipt import Receipt
 from pagemill.server.ports import Ask
+from pagemill.server.schema import StreamOptions
 
 
 def leaves_blocks(asks: Sequence[Ask]) -> bool:
@@ -91,3 +94,24 @@ class Tally:
         missed = next((each for each in self._receipts.values() if each.miss is not None), None)
         miss = None if missed is None else missed.describe()["miss"]
         return {"tiers": tiers, "saved_ms": round(1000 * saved_s, 3), "miss": miss}
+
+
+class StreamUsage:
+    """The `usage` field of a stream's chunks, as `stream_options` ask for it."""
+
+    __slots__ = ("_at_end", "_tally", "is_running")
+
+    def __init__(self, options: StreamOptions | None, tally: Tally) -> None:
+        self._tally = tally
+        self._at_end = options is not None and options.include_usage
+        self.is_running = options is not None and options.continuous_usage_stats
+
+    def beside(self) -> bytes | None:
+        """In a chunk that has choices: the counts so far, null, or None for no such field."""
+        if self.is_running:
+            return orjson.dumps(self._tally.usage())
+        return b"null" if self._at_end else None
+
+    def at_end(self) -> bytes | None:
+        """In a last chunk without choices; None for no such chunk."""
+        return orjson.dumps(self._tally.usage()) if self._at_end else None
