@@ -275,6 +275,20 @@ def test_a_killed_process_is_started_again() -> None:
     assert render_chat("b", USER) == "b"
 
 
+def test_the_process_is_given_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEMILL_API_KEY", "canary-key")
+    if (running := chat._renderer._process) is not None:
+        running.kill()
+        running.wait()
+    assert render_chat("a", USER) == "a"
+    process = chat._renderer._process
+    assert process is not None
+    with open(f"/proc/{process.pid}/environ", "rb") as file:
+        environment = file.read()
+    assert b"PATH=" in environment
+    assert b"canary-key" not in environment
+
+
 @pytest.mark.parametrize("warm", [True, False])
 def test_an_interrupted_render_leaves_no_answer_for_the_next(monkeypatch: pytest.MonkeyPatch, warm: bool) -> None:
     """Ctrl-C after the request was written, while a template renders (warm) or while the process starts."""

@@ -29,6 +29,10 @@ MAX_MESSAGES_BYTES = 2**24
 MAX_OUTPUT_CHARS = 2**20  # beside four times what the messages hold
 
 _PROGRAM = Path(__file__).with_name("template_process.py")
+# What an interpreter may need to start; a hostile template gets near nothing else.
+_ENVIRONMENT = (
+    "PATH", "PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "LANG", "LC_ALL", "LC_CTYPE", "TZ",
+)  # fmt: skip
 _START_TIMEOUT_S = 60.0
 _MEND = "mend the template, or give another one"
 
@@ -179,6 +183,7 @@ class _Renderer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},  # no keys
                 start_new_session=True,  # Ctrl-C is for the engine
             )
         except OSError as error:
