@@ -2,7 +2,7 @@
 
     python scripts/trust.py --minutes 10            # go on for so long, then write docs/scorecard.md
     python scripts/trust.py --only R5,S2            # some tests
-    python scripts/trust.py --replay R14:1234    # one seed of R5, R14, S2 or S5, with its traceback
+    python scripts/trust.py --replay R14:1234    # one seed of R5, R11, R14, S2 or S5, with its traceback
 
 Work is cut into shards, each run by a process of its own. What a shard counted is appended to the file
 build/trust/figures.jsonl, so that a run that is stopped goes on where it was; figures of other code (another commit, or
@@ -28,7 +28,32 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from tests.fixtures.tiny import tiny_llama  # noqa: E402
-from tests.trust import accounting, conversations, crossing, hooks, leaks, matrix, residue, sanitized, simulation  # noqa: E402
+from tests.trust import (  # noqa: E402
+    accounting,
+    beyond,
+    canary,
+    conversations,
+    crossing,
+    days,
+    disconnects,
+    doors,
+    draining,
+    hooks,
+    hostile,
+    leaks,
+    listening,
+    matrix,
+    overload,
+    pressure,
+    residue,
+    sanitized,
+    server_hooks,
+    server_leaks,
+    simulation,
+    slow_sockets,
+    timing,
+    watched,
+)
 from tests.trust.figures import Figure, added  # noqa: E402
 
 STATE = ROOT / "build" / "trust" / "figures.jsonl"
@@ -79,36 +104,55 @@ def engines(_shard: int) -> list[Figure]:
 
 TESTS = (
     Test("R5", "block accounting against a slow model", 500, "10 M operations", seeds(accounting.count, 100)),
+    Test("R6", "clients that leave in every state", 10, "1,000 disconnects", disconnects.shard),
     Test("R7", "the cache is invisible", 24, "2,000 turns in 5 arms each", on_tiny(conversations_of)),
-    Test("R14", "scheduler, cache, clock and faults from a seed", 500, "100,000 seeds", seeds(simulation.count, 200)),
+    Test("R9", "too little memory, and too many requests", 5, "10,000 requests", pressure.shard),
+    Test("R11", "ten times the load, and one tenant that floods", 50, "300 worlds", overload.shard),
+    Test("R13", "a drain on SIGTERM", 20, "100 drains", draining.shard),
     Test(
-        "R15",
-        "an exception at every per-request hook",
-        1,
-        "every hook",
-        lambda _: list(map(hooks.count_hook, hooks.HOOKS)),
+        "R14", "scheduler, cache, clock and faults from a seed", 500, "100,000 seeds, and 10,000 days of a server",
+        lambda shard: [
+            simulation.count(range(shard * 200, (shard + 1) * 200)), days.count(range(shard * 20, (shard + 1) * 20)),
+        ],
     ),
     Test(
-        "R17",
-        "native code under address and undefined-behaviour sanitizers",
-        len(sanitized.ALL_TESTS),
-        "the kernel tests",
-        lambda shard: [sanitized.count([sanitized.ALL_TESTS[shard]])],
+        "R15", "an exception at every per-request hook of engine and server", 1, "every hook",
+        lambda _: [*map(hooks.count_hook, hooks.HOOKS), server_hooks.count()],
+    ),
+    Test(
+        "R17", "native code under address and undefined-behaviour sanitizers", len(sanitized.ALL_TESTS),
+        "the kernel tests", lambda shard: [sanitized.count([sanitized.ALL_TESTS[shard]])],
     ),
     Test("S1", "isolation matrix, a control for each negative", 1, "every cell", engines),
     Test("S2", "hits across tenants in random traffic", 25, "1,000,000 look-ups", seeds(crossing.count, 2)),
-    Test("S5", "what other tenants see", 34, "1,000 pairs of worlds", seeds(leaks.count, 30)),
+    Test("S3", "another tenant's prompts told by time", 1, "1,600 probes an arm", lambda _: [timing.count(1600, 0.55)]),
     Test(
-        "S8",
-        "keys and values left in the process's memory",
-        len(CODECS),
-        "every way to go, every codec",
+        "S5", "what other tenants see, of an engine and over HTTP", 34, "1,000 pairs of worlds, and 34 of servers",
+        lambda shard: [leaks.count(range(shard * 30, (shard + 1) * 30)), server_leaks.count(range(shard, shard + 1))],
+    ),
+    Test(
+        "S8", "keys and values left in the process's memory", len(CODECS), "every way to go, every codec",
         on_tiny(lambda model, shard: residue.count(model, [(case, CODECS[shard]) for case in residue.CASES])),
     ),
-)
+    Test(
+        "S9", "schemathesis, positive, negative and in chains, on all routes", 200, "200,000 cases",
+        lambda shard: hostile.count(shard, 1000),
+    ),
+    Test("S11", "a request beyond each limit", 1, "every limit", lambda _: [beyond.count()]),
+    Test("S12", "500 slow sockets beside normal load", 4, "16 rounds of 500 questions", slow_sockets.shard),
+    Test("S13", "every route of both ports without a key", 1, "every route", lambda _: doors.count()),
+    Test(
+        "S14", "no pickle, eval, exec or shell: the source, and servers under an audit hook", 20,
+        "40,000 requests, and those of S9",
+        lambda shard: [*([watched.scan()] if shard == 0 else []), watched.serve(2000)],
+    ),
+    Test("S15", "where a server listens", 1, "every setting", lambda _: listening.count()),
+    Test("S18", "a canary prompt in logs, traces, metrics and crash text", 6, "every level and format", canary.shard),
+)  # fmt: skip
 BY_NAME = {test.name: test for test in TESTS}
 REPLAYS: dict[str, Callable[[int], object]] = {
     "R5": accounting.replay,
+    "R11": overload.replay,
     "R14": simulation.replay,
     "S2": lambda seed: crossing.count(range(seed, seed + 1)),
     "S5": leaks.leak,
@@ -207,7 +251,8 @@ def write_scorecard(done: dict[str, list[Figure]], code: str) -> None:
     for test in TESTS:
         ran = [name for name in done if name.split(":")[0] == test.name]
         share = f"{len(ran)} of {test.num_shards} parts of {test.size}"
-        figures = added(each for name in ran for each in done[name])
+        every = added(each for figures in done.values() for each in figures)
+        figures = [each for each in every if each.test == test.name]
         if not figures:
             lines.append(f"| {test.name} | {test.title} | not run | 0 | nothing ran | {share} | |")
         for each in figures:
@@ -224,13 +269,22 @@ def write_scorecard(done: dict[str, list[Figure]], code: str) -> None:
 SCOPE = (
     "## What the rows say and what not",
     "",
-    "* R5 and R14 have no offloading and no restoring yet: there is one tier, memory. S1 has that tier only, too.",
+    "* R5 and R14 have no offloading and no restoring yet: there is one tier, memory. S1 and S14 have that tier only,",
+    "  too.",
     "* R7 compares a digest of all logits of each token chosen with those of an engine that shares nothing and",
     "  computes one request at a time: shared and forked, evicted, preempted, purged and pinned, resized.",
+    "* R11 and R14 run the real scheduler, admission and cache on a virtual clock. R6, R9, R13, S12 and the second row",
+    "  of R15 run a server over sockets, with a tiny model.",
+    "* S3: its figure is the chance that a probe of a prompt that another tenant has primed takes longer than one of a",
+    "  fresh prompt (AUC), with a one-sided 95 % upper bound; the control is the victim's own probe, at 0.95 or more.",
     "* S5 compares usage, receipts, reasons, errors and ids in pairs of runs that differ only in what another",
-    "  tenant writes. Metrics and pages of a server are not in it.",
+    "  tenant writes; over HTTP, answers and headers too, but for ids and times. The dashboard is not in it.",
     "* S8 searches all writable memory of a process: pages, scratch memory, freed memory. Prompt texts and token ids",
     "  are out of scope: they belong to the caller. In scratch memory, 32-bit floats are looked for.",
+    "* S9 counts answers of 500 and above, answers that do not come within a minute, and errors without a message. Its",
+    "  server's limits on answers are low, so that a valid case cannot ask for minutes of work.",
+    "* S11 counts a refusal as right when the engine has run no step and let nothing in, and neither tokeniser nor",
+    "  template was asked, unless only they can tell.",
 )
 
 

@@ -40,24 +40,28 @@ constexpr int kSplitRuns = kSplit / kRun;
 constexpr int kBatch = 16;          // rows of a tile that are attended at once, at most
 constexpr int kMaxDim = 256;
 
+// One split of one batch of rows.
+struct SplitBatch {
+    alignas(64) float scores[kSplitPages][kBatch][kLanes];   // then probabilities
+    alignas(64) uint8_t p[kBatch][kSplit];                   // int8: probabilities times value scales
+    alignas(64) float p_scale[kBatch * kSplitRuns];          // int8: [row][run]
+    alignas(64) float max[kBatch], sum[kBatch];
+    alignas(64) float out[kBatch * kMaxDim];                 // [row][dim_pad]
+};
+
 struct TileState {
     // The rows of a task.
     alignas(64) float q[kMaxDim][kTileRows];                 // floating-point pages
     alignas(64) int8_t q_bytes[kTileRows][kMaxDim];          // int8 pages, zero padded to whole 64
     alignas(64) int32_t start[kTileRows][kLanes];            // int8: -128 * sum of q_bytes, since keys are stored unsigned
     alignas(64) float out[kTileRows * kMaxDim];              // [row][dim_pad]
-    float q_scale[kTileRows], max[kTileRows], sum[kTileRows];
+    alignas(64) float max[kTileRows + kBatch], sum[kTileRows], q_scale[kTileRows];
     int from[kTileRows], to[kTileRows];                      // positions that the row sees
-    // One split of one batch of rows.
-    alignas(64) float scores[kSplitPages][kBatch][kLanes];   // then probabilities
-    alignas(64) float split_out[kBatch * kMaxDim];           // [row][dim_pad]
-    alignas(64) uint8_t p[kBatch][kSplit];                   // int8: probabilities times value scales
-    alignas(64) float p_scale[kBatch * kSplitRuns];          // int8: [row][run]
-    float split_max[kBatch], split_sum[kBatch];
+    SplitBatch batches[2];                                   // tiles work at two at a time
     // One split of all rows.
     alignas(64) float key_scale[kSplitPages][kLanes], value_scale[kSplitPages][kLanes];
     alignas(64) int8_t values[kSplitRuns][kMaxDim / kLanes][kBatch][64];  // tiles: [run][16 columns][4 positions][column, position]
-    alignas(64) int32_t sums[kSplitRuns][kBatch][kLanes];
+    alignas(64) int32_t sums[2][kSplitRuns][kBatch][kLanes];
     Ahead ahead;
 };
 
@@ -75,7 +79,7 @@ PM_INLINE F scaled_score(F dot, float scale, float softcap) {
 
 // Scores of R rows against the pages [page0, page1), in log2 units; the row maxima of this split.
 template <Codec C, int R, int P>
-static void score_pages(TileState& t, int r0, const HeadPages& pages, int page, int base, int head_dim, float scale, float softcap, F (&peak)[R]) {
+static void score_pages(const TileState& t, SplitBatch& b, int r0, const HeadPages& pages, int page, int base, int head_dim, float scale, float softcap, F (&peak)[R]) {
     const uint8_t* k[P];
     for (int p = 0; p < P; p++) k[p] = pages.at(page + p);
     F acc[R][P];
@@ -102,13 +106,13 @@ static void score_pages(TileState& t, int r0, const HeadPages& pages, int page, 
             F s = scaled_score(acc[r][p], scale, softcap);
             s = fselect(t.from[r0 + r] - first_position, t.to[r0 + r] - first_position, s, fset(kMasked));
             peak[r] = fmax2(peak[r], s);
-            fstore(t.scores[page + p - base / kPage][r], s);
+            fstore(b.scores[page + p - base / kPage][r], s);
         }
     }
 }
 
 template <Codec C, int R, int V>
-static void weigh_values(TileState& t, const HeadPages& pages, int base, int from, int to, int dim_pad, int column) {
+static void weigh_values(TileState& t, SplitBatch& b, const HeadPages& pages, int base, int from, int to, int dim_pad, int column) {
     F acc[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -124,7 +128,7 @@ static void weigh_values(TileState& t, const HeadPages& pages, int base, int fro
             for (int v = 0; v < V; v++) value[v] = load_kv<C>(values, (position % kPage) * dim_pad + column + v * kLanes);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const F p = fset(t.scores[(position - base) / kPage][r][position % kPage]);
+                const F p = fset(b.scores[(position - base) / kPage][r][position % kPage]);
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) acc[r][v] = fmla(p, value[v], acc[r][v]);
             }
@@ -133,7 +137,7 @@ static void weigh_values(TileState& t, const HeadPages& pages, int base, int fro
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) fstore(&t.split_out[r * dim_pad + column + v * kLanes], acc[r][v]);
+        for (int v = 0; v < V; v++) fstore(&b.out[r * dim_pad + column + v * kLanes], acc[r][v]);
 }
 
 // Positions [from, to) and pages [page0, page1) of a split that any row of the tile sees.
@@ -152,9 +156,9 @@ PM_INLINE SplitRange split_range(const TileState& t, int r0, int rows, int split
     return {from, to, from / kPage, (to + kPage - 1) / kPage};
 }
 
-// One split: fills split_max, split_sum, split_out of R rows.
+// One split: fills maximum, sum and output of R rows.
 template <Codec C, int R>
-static __attribute__((noinline)) void attend_split(TileState& t, int r0, const HeadPages& pages, SplitRange range, int base, const LayerKv& kv, float scale, float softcap) {
+static __attribute__((noinline)) void attend_split(TileState& t, SplitBatch& b, int r0, const HeadPages& pages, SplitRange range, int base, const LayerKv& kv, float scale, float softcap) {
     const auto [from, to, page0, page1] = range;
     F peak[R];
 #pragma GCC unroll 8
@@ -163,31 +167,31 @@ static __attribute__((noinline)) void attend_split(TileState& t, int r0, const H
     int page = page0;
     for (; page + pair <= page1; page += pair) {
         t.ahead.keys(pair);
-        score_pages<C, R, pair>(t, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
+        score_pages<C, R, pair>(t, b, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
     }
     if constexpr (pair > 1) {
         t.ahead.keys(1);
-        if (page < page1) score_pages<C, R, 1>(t, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
+        if (page < page1) score_pages<C, R, 1>(t, b, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
     }
     for (int r = 0; r < R; r++) {
         const float top = fpeak(peak[r]);
         F sum = fzero();
         for (int position = page0 * kPage; position < page1 * kPage; position += kPage) {
-            float* s = t.scores[(position - base) / kPage][r];
+            float* s = b.scores[(position - base) / kPage][r];
             F p = fexp2_below(fsub(fload(s), fset(top)));
             if (t.from[r0 + r] > position || t.to[r0 + r] < position + kPage)
                 p = fselect(t.from[r0 + r] - position, t.to[r0 + r] - position, p, fzero());
             sum = fadd(sum, p);
             fstore(s, p);
         }
-        t.split_max[r] = top;
-        t.split_sum[r] = fsum(sum);
+        b.max[r] = top;
+        b.sum[r] = fsum(sum);
     }
     int column = 0;
     for (; column + kValueVectors * kLanes <= kv.dim_pad; column += kValueVectors * kLanes)
-        weigh_values<C, R, kValueVectors>(t, pages, base, from, to, kv.dim_pad, column);
+        weigh_values<C, R, kValueVectors>(t, b, pages, base, from, to, kv.dim_pad, column);
     if constexpr (kValueVectors > 1) {
-        for (; column < kv.dim_pad; column += kLanes) weigh_values<C, R, 1>(t, pages, base, from, to, kv.dim_pad, column);
+        for (; column < kv.dim_pad; column += kLanes) weigh_values<C, R, 1>(t, b, pages, base, from, to, kv.dim_pad, column);
     }
 }
 
@@ -202,13 +206,31 @@ PM_INLINE void merge_split(float* max, float* sum, float* out, float split_max, 
     for (int c = 0; c < dim_pad; c += kLanes) fstore(out + c, fmla(fload(split_out + c), a, fmul(fload(out + c), k)));
 }
 
+// The same for a batch: rows from r0 on of the task take in theirs.
+static void merge_batch(TileState& t, const SplitBatch& b, int r0, int rows, int dim_pad) {
+    const F before = fload(t.max + r0), after = fload(b.max), top = fmax2(before, after);
+    alignas(64) float tops[kBatch], keeps[kBatch], adds[kBatch];
+    fstore(tops, top);
+    fstore(keeps, fexp2(fsub(before, top)));
+    fstore(adds, fexp2(fsub(after, top)));
+    for (int r = 0; r < rows; r++) {
+        if (b.max[r] <= kMasked) continue;
+        t.sum[r0 + r] = t.sum[r0 + r] * keeps[r] + b.sum[r] * adds[r];
+        t.max[r0 + r] = tops[r];
+        float* out = t.out + (r0 + r) * dim_pad;
+        const float* added = b.out + r * dim_pad;
+        const F keep = fset(keeps[r]), add = fset(adds[r]);
+        for (int c = 0; c < dim_pad; c += kLanes) fstore(out + c, fmla(fload(added + c), add, fmul(fload(out + c), keep)));
+    }
+}
+
 // One split of `rows` rows from r0 on, at most R.
 template <Codec C, int R>
-static void attend_from(int rows, TileState& t, int r0, const HeadPages& pages, SplitRange range, int base, const LayerKv& kv, float scale, float softcap) {
+static void attend_from(int rows, TileState& t, SplitBatch& b, int r0, const HeadPages& pages, SplitRange range, int base, const LayerKv& kv, float scale, float softcap) {
     if constexpr (R > 1) {
-        if (rows < R) return attend_from<C, R - 1>(rows, t, r0, pages, range, base, kv, scale, softcap);
+        if (rows < R) return attend_from<C, R - 1>(rows, t, b, r0, pages, range, base, kv, scale, softcap);
     }
-    attend_split<C, R>(t, r0, pages, range, base, kv, scale, softcap);
+    attend_split<C, R>(t, b, r0, pages, range, base, kv, scale, softcap);
 }
 
 }  // namespace PAGEMILL_TARGET

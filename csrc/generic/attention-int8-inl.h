@@ -55,7 +55,7 @@ PM_INLINE F seen(const TileState& t, int r, int first_position, F x, F otherwise
 }
 
 template <int R, int P>
-static void score_pages_int8(TileState& t, int r0, const HeadPages& pages, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
+static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, const HeadPages& pages, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
     const uint8_t* k[P];
     for (int p = 0; p < P; p++) k[p] = pages.at(page + p);
     I acc[R][P];
@@ -83,46 +83,50 @@ static void score_pages_int8(TileState& t, int r0, const HeadPages& pages, int p
             F y = score_of(t, r0 + r, acc[r][p], ks, scale, softcap);
             y = seen(t, r0 + r, first_position, y, fset(kMasked));
             peak[r] = fmax2(peak[r], y);
-            fstore(t.scores[slot][r], y);
+            fstore(b.scores[slot][r], y);
         }
     }
 }
 
-// exp2(score - maximum) of one row in place, times the value scales; the peaks of its runs. Returns the sum of the lanes.
-template <bool EDGES> static float exponentiate_row(TileState& t, int r0, int r, SplitRange range, int base, float* run_peaks) {
-    const F top = fset(t.split_max[r]);
+// exp2(score - maximum) of one row in place, times the value scales; by lane, the peaks of its runs and, returned, the sum.
+template <bool EDGES> static F exponentiate_row(const TileState& t, SplitBatch& b, int r0, int r, SplitRange range, int base, F* run_peaks) {
+    const F top = fset(b.max[r]);
     F sum = fzero();
     const int slot0 = range.page0 - base / kPage, slot1 = range.page1 - base / kPage;
+    for (int run = 0; run < kSplitRuns; run++) run_peaks[run] = fzero();
     for (int slot = slot0; slot < slot1;) {
         const int run = slot / (kRun / kPage), end = (run + 1) * (kRun / kPage) < slot1 ? (run + 1) * (kRun / kPage) : slot1;
         F peak = fzero();
         for (; slot < end; slot++) {
-            F p = fexp2_below(fsub(fload(t.scores[slot][r]), top));
+            F p = fexp2_below(fsub(fload(b.scores[slot][r]), top));
             const int first_position = base + slot * kPage;
             if constexpr (EDGES) p = seen(t, r0 + r, first_position, p, fzero());
             sum = fadd(sum, p);
             F weighted = fmul(p, fload(t.value_scale[slot]));
             if constexpr (EDGES) weighted = seen(t, r0 + r, first_position, weighted, fzero());
             peak = fmax2(peak, weighted);
-            fstore(t.scores[slot][r], weighted);
+            fstore(b.scores[slot][r], weighted);
         }
-        run_peaks[run] = fpeak(peak);
+        run_peaks[run] = peak;
     }
-    return fsum(sum);
+    return sum;
 }
 
-// Scores of `rows` rows become bytes and their scales per run; pages outside the range count as zero.
-static void weigh_rows(TileState& t, int r0, int rows, SplitRange range, int base) {
-    alignas(64) float peaks[kBatch * kSplitRuns] = {}, inverse[kBatch * kSplitRuns];
+// A row's scores become probabilities times value scales; `peaks`: of its runs.
+static void exponentiate(const TileState& t, SplitBatch& b, int r0, int r, SplitRange range, int base, float* peaks) {
+    const bool whole = t.from[r0 + r] <= range.page0 * kPage && t.to[r0 + r] >= range.page1 * kPage;
+    F runs[kSplitRuns];
+    b.sum[r] = fsum(whole ? exponentiate_row<false>(t, b, r0, r, range, base, runs) : exponentiate_row<true>(t, b, r0, r, range, base, runs));
+    for (int run = 0; run < kSplitRuns; run++) peaks[run] = fpeak(runs[run]);
+}
+
+// Those of `rows` rows become bytes and their scales per run; pages outside the range count as zero.
+static void weigh_rows(SplitBatch& b, int rows, SplitRange range, int base, const float* peaks) {
+    alignas(64) float inverse[kBatch * kSplitRuns];
     const int run0 = (range.page0 * kPage - base) / kRun, run1 = (range.page1 * kPage - base + kRun - 1) / kRun;
-    for (int r = 0; r < rows; r++) {
-        const bool whole = t.from[r0 + r] <= range.page0 * kPage && t.to[r0 + r] >= range.page1 * kPage;
-        float* at = peaks + r * kSplitRuns;
-        t.split_sum[r] = whole ? exponentiate_row<false>(t, r0, r, range, base, at) : exponentiate_row<true>(t, r0, r, range, base, at);
-    }
     for (int i = 0; i < rows * kSplitRuns; i += kLanes) {
         const F most = fload(peaks + i);
-        fstore(t.p_scale + i, fdiv(most, fset(255.0f)));
+        fstore(b.p_scale + i, fdiv(most, fset(255.0f)));
         fstore(inverse + i, fdiv(fset(255.0f), most));
     }
     for (int run = run0; run < run1; run++) {
@@ -134,14 +138,14 @@ static void weigh_rows(TileState& t, int r0, int rows, SplitRange range, int bas
             const float factor = peaks[r * kSplitRuns + run] > 0.0f ? inverse[r * kSplitRuns + run] : 0.0f;
             F w[pages];
 #pragma GCC unroll 4
-            for (int j = 0; j < pages; j++) w[j] = in[j] ? fmul(fload(t.scores[slot + j][r]), fset(factor)) : fzero();
-            istore_u8(t.p[r] + run * kRun, w[0], w[1], w[2], w[3]);
+            for (int j = 0; j < pages; j++) w[j] = in[j] ? fmul(fload(b.scores[slot + j][r]), fset(factor)) : fzero();
+            istore_u8(b.p[r] + run * kRun, w[0], w[1], w[2], w[3]);
         }
     }
 }
 
 template <int R, int V>
-static void weigh_values_int8(TileState& t, const HeadPages& pages, SplitRange range, int base, int dim_pad, int column) {
+static void weigh_values_int8(TileState& t, SplitBatch& b, const HeadPages& pages, SplitRange range, int base, int dim_pad, int column) {
     F out[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -164,7 +168,7 @@ static void weigh_values_int8(TileState& t, const HeadPages& pages, SplitRange r
                 for (int v = 0; v < V; v++) value[v] = uload(values + size_t(quad) * size_t(dim_pad) * 4 + 64 * v);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) {
-                    const int p = quad_at(reinterpret_cast<const int8_t*>(t.p[r] + page * kPage - base + 4 * quad));
+                    const int p = quad_at(reinterpret_cast<const int8_t*>(b.p[r] + page * kPage - base + 4 * quad));
 #pragma GCC unroll 4
                     for (int v = 0; v < V; v++) acc[r][v] = idot_signed(acc[r][v], p, value[v]);
                 }
@@ -173,16 +177,16 @@ static void weigh_values_int8(TileState& t, const HeadPages& pages, SplitRange r
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) out[r][v] = fmla(itof(acc[r][v]), fset(t.p_scale[r * kSplitRuns + run]), out[r][v]);
+            for (int v = 0; v < V; v++) out[r][v] = fmla(itof(acc[r][v]), fset(b.p_scale[r * kSplitRuns + run]), out[r][v]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) fstore(t.split_out + r * dim_pad + column + v * kLanes, out[r][v]);
+        for (int v = 0; v < V; v++) fstore(b.out + r * dim_pad + column + v * kLanes, out[r][v]);
 }
 
 template <int R>
-static __attribute__((noinline)) void attend_split_int8(TileState& t, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap) {
+static __attribute__((noinline)) void attend_split_int8(TileState& t, SplitBatch& b, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap) {
     F peak[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
@@ -190,32 +194,34 @@ static __attribute__((noinline)) void attend_split_int8(TileState& t, int r0, co
     int page = range.page0;
     for (; page + pair <= range.page1; page += pair) {
         t.ahead.keys(pair);
-        score_pages_int8<R, pair>(t, r0, pages, page, base, dim_pad, scale, softcap, peak);
+        score_pages_int8<R, pair>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
     }
     if constexpr (pair > 1) {
         for (; page < range.page1; page++) {
             t.ahead.keys(1);
-            score_pages_int8<R, 1>(t, r0, pages, page, base, dim_pad, scale, softcap, peak);
+            score_pages_int8<R, 1>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
         }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) t.split_max[r] = fpeak(peak[r]);
-    weigh_rows(t, r0, R, range, base);
+    for (int r = 0; r < R; r++) b.max[r] = fpeak(peak[r]);
+    alignas(64) float peaks[kBatch * kSplitRuns] = {};
+    for (int r = 0; r < R; r++) exponentiate(t, b, r0, r, range, base, peaks + r * kSplitRuns);
+    weigh_rows(b, R, range, base, peaks);
     int column = 0;
     for (; column + kValueVectors * kLanes <= dim_pad; column += kValueVectors * kLanes)
-        weigh_values_int8<R, kValueVectors>(t, pages, range, base, dim_pad, column);
+        weigh_values_int8<R, kValueVectors>(t, b, pages, range, base, dim_pad, column);
     if constexpr (kValueVectors > 1) {
-        for (; column < dim_pad; column += kLanes) weigh_values_int8<R, 1>(t, pages, range, base, dim_pad, column);
+        for (; column < dim_pad; column += kLanes) weigh_values_int8<R, 1>(t, b, pages, range, base, dim_pad, column);
     }
 }
 
 // One split of `rows` rows from r0 on, at most R.
 template <int R>
-static void attend_from_int8(int rows, TileState& t, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap) {
+static void attend_from_int8(int rows, TileState& t, SplitBatch& b, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap) {
     if constexpr (R > 1) {
-        if (rows < R) return attend_from_int8<R - 1>(rows, t, r0, pages, range, base, dim_pad, scale, softcap);
+        if (rows < R) return attend_from_int8<R - 1>(rows, t, b, r0, pages, range, base, dim_pad, scale, softcap);
     }
-    attend_split_int8<R>(t, r0, pages, range, base, dim_pad, scale, softcap);
+    attend_split_int8<R>(t, b, r0, pages, range, base, dim_pad, scale, softcap);
 }
 
 }  // namespace PAGEMILL_TARGET

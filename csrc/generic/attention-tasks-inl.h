@@ -31,32 +31,28 @@ struct AttentionCall {
     }
 };
 
-// Up to `rows` rows from r0 on over one split, as many as the target takes at once: split_max, split_sum, split_out.
-static int attend_batch(const AttentionCall& call, TileState& t, int r0, int rows, const HeadPages& pages, int split) {
+#ifdef PAGEMILL_AMX
+// Whether tiles attend to a task's rows.
+static bool in_tiles(const AttentionCall& call, int num_rows) {
+    return call.arena->codec == Codec::int8 && num_rows > kFewRows && tiles_read(call.kv().dim_pad);
+}
+#endif
+
+// Up to `rows` rows from r0 on over one split, as many as the vector unit takes at once: maxima, sums and output.
+static int attend_batch(const AttentionCall& call, TileState& t, SplitBatch& b, int r0, int rows, const HeadPages& pages, int split) {
     const LayerKv& kv = call.kv();
     const float scale = call.phase->scale, softcap = call.phase->softcap;
-    const int base = split * kSplit;
-    int batch = rows < kAttendRows ? rows : kAttendRows;
-#ifdef PAGEMILL_AMX
-    const bool tiles = call.arena->codec == Codec::int8 && rows > kFewRows && tiles_read(kv.dim_pad);
-    if (tiles) batch = rows < kBatch ? rows : kBatch;
-#endif
+    const int base = split * kSplit, batch = rows < kAttendRows ? rows : kAttendRows;
     const SplitRange range = split_range(t, r0, batch, split);
     if (range.page0 >= range.page1) {
-        for (int r = 0; r < batch; r++) t.split_max[r] = kMasked;
+        for (int r = 0; r < batch; r++) b.max[r] = kMasked;
         return batch;
     }
-#ifdef PAGEMILL_AMX
-    if (tiles) {
-        attend_split_tiles(t, r0, batch, pages, range, base, kv.dim_pad, scale, softcap);
-        return batch;
-    }
-#endif
     switch (call.arena->codec) {
-        case Codec::f32: attend_from<Codec::f32, kAttendRows>(batch, t, r0, pages, range, base, kv, scale, softcap); break;
-        case Codec::f16: attend_from<Codec::f16, kAttendRows>(batch, t, r0, pages, range, base, kv, scale, softcap); break;
-        case Codec::bf16: attend_from<Codec::bf16, kAttendRows>(batch, t, r0, pages, range, base, kv, scale, softcap); break;
-        case Codec::int8: attend_from_int8<kAttendRows>(batch, t, r0, pages, range, base, kv.dim_pad, scale, softcap); break;
+        case Codec::f32: attend_from<Codec::f32, kAttendRows>(batch, t, b, r0, pages, range, base, kv, scale, softcap); break;
+        case Codec::f16: attend_from<Codec::f16, kAttendRows>(batch, t, b, r0, pages, range, base, kv, scale, softcap); break;
+        case Codec::bf16: attend_from<Codec::bf16, kAttendRows>(batch, t, b, r0, pages, range, base, kv, scale, softcap); break;
+        case Codec::int8: attend_from_int8<kAttendRows>(batch, t, b, r0, pages, range, base, kv.dim_pad, scale, softcap); break;
     }
     return batch;
 }
@@ -68,7 +64,7 @@ static void prepare_split(const AttentionCall& call, const AttentionTask& task, 
     const SplitRange range = split_range(t, 0, task.num_rows, split);
     load_scales(t, pages, range, split * kSplit, dim_pad);
 #ifdef PAGEMILL_AMX
-    if (task.num_rows > kFewRows && tiles_read(dim_pad)) gather_values(t, pages, range, split * kSplit, dim_pad);
+    if (in_tiles(call, task.num_rows)) gather_values(t, pages, range, split * kSplit, dim_pad);
 #endif
 }
 
@@ -128,13 +124,21 @@ static void run_attention_task(const AttentionCall& call, const AttentionTask& t
     for (int split = task.split_from; split < task.split_to; split++) {
         look_ahead(call, task, split, next, t.ahead);
         prepare_split(call, task, t, pages, split);
+        const auto done = [&](const SplitBatch& b, int r0, int rows) {
+            if (!apart) return merge_batch(t, b, r0, rows, dim_pad);
+            for (int r = 0; r < rows; r++)
+                store_partial(call.partial(task, r0 + r, task.part + split - task.split_from), b.max[r], b.sum[r], b.out + r * dim_pad, dim_pad);
+        };
+#ifdef PAGEMILL_AMX
+        if (in_tiles(call, task.num_rows)) {
+            attend_split_tiles(t, task.num_rows, pages, split, dim_pad, call.phase->scale, call.phase->softcap, done);
+            continue;
+        }
+#endif
         for (int r0 = 0; r0 < task.num_rows;) {
-            const int batch = attend_batch(call, t, r0, task.num_rows - r0, pages, split);
-            for (int r = 0; r < batch; r++) {
-                const float* out = t.split_out + r * dim_pad;
-                if (apart) store_partial(call.partial(task, r0 + r, task.part + split - task.split_from), t.split_max[r], t.split_sum[r], out, dim_pad);
-                else merge_split(&t.max[r0 + r], &t.sum[r0 + r], t.out + (r0 + r) * dim_pad, t.split_max[r], t.split_sum[r], out, dim_pad);
-            }
+            SplitBatch& b = t.batches[0];
+            const int batch = attend_batch(call, t, b, r0, task.num_rows - r0, pages, split);
+            done(b, r0, batch);
             r0 += batch;
         }
     }

@@ -1,5 +1,7 @@
 // Stamps every algorithm for one target. Included once by each file of targets/, after its vector type.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 

@@ -13,7 +13,8 @@ import pytest
 
 from pagemill.bench import cache_ttft
 from pagemill.bench.cache import GROUPS
-from pagemill.bench.peers_catalog import Peer
+from pagemill.bench.peers_catalog import SHIPPED, Peer
+from pagemill.bench.peers_setup import SetupError
 from pagemill.cli.main import main
 from tests.fixtures import fake_peer
 from tests.fixtures.tiny import tiny_llama
@@ -67,7 +68,15 @@ def test_tables_tell_what_each_group_is_and_how_many_goals_are_met(
 ) -> None:
     assert main(command(model, tmp_path, "--rows", "bytes,ttft")) == 0
     printed = capsys.readouterr()
-    for text in ("bytes: bytes of a token position", "int8 ÷ f16", "attention", "of 0 goals met", "written:", "quick:"):
+    for text in (
+        "bytes: bytes of a token position",
+        "int8 ÷ f16",
+        "attention",
+        "next turn of a session",
+        "of 0 goals met",
+        "written:",
+        "quick:",
+    ):
         assert text in printed.out
     assert "llama.cpp is left out" in printed.err
 
@@ -134,14 +143,18 @@ def test_what_cannot_be_measured_is_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("behaviour", "works"), [("good", True), ("refuse", False), ("crash later", False)])
+@pytest.mark.parametrize(
+    ("behaviour", "clock", "warm_ms"),
+    [("good", [], 130.0), ("good", ["--cpu-time"], 65.0), ("refuse", [], None), ("crash later", [], None)],
+)
 def test_a_peer_stands_beside_us_or_is_left_out_with_the_reason(
     model: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     behaviour: str,
-    works: bool,
+    clock: list[str],
+    warm_ms: float | None,
 ) -> None:
     script = tmp_path / "worker.py"
     places = [str(Path(__file__).resolve().parents[2] / "src"), *filter(None, sys.path)]
@@ -150,19 +163,35 @@ def test_a_peer_stands_beside_us_or_is_left_out_with_the_reason(
         f"runpy.run_path({fake_peer.__file__!r}, run_name='__main__')\n"
     )
     monkeypatch.setattr(cache_ttft, "PEER_SCRIPT", script)
+    monkeypatch.setattr(cache_ttft, "PEER_WEIGHTS", SHIPPED)
     monkeypatch.setattr(cache_ttft, "PEERS", (Peer("llama.cpp", "json", "", ("json",), (), 0),))
-    options = ["--rows", "ttft", "--json", "--python-llama", sys.executable]
+    options = ["--rows", "ttft", "--json", "--python-llama", sys.executable, *clock]
     assert main(command(model, tmp_path, *options)) == 0
     printed = capsys.readouterr()
     rows = json.loads(printed.out)["rows"]
     ratios = [row for row in rows if row["mode"] == "ratio" and row["work"].startswith("llama.cpp")]
-    if works:
+    if warm_ms is not None:
         warm = [row["median"] for row in rows if row["engine"] == "llama.cpp" and row.get("new") == 4]
-        assert warm == [pytest.approx(130.0)]
+        assert warm == [pytest.approx(warm_ms)]
         assert [row["work"] for row in ratios] == ["llama.cpp ÷ pagemill, 4 new", "llama.cpp ÷ pagemill, 32 new"]
     else:
         assert not ratios
         assert "left out" in printed.err
+
+
+def test_a_peer_whose_weights_cannot_be_made_is_left_out_with_the_reason(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Path:
+        raise SetupError("Q4_0 weights cannot be made here")
+
+    monkeypatch.setattr(cache_ttft, "form_path", fail)
+    monkeypatch.setattr(cache_ttft, "PEERS", (Peer("llama.cpp", "json", "", ("json",), (), 0),))
+    options = ["--rows", "ttft", "--runs", "1", "--json", "--python-llama", sys.executable]
+    assert main(command(model, tmp_path, *options)) == 0
+    printed = capsys.readouterr()
+    assert "llama.cpp is left out: Q4_0 weights cannot be made here" in printed.err
+    assert not [row for row in json.loads(printed.out)["rows"] if row["engine"] == "llama.cpp"]
 
 
 def test_interrupted_before_the_first_group_reports_nothing(

@@ -41,7 +41,7 @@ def one_holder_too_many(rig: Rig, _: SharedBlocks) -> None:
 
 
 def unpublished(rig: Rig, shared: SharedBlocks) -> None:
-    rig.cache._pool._published[next(iter(shared.tree.nodes))] = 0
+    rig.cache._pool.published[next(iter(shared.tree.nodes))] = 0
 
 
 def unknown_block(_: Rig, shared: SharedBlocks) -> None:
@@ -66,7 +66,7 @@ def miscounted_account(_: Rig, shared: SharedBlocks) -> None:
 def locked_for_ever(_: Rig, shared: SharedBlocks) -> None:
     for node in shared.tree.nodes.values():
         if node.shelf is not None and not node.children:
-            node.shelf.victim = lambda: None  # type: ignore[method-assign]
+            node.shelf.victim = node.shelf.evict = lambda: None  # type: ignore[method-assign]
 
 
 def broken_list(rig: Rig, _: SharedBlocks) -> None:
@@ -128,7 +128,7 @@ def test_a_hit_on_a_damaged_block_is_never_served() -> None:
     shared = rig.cache.shared
     assert shared is not None
     node = next(iter(shared.tree.nodes.values()))
-    rig.cache._pool._published[node.block] = 0
+    rig.cache._pool.published[node.block] = 0
     with pytest.raises(IntegrityError, match="not what its block holds"):
         shared.entry(CacheOptions(), array("i", range(12)), 12)
 

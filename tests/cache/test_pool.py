@@ -131,7 +131,7 @@ def test_verify_notices_a_damaged_free_list(damage: str) -> None:
     pool = BlockPool(4)
     pool.allocate(1)
     if damage == "link":
-        pool._next[2] = 1
+        pool._free[0] = pool._free[1]
     elif damage == "refs":
         pool._refs[3] = 1
     else:

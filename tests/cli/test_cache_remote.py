@@ -61,7 +61,7 @@ def test_blocks_are_listed_with_their_place_in_the_text(capsys: pytest.CaptureFi
     assert main(["cache", "ls"]) == 0
     printed = capsys.readouterr().out
     for each in blocks:
-        assert each["key"][:12] in printed
+        assert each["key"][:8] in printed
     assert "0-16" in printed
     assert "default" in printed
 

@@ -46,12 +46,13 @@ def test_unknown_commands_and_help(tiny_model: str) -> None:
 
 
 def test_history_is_part_of_the_next_prompt(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    history = [{"role": "user", "content": "Hello"}]
-    first = chat._answer(llm, history, SamplingParams(temperature=0, max_tokens=4))
-    history += [{"role": "assistant", "content": first}, {"role": "user", "content": "And?"}]
-    prompt = llm.chat_prompt(history)["prompt"]
-    assert prompt.index("Hello") < prompt.index("And?")
-    assert capsys.readouterr().out == first + "\n"
+    session = llm.session("Be brief.")
+    chat._answer(session, "Hello", SamplingParams(temperature=0, max_tokens=4))
+    *_, asked, answered = session.messages
+    assert asked == {"role": "user", "content": "Hello"}
+    assert capsys.readouterr().out == answered["content"] + "\n"
+    prompt = llm.chat_prompt([*session.messages, {"role": "user", "content": "And?"}])["prompt"]
+    assert prompt.index("Be brief.") < prompt.index("Hello") < prompt.index("And?")
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(llm: LLM, monkeypatch: pyte
 
     whole = llm.chat([{"role": "user", "content": "Hello"}], GREEDY)[0].outputs[0].text
     monkeypatch.setattr("sys.stdout", Interrupting())
-    said = chat._answer(llm, [{"role": "user", "content": "Hello"}], GREEDY)
+    session = llm.session()
+    chat._answer(session, "Hello", GREEDY)
+    said = session.messages[-1]["content"]
     assert 0 < len(said) < len(whole)
     assert whole.startswith(said)
     assert (llm.stats().num_running, llm.stats().cache.num_active_blocks) == (0, 0)

@@ -49,6 +49,13 @@ def test_every_engine_option_is_an_option_of_generate(capsys: pytest.CaptureFixt
     assert [each.flag for each in OPTIONS.values() if each.flag[:20] not in printed] == []
 
 
+def test_help_shows_brackets_and_defaults_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "[default: lru]" in printed
+    assert "under [tenants] in" in printed
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pagemill {__version__}\n"

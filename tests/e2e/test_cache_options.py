@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pagemill import LLM, CacheOptions, CapacityError, ConfigError, RequestError, Retain, SamplingParams
+from pagemill import LLM, CacheOptions, CapacityError, ConfigError, PagemillError, RequestError, Retain, SamplingParams
 from pagemill.cache.entry import Removed, Stored
 from pagemill.cache.keys import Fingerprint
 from tests.fixtures.tiny import tiny_llama
@@ -166,3 +167,40 @@ def test_whatever_changes_the_bytes_of_a_block_changes_the_fingerprint(model: st
     ]
     assert len({base, *others}) == 1 + len(others)
     assert base.positions.startswith("RopeSpec(")
+
+
+WRONG_CALLS: list[tuple[Callable[[LLM], object], str]] = [
+    (lambda llm: llm.cache.pin("A text.", "60"), "seconds is '60'"),  # type: ignore[arg-type]
+    (lambda llm: llm.cache.pin("A text.", True), "seconds is True"),
+    (lambda llm: llm.cache.pin("A text.", float("nan")), "a lease of nan seconds"),
+    (lambda llm: llm.cache.unpin(1), "a pin is a int"),  # type: ignore[arg-type]
+    (lambda llm: llm.cache.set_quota([], floor_tokens=16), r"a tenant is named \[\]"),  # type: ignore[arg-type]
+    (lambda llm: llm.cache.set_quota("", floor_tokens=16), "a tenant is named ''"),
+    (lambda llm: llm.cache.set_quota("t" * 257), "1 to 256 letters"),
+    (lambda llm: llm.cache.declare_public(5), "a public namespace is named 5"),  # type: ignore[arg-type]
+    (lambda llm: llm.cache.purge_tenant([]), r"a tenant is named \[\]"),  # type: ignore[arg-type]
+    (lambda llm: llm.cache.remove_tenant(""), "a tenant is named ''"),
+    (lambda llm: llm.cache.purge_namespace("bakery"), "options is a str"),  # type: ignore[arg-type]
+    (lambda llm: llm.cache.purge("A text.", "bakery"), "options is a str"),  # type: ignore[arg-type]
+    (lambda llm: llm.cache.purge({"prompt_token_ids": [2**31]}), "no 32-bit numbers"),
+    (lambda llm: llm.cache.curve(5), "sizes of the cache are a int"),  # type: ignore[arg-type]
+    (lambda llm: llm.cache.curve([float("nan")]), "a size of the cache is nan"),  # type: ignore[list-item]
+    (lambda llm: llm.cache.stats([True]), "a size of the cache is True"),
+    (lambda llm: llm.cache.curve([0]), "give sizes from 1"),
+    (lambda llm: llm.cache.listen(5), "a listener is a int"),  # type: ignore[arg-type]
+    (lambda llm: llm.resize_kv_cache(1), "a KV cache of 0 blocks"),
+    (lambda llm: llm.session().restore("0"), "no snapshot '0'"),  # type: ignore[arg-type]
+    (lambda llm: llm.session().restore(False), "no snapshot False"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_CALLS)
+def test_what_a_caller_must_not_give_is_refused_and_changes_nothing(
+    model: str, call: Callable[[LLM], object], message: str
+) -> None:
+    with make(model) as llm:
+        llm.generate("A text.", GREEDY)
+        before = llm.cache.stats()
+        with pytest.raises(PagemillError, match=message):
+            call(llm)
+        assert llm.cache.stats() == before

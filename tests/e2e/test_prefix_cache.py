@@ -10,6 +10,7 @@ import pytest
 
 from pagemill import LLM, CacheOptions, CapacityError, ConfigError, RequestError, Retain, SamplingParams
 from pagemill.llm import RequestOutput
+from pagemill.text import remembered
 from tests.fixtures.tiny import tiny_llama
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3)
@@ -187,6 +188,21 @@ def test_sessions_branch_and_share(llm: LLM) -> None:
         session.say("Hello")
     with pytest.raises(RequestError, match="no snapshot 3"):
         branch.restore(3)
+
+
+def test_a_session_asks_with_the_tokens_of_its_messages_however_many_it_remembers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "PIECE_CHARACTERS", 16)
+    model = str(tiny_llama(tmp_path, format="gguf", weight_format="q4_1"))
+    params = replace(GREEDY, max_tokens=2, logprobs=None)
+    with make(model) as llm, llm.session(SYSTEM) as session:
+        for text in ("What turns and what grinds?", "What comes after that?", "And <|im_end|> then?"):
+            asked = [*session.messages, {"role": "user", "content": text}]
+            found = session.say(text, params)
+            assert found.prompt_token_ids == llm.chat_prompt(asked)["prompt_token_ids"]
+        assert session._encoder._pieces
+        assert session.fork().num_tokens == session.num_tokens
 
 
 def test_quotas_pins_and_ranges_out_of_bounds_are_refused(llm: LLM) -> None:

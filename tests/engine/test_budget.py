@@ -46,9 +46,50 @@ def test_without_decode_rows_or_bound_a_step_is_as_large_as_allowed() -> None:
     assert StepBudget(16, None).for_prompts(32) == 0
 
 
-def test_before_anything_is_known_chunks_are_moderate() -> None:
-    assert StepBudget(2048, 180).for_prompts(32) == UNKNOWN_CHUNK
-    assert StepBudget(100, 180).for_prompts(32) == 68
+def test_the_first_step_with_decode_rows_has_no_prompt_and_tells_what_decoding_takes() -> None:
+    budget = StepBudget(2048, 180)
+    assert budget.for_prompts(0) == 2048
+    assert budget.for_prompts(32) == 0
+    budget.saw(32, 0, 0.03)
+    assert budget.for_prompts(32) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_the_first_chunk_stays_within_the_bound_where_a_prompt_token_costs_no_more_than_a_row(rows: int) -> None:
+    machine = Machine(0.008, 0.0006, 0.0006)
+    budget = StepBudget(4096, 180)
+    alone_s = machine.step(budget, rows, 0)
+    assert machine.step(budget, rows, budget.for_prompts(rows)) <= max(1.8 * alone_s, SHORTEST_S)
+
+
+def test_steps_are_measured_by_all_who_will_decode_once_their_prompts_are_read() -> None:
+    machine = Machine(0.009, 0.0007, 0.0003)
+    budget = StepBudget(4096, 180)
+    for rows in (4, 32):
+        machine.step(budget, rows, 0)
+        machine.step(budget, rows, 64)
+    few, many = budget.for_prompts(4), budget.for_prompts(4, 28)
+    assert many > 1.5 * few
+    assert machine.seconds(4, many) <= 1.8 * machine.seconds(32, 0) * 1.02
+    assert budget.for_prompts(32, 0) == budget.for_prompts(32)
+
+
+def test_a_strange_first_step_of_a_number_of_streams_is_held_to_what_is_known_of_others() -> None:
+    machine = Machine(0.009, 0.0007, 0.0003)
+    budget = StepBudget(4096, 180)
+    for rows in (8, 12, 24):
+        machine.step(budget, rows, 0)
+    budget.saw(32, 0, 2.0)
+    assert budget.alone_s(32) <= 2.5 * machine.seconds(32, 0)
+
+
+def test_numbers_of_streams_that_differ_little_are_learned_together() -> None:
+    machine = Machine(0.009, 0.0007, 0.0003)
+    budget = StepBudget(4096, 180)
+    for rows in (32, 33, 34, 35, 36, 37, 38, 39):
+        machine.step(budget, rows, 0)
+    for rows in (32, 35, 39):
+        assert budget.alone_s(rows) == pytest.approx(machine.seconds(rows, 0), rel=0.05)
 
 
 def test_a_prompt_is_never_cut_to_nothing_for_long() -> None:
@@ -104,5 +145,5 @@ def test_a_clock_that_stands_still_teaches_nothing() -> None:
     budget = StepBudget(512, 180)
     budget.saw(32, 0, 0.0)
     budget.saw(32, 64, 0.0)
-    assert budget.alone_s(32) == 0.0
+    assert budget.alone_s(32) == 0.0, "and prompts are read all the same"
     assert budget.for_prompts(32) == UNKNOWN_CHUNK

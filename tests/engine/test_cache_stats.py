@@ -30,10 +30,21 @@ def test_a_prompt_asked_twice_is_half_of_what_was_asked() -> None:
     for name in ("cold", "warm"):
         ask(rig, name, list(range(17)))
     stats = cache_stats(rig.engine)
-    assert stats["tokens"] == {"asked": 32, "hit": 16, "hit_ratio": 0.5}
+    assert stats["tokens"] == {"asked": 32, "hit": 16, "hit_ratio": 0.5, "asked_again": 0, "hit_again": 0}
     assert stats["curve"]["recorded_blocks"] == 8
     assert stats["curve"]["points"][-1] == {"blocks": 512, "tokens": 2048, "hit_ratio": 0.5}
     assert stats["blocks"]["total"] == 64 == stats["blocks"]["free"] + stats["blocks"]["cached"]
+
+
+def test_who_was_put_off_and_comes_again_counts_once_and_apart() -> None:
+    rig = Rig(num_blocks=8, max_num_batched_tokens=64, sharing=SharingConfig())
+    for index in range(2):
+        rig.add(f"r{index}", [101 * index + each for each in range(4)], max_tokens=22)
+    rig.run()
+    assert rig.engine.stats().num_preemptions > 0
+    tokens = cache_stats(rig.engine)["tokens"]
+    assert (tokens["asked"], tokens["hit"], tokens["hit_ratio"]) == (2 * 3, 0, 0.0)
+    assert tokens["asked_again"] > tokens["hit_again"] > 0
 
 
 def test_the_curve_tells_what_a_smaller_cache_would_have_hit() -> None:

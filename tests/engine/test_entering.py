@@ -284,3 +284,48 @@ def test_a_short_prompt_is_not_held_up_by_a_long_one_before_it() -> None:
     assert (marks.first_token_s or 0.0) - marks.arrival_s <= 2 * STEP_S
     rows = [row.count for step in rig.rows for row in step if row.seq_id == 1]
     assert min(rows[:39]) >= 10, "the one in front has half of every step"
+
+
+# What it costs to choose
+
+
+def _calls(monkeypatch: pytest.MonkeyPatch, rig: Rig, name: str) -> list[object]:
+    """What is appended to whenever the rig's prefix cache is asked so."""
+    owner, calls = type(rig.cache.shared), []
+    asked = getattr(owner, name)
+
+    def counted(*arguments: object) -> object:
+        calls.append(arguments[0])
+        return asked(*arguments)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("num_tenants", [4, 200])
+def test_where_blocks_are_short_and_no_floors_promised_only_whose_turn_it_is_is_looked_up(
+    num_tenants: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = shared(num_blocks=16, max_num_batched_tokens=128)
+    rig.add("runs", prompt(33, 30), A, max_tokens=14)
+    rig.step()
+    for index in range(num_tenants):
+        rig.add(f"waits{index}", prompt(40, index), CacheOptions(tenant=f"t{index}"), max_tokens=2)
+    looked_up = _calls(monkeypatch, rig, "entry")
+    rig.step()
+    assert 0 < len(looked_up) <= 4
+    rig.run()
+    assert {rig.answers[f"waits{index}", 0].finish_reason for index in range(num_tenants)} == {"length"}
+
+
+def test_hits_of_those_who_wait_are_not_counted_anew_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = shared(num_blocks=64, max_num_batched_tokens=8)
+    rig.add("reads", prompt(100, 30), A, max_tokens=2)
+    for index in range(6):
+        rig.add(f"waits{index}", prompt(60, 100 + index), A, max_tokens=2)
+    counted = _calls(monkeypatch, rig, "chain_of")
+    num_steps = 16
+    for _ in range(num_steps):
+        rig.step()
+    assert 6 <= len(counted) <= 4 * 6, "six wait"
+    rig.run()

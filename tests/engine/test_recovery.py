@@ -29,10 +29,10 @@ def rig() -> Rig:
 def planted(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, concerns: Any) -> None:
     inner = getattr(owner, method)
 
-    def raising(self: Any, *arguments: Any) -> Any:
+    def raising(self: Any, *arguments: Any, **options: Any) -> Any:
         if concerns(*arguments):
             raise PlantedError(method)
-        return inner(self, *arguments)
+        return inner(self, *arguments, **options)
 
     monkeypatch.setattr(owner, method, raising)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures.serve_process import ROOT, ServeProcess
+from tests.fixtures.watched_server import audit_reports, watched_server
 
 NUM_CASES = int(os.environ.get("PAGEMILL_HOSTILE_CASES", "150"))
 ROUTES = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
@@ -31,37 +31,8 @@ SETTINGS = settings(
 
 @pytest.fixture(scope="module")
 def watched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    place = tmp_path_factory.mktemp("hostile")
-    arm = place / "arm"
-    with ServeProcess(
-        place, str(tiny_model), "--served-model-name", "tiny", "--kv-cache-memory-bytes", "8MiB",
-        "--packed-weights-cache", "off", "--log-format", "json",
-        command=[str(ROOT / "tests" / "fixtures" / "audit_server.py")], variables={"AUDIT_ARM": str(arm)},
-    ) as process:  # fmt: skip
-        with process.client() as client:
-            warm_up(client)
-        arm.touch()
-        while not arm.with_suffix(".armed").exists():
-            time.sleep(0.05)
+    with watched_server(tmp_path_factory.mktemp("hostile"), tiny_model) as process:
         yield process
-
-
-def warm_up(client: httpx.Client) -> None:
-    """Every route once, so that what is loaded at its first use is loaded."""
-    for path in ("/health", "/version", "/v1/models", "/metrics", "/openapi.json", "/nowhere"):
-        client.get(path)
-    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    for changes in ({}, {"stream": True}, {"response_format": schema}, {"tools": tools}, {"logprobs": True}):
-        assert client.post("/v1/chat/completions", json=chat | changes).status_code == 200
-    for changes in ({}, {"stream": True}, {"logprobs": 2}, {"guided_regex": "a+"}, {"echo": True, "logprobs": 1}):
-        assert client.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2, **changes}).status_code == 200
-    assert client.post("/v1/completions", content=b"{").status_code in (400, 422)
-    client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
-    assert client.post("/v1/completions", json={"prompt": 5}).status_code == 422
-    client.post("/tokenize", json={"prompt": "hi"})
-    client.post("/detokenize", json={"tokens": [1]})
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
@@ -178,8 +149,7 @@ def test_the_server_lives_and_has_done_nothing_that_it_must_not(watched: ServePr
         assert client.get("/health").json()["status"] == "ready"
         assert client.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2}).status_code == 200
     assert watched.process.poll() is None
-    report = watched.err.read_text()
-    assert "AUDIT" not in report, report[report.find("AUDIT") :][:3000]
+    assert audit_reports(watched) == []
 
 
 def test_the_watch_sees_each_of_these_things(tmp_path: Path) -> None:

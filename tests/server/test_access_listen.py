@@ -10,6 +10,7 @@ import pytest
 
 from pagemill.base.errors import ConfigError
 from pagemill.server.access_listen import HostCheck, TlsOptions, check_address, is_loopback
+from tests.fixtures.certificate import make_certificate
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "[::1]", "localhost", "::1%lo"])
@@ -82,24 +83,20 @@ def test_pages_of_other_origins_are_refused_without_keys(origin: str | None, all
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    place = tmp_path_factory.mktemp("tls")
-    paths = place / "cert.pem", place / "key.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    subprocess.run([*made, "-keyout", str(paths[1]), "-out", str(paths[0])], check=True, capture_output=True)
-    paths[1].chmod(0o600)
-    return paths
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 def test_a_certificate_and_its_key_are_taken(certificate: tuple[Path, Path]) -> None:
     options = TlsOptions(*certificate, certificate[0])
     assert options.enabled
-    assert options.uvicorn_options() == {
-        "ssl_certfile": str(certificate[0]),
-        "ssl_keyfile": str(certificate[1]),
-        "ssl_ca_certs": str(certificate[0]),
-        "ssl_cert_reqs": int(ssl.CERT_REQUIRED),
-    }
-    assert TlsOptions().uvicorn_options() == {}
+    context = options.context()
+    assert context is not None
+    assert context.verify_mode is ssl.CERT_REQUIRED, "clients are asked for a certificate"
+    assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+    without = TlsOptions(*certificate).context()
+    assert without is not None
+    assert without.verify_mode is ssl.CERT_NONE
+    assert TlsOptions().context() is None
 
 
 def test_half_of_a_pair_is_refused(certificate: tuple[Path, Path]) -> None:

@@ -24,6 +24,7 @@ from pagemill.server.access_keys import KeyEntry, make_key, read_keys, write_key
 from pagemill.server.app import create_app
 from pagemill.telemetry.catalog import CATALOG
 from tests.fixtures.board import expressions
+from tests.fixtures.certificate import make_certificate
 from tests.fixtures.collector import Collector
 from tests.fixtures.live_server import SETTINGS
 from tests.fixtures.serve_process import ROOT, ServeProcess
@@ -350,11 +351,7 @@ def test_a_drain_that_the_admin_asks_for_ends_the_process(tiny_model: Path, tmp_
 
 
 def test_tls_and_a_key_of_the_command_line(tiny_model: Path, tmp_path: Path) -> None:
-    certificate, private = tmp_path / "cert.pem", tmp_path / "key.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(private), "-out", str(certificate)]
-    subprocess.run(made, check=True, capture_output=True)
-    private.chmod(0o600)
+    certificate, private = make_certificate(tmp_path)
     key = "a-key-that-is-long-enough"
     with ServeProcess(
         tmp_path, str(tiny_model), "--kv-cache-memory-bytes", "8MiB", "--packed-weights-cache", "off",

@@ -286,6 +286,46 @@ def test_wrong_fields_are_told_in_openai_s_shape(
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"temperature": -3}, "temperature", "temperature is -3"),
+        ({"top_p": 2}, "top_p", "top_p is 2"),
+        ({"n": 0}, "n", "n is 0"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens is 0"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "logit_bias of token 1"),
+        ({"min_tokens": 9, "max_tokens": 2}, "min_tokens", "min_tokens (9) is above"),
+        ({"deadline_s": -1}, "deadline_s", "deadline_s is -1"),
+        ({"prompt": ["a", [1]]}, "prompt", "prompt: give a text, token ids, or a list of either"),
+        ({"prompt": 5, "best_of": "x"}, "prompt", "give a text, token ids, or a list of either (and 1 more)"),
+        ({"stop": 7}, "stop", "stop: give a text or a list of texts"),
+        ({"cache": {"retain": [{"ttl": {}}]}}, "cache", "cache.retain.0.ttl: give seconds, or a time such as 30m"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias", "logit_bias.1: Input should be a valid number"),
+        ({"temperature": "hot"}, "temperature", "temperature: Input should be a valid number"),
+        ({"prompt": ""}, None, "the prompt is empty"),
+    ],
+)
+def test_an_error_names_the_field_that_is_wrong(
+    http: httpx.Client, fields: dict[str, Any], param: str | None, said: str
+) -> None:
+    error = http.post("/v1/completions", json={"prompt": "x", **fields}).json()["error"]
+    assert error["param"] == param, error
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"[1]", b"5"])
+def test_a_body_that_is_no_object_is_told_so(http: httpx.Client, body: bytes) -> None:
+    answer = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, None)
+    assert "no JSON object" in answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_not_said_to_be_json_is_told_what_to_send(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
+    assert answer.status_code == 422
+    assert "content-type: application/json" in answer.json()["error"]["message"]
+
+
 def test_a_wrong_stream_is_refused_before_it_begins(http: httpx.Client) -> None:
     answer = http.post("/v1/completions", json={"prompt": [-1], "stream": True})
     assert answer.status_code == 400

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import importlib
 import socket
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from threading import Event, Thread
+from typing import Literal
 
 import httpx
 import pytest
@@ -17,11 +20,15 @@ import uvicorn
 
 from pagemill.server import limits_connection
 from pagemill.server.access_door import Receive, Scope, Send, send_json
+from pagemill.server.access_listen import TlsOptions
 from pagemill.server.limits import Limits
 from pagemill.server.limits_body import BodyLimits
 from pagemill.server.limits_connection import guarded_protocol
+from pagemill.server.limits_tls import GuardedServer
 from pagemill.telemetry.metrics import Metrics
+from tests.fixtures.certificate import make_certificate
 
+Loop = Literal["auto", "asyncio", "uvloop"]
 LIMITS = Limits(
     header_timeout_s=0.4, body_timeout_s=0.5, write_timeout_s=0.5, max_header_bytes=4096, max_url_bytes=1024,
     max_connections=600,
@@ -32,7 +39,7 @@ HEAD = b"POST /v1/x HTTP/1.1\r\nhost: a\r\n"
 class Small:
     """An application behind the guards, on a thread of its own. Mutated by requests: what it saw."""
 
-    def __init__(self, limits: Limits = LIMITS) -> None:
+    def __init__(self, limits: Limits = LIMITS, tls: ssl.SSLContext | None = None, loop: Loop = "auto") -> None:
         self.metrics = Metrics("tiny")
         self.gone = Event()
         self.num_answered = 0
@@ -42,12 +49,13 @@ class Small:
         config = uvicorn.Config(
             BodyLimits(self._app, lambda: limits, self.metrics),
             http=guarded_protocol(limits, self.metrics),
+            loop=loop,
             log_level="critical",
             lifespan="off",
             ws="none",
             timeout_keep_alive=2,
         )
-        self._server = uvicorn.Server(config)
+        self._server = GuardedServer(config, tls, limits, self.metrics)
         self._thread = Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()
         while not self._server.started:
@@ -83,7 +91,7 @@ class Small:
     @property
     def num_connections(self) -> int:
         """Connections that are open now."""
-        return len(self._server.server_state.connections)
+        return self._server.num_connections
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -258,6 +266,127 @@ def test_connections_beyond_the_limit_are_told_to_come_back() -> None:
         with small.connect() as connection:
             assert answer_of(connection).startswith(b"HTTP/1.1 503 ")
         assert small.cut("too many") == 1
+    finally:
+        for each in inside:
+            each.close()
+        small.stop()
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def secret(certificate: tuple[Path, Path], request: pytest.FixtureRequest) -> Iterator[Small]:
+    if request.param == "uvloop":
+        pytest.importorskip("uvloop")
+    server = Small(replace(LIMITS, header_timeout_s=1.5), tls_of(certificate), request.param)
+    yield server
+    server.stop()
+
+
+def tls_of(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+    context = TlsOptions(*certificate).context()
+    assert context is not None
+    return context
+
+
+def trusting(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(certificate[0]))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_tls_connection_is_answered_and_answered_again(secret: Small, certificate: tuple[Path, Path]) -> None:
+    with httpx.Client(verify=trusting(certificate), trust_env=False) as client:
+        url = f"https://127.0.0.1:{secret.port}/v1/x"
+        assert [client.post(url, content=b"x" * 100_000).status_code for _ in range(5)] == [200] * 5
+        assert secret.num_connections == 1
+    assert secret.bodies == [b"x" * 100_000] * 5
+    wait_until(lambda: secret.num_connections == 0)
+
+
+def test_a_request_in_one_packet_with_the_end_of_the_handshake_is_answered(
+    secret: Small, certificate: tuple[Path, Path]
+) -> None:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = trusting(certificate).wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    with secret.connect() as connection:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                connection.sendall(outgoing.read())
+                incoming.write(connection.recv(65536))
+        tls.write(HEAD + b"content-length: 0\r\n\r\n")
+        connection.sendall(outgoing.read())  # the handshake's last message, and the request
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            try:
+                piece = tls.read(65536)
+                assert piece, "the answer has ended"
+                answer += piece
+            except ssl.SSLWantReadError:
+                piece = connection.recv(65536)
+                assert piece, "the connection has ended"
+                incoming.write(piece)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x01\x02\x00\x01"], ids=["nothing", "a part of its hello"])
+def test_a_handshake_that_does_not_come_is_cut(secret: Small, said: bytes) -> None:
+    with secret.connect() as connection:
+        connection.sendall(said)
+        assert answer_of(connection) == b""
+    wait_until(lambda: secret.cut("handshake") == 1)
+    wait_until(lambda: secret.num_connections == 0)
+
+
+def test_a_head_that_does_not_come_behind_a_handshake_is_cut(secret: Small, certificate: tuple[Path, Path]) -> None:
+    with trusting(certificate).wrap_socket(secret.connect(), server_hostname="127.0.0.1") as connection:
+        connection.sendall(HEAD)
+        assert answer_of(connection).startswith(b"HTTP/1.1 408 ")
+    assert secret.cut("head") == 1
+    assert secret.cut("handshake") == 0
+
+
+def test_who_speaks_no_tls_is_left_and_nobody_else(secret: Small, certificate: tuple[Path, Path]) -> None:
+    for said in (b"GET / HTTP/1.1\r\nhost: a\r\n\r\n", b"\x16\x03\x01\x00\x05hello"):
+        with secret.connect() as connection:
+            connection.sendall(said)
+            answer_of(connection)
+    with secret.connect():
+        pass  # gone before a byte
+    wait_until(lambda: secret.num_connections == 0)
+    assert secret.num_answered == 0
+    with httpx.Client(verify=trusting(certificate), trust_env=False) as client:
+        assert client.post(f"https://127.0.0.1:{secret.port}/v1/x").status_code == 200
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_connections_count_before_their_handshake(certificate: tuple[Path, Path], loop: Loop) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    small = Small(replace(LIMITS, max_connections=20, header_timeout_s=20.0), tls_of(certificate), loop)
+    inside = [small.connect() for _ in range(20)]
+    try:
+        wait_until(lambda: small.num_connections == 20)
+        with small.connect() as connection:
+            assert answer_of(connection) == b""
+        assert small.cut("too many") == 1
+        began = time.monotonic()
+        small.stop()
+        assert time.monotonic() - began < 5, "handshakes do not hold up the end"
     finally:
         for each in inside:
             each.close()

@@ -80,6 +80,13 @@ def test_version_and_unknown_routes(http: httpx.Client) -> None:
     assert http.get("/v1/completions").status_code == 405
 
 
+@pytest.mark.parametrize("path", ["/health", "/version", "/v1/models", "/v1/models/tiny", "/tokenizer_info"])
+def test_a_head_is_a_get_without_its_body(http: httpx.Client, path: str) -> None:
+    head, got = http.head(path), http.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(got.content))
+
+
 def test_the_interface_describes_itself(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= schema["paths"].keys()
@@ -95,10 +102,26 @@ def test_unknown_fields_are_told_once(http: httpx.Client, caplog: pytest.LogCapt
     assert sum("a_new_field" in each.getMessage() for each in caplog.records) == 1
 
 
+def test_what_is_no_name_of_a_field_is_not_repeated_in_the_log(
+    http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "my secret is a canary"
+    names = [secret, "canary\nrequest status=200", "\x1b[31mcanary", "canary" * 20, ""]
+    with caplog.at_level(logging.DEBUG, "pagemill.server.asking"):
+        for name in names:
+            assert http.post("/tokenize", json={"prompt": "x", name: 1}).status_code == 200
+    told = [each.getMessage() for each in caplog.records]
+    assert "canary" not in "".join(told)
+    assert len(told) <= 1, "once"
+
+
 def test_strict_refuses_unknown_fields(tiny_model: Path) -> None:
     with LiveServer(str(tiny_model), settings={"strict": True}) as server, server.client() as http:
         answer = http.post("/v1/completions", json={"prompt": "x", "promt": "y"})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "promt")
+        for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+            assert http.post(path, json=body).status_code == 200
+            assert http.post(path, json={**body, "promt": "y"}).json()["error"]["param"] == "promt"
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,20 @@ def ask(url: str, **fields: object) -> httpx.Response:
         return client.post(f"{url}/v1/completions", json={**LONG, **fields})
 
 
+def wait_until_running(url: str) -> None:
+    deadline = time.monotonic() + 30
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        while not re.search(r"^pagemill:http_open_requests\{.*\} 2", client.get(f"{url}/metrics").text, re.MULTILINE):
+            assert time.monotonic() < deadline, "the request does not come"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_requests_finish_and_ends_with_0(tiny_model: Path, number: signal.Signals) -> None:
     with serving(tiny_model) as (process, url):
         answers: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: answers.append(ask(url, stream=True)))
         thread.start()
-        time.sleep(0.3)
+        wait_until_running(url)
         process.send_signal(number)
         thread.join()
         rest, errors = process.communicate(timeout=30)

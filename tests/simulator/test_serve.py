@@ -108,6 +108,22 @@ def test_a_long_prompt_makes_those_who_decode_wait_no_more_than_allowed() -> Non
     assert unbounded.seconds / bounded.seconds >= 0.9
 
 
+@pytest.mark.parametrize(("num_input", "num_output", "least"), [(256, 64, 0.93), (64, 64, 0.95), (1000, 64, 0.85)])
+def test_prompts_in_small_chunks_cost_little_of_the_throughput_of_many_users(
+    num_input: int, num_output: int, least: float
+) -> None:
+    """More requests than can run at any time: as many tokens in all as where prompts are read at once."""
+    cost = StepCost(base_s=0.009, row_s=0.0007, token_s=0.00033, read_s=0.0)
+    trace = lengths(*((0.0, num_input, num_output + index % 16) for index in range(160)))
+    settings = ServeSettings(num_blocks=4000, max_num_seqs=32)
+    bounded = serve(trace, cost, settings)
+    unbounded = serve(trace, cost, replace(settings, mixed_step_percent=None))
+    assert unbounded.seconds / bounded.seconds >= least
+    alone_s = cost.base_s + 32 * cost.row_s
+    assert percentiles(bounded.gaps_s)["p99"] <= 2.0 * alone_s
+    assert percentiles(unbounded.gaps_s)["p99"] > 2.0 * alone_s, "that is what it is paid for"
+
+
 def loads(victim_rate: float, flood_rate: float, seconds: float) -> Trace:
     """A victim and a flood, each with so many requests a second at random times: 100 tokens in and 30 out are the
     victim's, 200 and 60 the flood's."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ BAD_REQUESTS: list[tuple[object, str]] = [
     ([0, 192, 9, [[0, 1 << 40]], 0, 0, "a"], "more than"),
     ([0, 192, 9, [[0, 3]], -1, 0, "a"], "think_s"),
     ([0, 192, 9, [[0, 3]], 0, "x", "a"], "api_s"),
+    ([0, 192, 9, [[0, 3]], "", 0, "a"], "think_s"),
+    ([0, 192, 9, [[0, 3]], 0, False, "a"], "api_s"),
+    ([0, 1 << 50, 9, [[0, 1 << 20], [1 << 20, 1]], 0, 0, "a"], "more than 1,048,576"),
 ]
 
 
@@ -116,17 +120,81 @@ def test_a_wrong_session_is_named_with_its_line(tmp_path: Path, change: dict[str
 
 
 @pytest.mark.parametrize(
-    "row", ["x,1,2", "2023-11-16 18:15:46.68,one,2", "2023-11-16 18:15:46.68,1", "2023-11-16,-1,2"]
+    "row",
+    [
+        "x,1,2",
+        "2023-11-16 18:15:46.68,one,2",
+        "2023-11-16 18:15:46.68,1",
+        "2023-11-16,-1,2",
+        "2023-11-16 18:15:46.68,1_0,2",
+        "2023-11-16 18:15:46.68,\u0663,2",
+        "2023-11-16 18:15:46.68," + "9" * 5000 + ",2",
+        "2023-11-16 18:15:46.6805900+00:00,1,2",
+        "2023-11-16 18:15:46.680+00:00,1,2",
+        "2023-11-16 18:15:46.68,1\x00,2",
+        '2023-11-16 18:15:46.68,"1,2',
+        "x" * 200_000 + ",1,2",
+    ],
+    ids=lambda row: row[:40],
 )
 def test_a_wrong_line_of_lengths_is_named_with_its_number(tmp_path: Path, row: str) -> None:
     with pytest.raises(ConfigError, match=r"a\.csv, line 2: "):
         read_trace(write(tmp_path / "a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens", row))
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"a": 1}\n', b"\xff\xfe\x00", b"TIMESTAMP,a,b\n"])
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "a.csv"])
+def test_bytes_that_are_not_text_are_named_with_their_line(tmp_path: Path, name: str) -> None:
+    good = b"TIMESTAMP,ContextTokens,GeneratedTokens" if name == "a.csv" else json.dumps(MOONCAKE).encode()
+    content = good + b"\n\n" + b"\xff\xfe\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(ConfigError, match=r"line 3: is not text in UTF-8"):
+        read_trace(tmp_path / name)
+
+
+def test_where_a_compressed_file_breaks_off_is_named(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = [{**MOONCAKE, "hash_ids": [rng.randrange(1 << 40)]} for _ in range(2000)]
+    content = gzip.compress("\n".join(map(json.dumps, rows)).encode())
+    (tmp_path / "t.jsonl.gz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match=r"line [1-9][\d,]+: cannot be read") as refused:
+        read_trace(tmp_path / "t.jsonl.gz")
+    assert "give a whole file" in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"x" * 100, b'{"hash_ids": [1, ' + b"1, " * 50])
+def test_a_line_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("pagemill.simulator.trace._LONGEST_LINE", 60)
+    (tmp_path / "t.jsonl").write_bytes(b"\n" + content)
+    with pytest.raises(ConfigError, match="line 2: is longer than 60 characters"):
+        read_trace(tmp_path / "t.jsonl")
+
+
+def test_sessions_of_more_blocks_than_can_be_held_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagemill.simulator.trace._MOST_ACCESSES", 10)
+    with pytest.raises(ConfigError, match="line 2: brings the trace to more than 10 blocks"):
+        read_trace(write(tmp_path / "s.jsonl", SESSION, SESSION))
+
+
+@pytest.mark.parametrize("first", [MOONCAKE, SESSION, "TIMESTAMP,ContextTokens,GeneratedTokens"])
+def test_a_byte_order_mark_is_no_part_of_a_trace(tmp_path: Path, first: object) -> None:
+    plain = write(tmp_path / "plain", first)
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert read_trace(tmp_path / "marked").requests == read_trace(plain).requests
+
+
+def test_a_line_of_another_format_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="line 2: has no 'timestamp'"):
+        read_trace(write(tmp_path / "t.jsonl", MOONCAKE, SESSION))
+    with pytest.raises(ConfigError, match="line 2: block_size"):
+        read_trace(write(tmp_path / "s.jsonl", SESSION, MOONCAKE))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n\n", b'{"a": 1}\n', b"\xff\xfe\x00", b"TIMESTAMP,a,b\n", b"TIMESTAMP" + b"x" * 200_000]
+)
 def test_a_file_of_no_format_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"give|columns"):
+    with pytest.raises(ConfigError, match=r"give|columns|is not CSV"):
         read_trace(tmp_path / "x")
 
 

@@ -74,6 +74,20 @@ def test_what_asyncio_says_of_a_task_does_not_quote_its_error() -> None:
     assert CANARY not in stream.getvalue()
 
 
+def test_what_asyncio_says_of_a_callback_does_not_quote_its_arguments() -> None:
+    _, stream = lines()
+
+    async def lose() -> None:
+        asyncio.get_running_loop().call_soon(fail, CANARY)
+        await asyncio.sleep(0)
+
+    asyncio.run(lose())
+    [line] = told(stream)
+    assert line["message"].startswith("Exception in callback")
+    assert line["error"]["type"] == "ValueError"
+    assert CANARY[:10] not in stream.getvalue()
+
+
 def test_no_value_begins_a_line_of_its_own_or_replaces_a_field() -> None:
     log, stream = lines()
     log.info("a\nb\u2028c\x1b[31m", extra={FIELDS: {"level": "forged", "path": '/"\n{"level":"x"}'}})
@@ -177,3 +191,19 @@ else:
     line = json.loads(ended.stderr.splitlines()[0])
     assert (line["level"], line["error"]["type"]) == ("critical", "ValueError")
     assert ended.returncode == (1 if where == "main" else 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/v1/models", "path=/v1/models"),
+        ("/x status=200 key=root", 'path="/x status=200 key=root"'),
+        ('/x"', 'path="/x\\""'),
+        ("", 'path=""'),
+        ("/x\nrequest", "path=/x\\nrequest"),
+        (404, "path=404"),
+    ],
+)
+def test_a_value_in_a_text_line_is_one_value(value: object, shown: str) -> None:
+    record = logging.makeLogRecord({"name": "pagemill", "msg": "request", FIELDS: {"path": value, "status": 404}})
+    assert TextFormatter().format(record).endswith(f"request {shown} status=404")

@@ -62,6 +62,16 @@ def test_a_request_is_counted_once_with_all_its_tokens() -> None:
     assert watched.observer.num_open == 0
 
 
+def test_a_prompt_is_counted_when_it_was_read_and_not_when_its_answer_ends() -> None:
+    watched = Watched()
+    watched.add("a", list(range(10)), max_tokens=30)
+    for _ in range(3):
+        watched.observer.stepped(watched.rig.engine.step(), watched.rig.clock.now())
+    assert watched.value("vllm:prompt_tokens") == 10
+    watched.observer.stepped(watched.rig.engine.abort("a"), watched.rig.clock.now())
+    assert watched.value("vllm:prompt_tokens") == 10, "once"
+
+
 def test_the_stages_of_a_request_add_up() -> None:
     watched = Watched(max_num_seqs=1)
     for name in ("a", "b"):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagemill.models.checkpoint import open_checkpoint
+from pagemill.text.remembered import RememberingEncoder
 from pagemill.text.stream import IncrementalDetokenizer
 from pagemill.text.tokenizer import Tokenizer, build_tokenizer
 from tests.fixtures.default_model import default_model_path
@@ -50,3 +51,12 @@ def test_a_stream_is_the_whole_text() -> None:
     text = "👩‍👩‍👧 naïve 日本語\n\n" * 40
     stream = IncrementalDetokenizer(tokenizer().decode)
     assert "".join([*map(stream.push, tokenizer().encode(text)), stream.flush()]) == text
+
+
+def test_a_text_in_pieces_has_the_ids_of_the_whole() -> None:
+    assert tokenizer().cuts_at_words
+    encoder = RememberingEncoder(tokenizer())
+    documents = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+    text = "<|im_start|>user\n".join(each.read_text(encoding="utf-8") for each in documents)
+    for length in (2000, 9000, 9000, len(text)):
+        assert encoder.encode(text[:length], add_special=False) == tokenizer().encode(text[:length])

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 class Figure:
     """One count. test: "R5". what: which failures are counted ("blocks leaked"). num_trials of `unit` ran and
     num_failures of them failed. also: further counts, which show what the trials met (evictions, hits …). replays: a
-    command for each failure."""
+    command for each failure. stated: what the count says, where that is no rate of failures."""
 
     test: str
     what: str
@@ -24,10 +24,13 @@ class Figure:
     unit: str
     also: dict[str, int] = field(default_factory=dict)
     replays: list[str] = field(default_factory=list)
+    stated: str = ""
 
     @property
     def bound(self) -> str:
         """What the count says about the rate of failures: below 3/N where there was none, else the rate itself."""
+        if self.stated:
+            return self.stated
         if not self.num_trials:
             return "nothing ran"
         if self.num_failures:
@@ -37,9 +40,8 @@ class Figure:
     def __str__(self) -> str:
         met = "".join(f", {count:,} {name}" for name, count in self.also.items())
         counted = f"{self.num_failures:,} {self.what} in {self.num_trials:,} {self.unit}"
-        return "\n".join(
-            [f"{self.test:<4} {counted} (rate {self.bound}){met}", *(f"     {each}" for each in self.replays)]
-        )
+        bound = self.stated or f"rate {self.bound}"
+        return "\n".join([f"{self.test:<4} {counted} ({bound}){met}", *(f"     {each}" for each in self.replays)])
 
     def encode(self) -> str:
         """As one line of JSON."""
@@ -70,5 +72,6 @@ def added(figures: Iterable[Figure]) -> list[Figure]:
             each.unit,
             dict(also),
             [*known.replays, *each.replays],
+            "; ".join(filter(None, [known.stated, each.stated])),
         )
     return list(sums.values())

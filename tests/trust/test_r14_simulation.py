@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.contracts.cache import broken
-from tests.trust import simulation
+from tests.trust import days, simulation
 from tests.trust.figures import Figure
 
 SEEDS = 50
@@ -18,6 +18,19 @@ def test_simulations_go_right(part: int, publish: Callable[[Figure], None]) -> N
     figure = simulation.count(range(part * SEEDS, (part + 1) * SEEDS))
     publish(figure)
     assert min(figure.also.values()) > 0, "the seeds met too little"
+
+
+def test_days_of_a_server_go_right(publish: Callable[[Figure], None]) -> None:
+    figure = days.count(range(1000, 1000 + SEEDS))
+    publish(figure)
+    assert min(figure.also.values()) > 0, "the days met too little"
+
+
+def test_a_day_gone_wrong_is_told_with_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken.no_copy(monkeypatch)
+    figure = days.count(range(20))
+    assert figure.num_failures
+    assert "run_day(" in figure.replays[0]
 
 
 def test_a_seed_does_the_same_twice() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.contracts.cache import broken
-from tests.trust import leaks
+from tests.trust import leaks, server_leaks
 from tests.trust.figures import Figure
 
 PAIRS = 30
@@ -26,3 +26,10 @@ def test_a_cache_that_shares_across_tenants_is_seen(monkeypatch: pytest.MonkeyPa
     figure = leaks.count(range(2))
     assert figure.num_failures
     assert "--replay S5:" in figure.replays[0]
+
+
+def test_an_observer_is_told_the_same_over_http_whatever_another_tenant_asks(publish: Callable[[Figure], None]) -> None:
+    figure = server_leaks.count(range(1))
+    publish(figure)
+    assert figure.also["controls that differ (same key)"] == figure.num_trials
+    assert figure.also["things told over HTTP"] > 15

@@ -148,8 +148,8 @@ class EngineConfig:
     )
     mixed_step_percent: int | None = option(
         None,
-        "How long a step that reads prompts may take beside sequences that decode, in percent of a step that only "
-        "decodes; prompts are cut to fit. Unset: 180 for serve, no bound for Python.",
+        "How long a step that reads prompts may take beside sequences that decode, in percent of a step in which all "
+        "that have a place decode; prompts are cut to fit. Unset: 180 for serve, no bound for Python.",
         unit="percent",
     )
     max_queued_requests: int | None = option(

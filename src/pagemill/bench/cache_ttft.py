@@ -12,18 +12,21 @@ from pathlib import Path
 from pagemill.base.errors import ConfigError, IntegrityError, ModelError
 from pagemill.base.params import SamplingParams
 from pagemill.bench.cache_figures import Figure, Settings, Subject, Tell, raise_failures
-from pagemill.bench.peers_catalog import PEERS, SCRIPTS
-from pagemill.bench.peers_setup import find_environment
+from pagemill.bench.peers_catalog import PEERS, SCRIPTS, Form
+from pagemill.bench.peers_setup import SetupError, find_environment, form_path
 from pagemill.bench.peers_worker import Worker, WorkerError
 from pagemill.bench.report import Row
 from pagemill.bench.step_profile import StageWatch
 from pagemill.engine.engine import Engine
 from pagemill.execution.runner import Runner
 from pagemill.llm import LLM
+from pagemill.models.checkpoint import open_checkpoint
+from pagemill.text.remembered import RememberingEncoder
 
 GROUP = "ttft"
 PEER = "llama.cpp"
 PEER_SCRIPT = SCRIPTS / "run_llama_cpp_cached.py"
+PEER_WEIGHTS = "Q4_0"  # in which it is fastest
 NEW_TOKENS = (4, 32)
 CACHED_TOKENS = 4096
 GOALS_MS = {4: 15.0, 32: 45.0}
@@ -32,6 +35,7 @@ PEER_GOAL = 2.0
 
 _LEAST_CACHED = 64
 _SHORT = 16
+_SENTENCE = "A mill has a wheel, a shaft and two stones, and a miller who minds them all the year. "
 _WARM_A_RUN = 3
 _STAGE_STEPS = 12
 _WORKER_S = 900.0
@@ -80,14 +84,14 @@ def measure(subject: Subject, settings: Settings, peer: PeerSettings, tell: Tell
         2 * cached + 4096, max_num_seqs=4, max_num_batched_tokens=subject.built.config.max_num_batched_tokens
     )
     llm = LLM.from_built(replace(subject.built, engine=engine))
-    worker = None if settings.cpu_time else _start_peer(peer, subject.built.num_threads, tell)
+    worker = _start_peer(peer, subject.built.num_threads, tell)
     samples = _Samples()
     try:
         for run in range(settings.num_runs):
             tell(f"first token over {cached:,} cached tokens: run {run + 1} of {settings.num_runs}")
             base = subject.prompt(cached)
             _run_ours(subject, llm, base, samples)
-            if worker is not None and not _run_peer(subject, worker, base, samples, tell):
+            if worker is not None and not _run_peer(subject, worker, base, samples, tell, cpu_time=settings.cpu_time):
                 worker.close()
                 worker = None
     finally:
@@ -96,7 +100,7 @@ def measure(subject: Subject, settings: Settings, peer: PeerSettings, tell: Tell
     found = _figures(samples, cached, full=not settings.quick)
     if isinstance(subject.built.executor, Runner):
         found += _stages(subject, engine, cached)
-    return found
+    return found + _encoding(subject, cached)
 
 
 def _run_ours(subject: Subject, llm: LLM, base: list[int], samples: _Samples) -> None:
@@ -126,12 +130,14 @@ def _start_peer(peer: PeerSettings, num_threads: int, tell: Tell) -> Worker | No
         tell(f"{PEER} is left out: `pagemill bench peers --peers {PEER}` sets it up, --python-llama names a Python")
         return None
     try:
+        source = open_checkpoint(peer.weights).weight_format
+        weights = form_path(Form(PEER_WEIGHTS, PEER_WEIGHTS), peer.weights, source, peer.root, tell)
         worker = Worker((str(environment.python), str(PEER_SCRIPT)), timeout_s=_WORKER_S)
-    except WorkerError as error:
-        tell(f"{PEER} is left out: it {error}")
+    except (SetupError, WorkerError) as error:
+        tell(f"{PEER} is left out: it {error}" if isinstance(error, WorkerError) else f"{PEER} is left out: {error}")
         return None
     try:
-        worker.load(str(peer.weights), num_threads, {})
+        worker.load(str(weights), num_threads, {})
         return worker
     except BaseException as error:
         worker.close()
@@ -141,14 +147,16 @@ def _start_peer(peer: PeerSettings, num_threads: int, tell: Tell) -> Worker | No
         return None
 
 
-def _run_peer(subject: Subject, worker: Worker, base: list[int], samples: _Samples, tell: Tell) -> bool:
+def _run_peer(
+    subject: Subject, worker: Worker, base: list[int], samples: _Samples, tell: Tell, *, cpu_time: bool
+) -> bool:
     """False where it failed. Of a cold run and of each number of new tokens, the faster of its settings counts."""
+
     try:
-        took = {setting: worker.generate([base + subject.prompt(NEW_TOKENS[0])], 1, setting) for setting in (0, 1)}
-        samples.seconds[PEER, 0].append(min(took.values()))
-        for new in (each for _ in range(_WARM_A_RUN) for each in NEW_TOKENS):
-            warm = [worker.generate([base + subject.prompt(new)], 1, setting) for setting in (0, 1)]
-            samples.seconds[PEER, new].append(min(warm))
+        for new in (0, *(each for _ in range(_WARM_A_RUN) for each in NEW_TOKENS)):
+            prompt = [base + subject.prompt(new or NEW_TOKENS[0])]
+            took = [worker.generate(prompt, 1, setting, cpu_time=cpu_time) for setting in (0, 1)]
+            samples.seconds[PEER, new].append(min(took))
     except WorkerError as error:
         tell(f"{PEER} failed and is left out from here on: it {error}")
         return False
@@ -160,7 +168,8 @@ def _figures(samples: _Samples, cached: int, *, full: bool) -> list[Figure]:
     for (engine, new), seconds in samples.seconds.items():
         name = f"first token, {new} new over {cached:,} cached" if new else f"first token of {cached + 4:,}, cold"
         goal = GOALS_MS.get(new) if full and engine == "pagemill" else None
-        row = Row(name, "warm" if new else "cold", "ms", tuple(1e3 * each for each in seconds), engine)
+        mode = ("warm" if new else "cold") + (f", {PEER_WEIGHTS}" if engine == PEER else "")
+        row = Row(name, mode, "ms", tuple(1e3 * each for each in seconds), engine)
         found.append(Figure(GROUP, row, at_most=goal, more={"new": new, "cached": cached}))
     for new in NEW_TOKENS:
         ratios = samples.ratios(("pagemill", 0), ("pagemill", new))
@@ -221,6 +230,25 @@ def _timed_steps(subject: Subject, engine: Engine, runner: Runner, base: list[in
     finally:
         engine.on_stage = runner.on_stage = None
     return steps
+
+
+def _encoding(subject: Subject, cached: int) -> list[Figure]:
+    """What comes before all that where a text is asked and not token ids: making ids of it, anew as for `generate`, and
+    of what a turn adds, as sessions do."""
+    tokenizer = subject.built.tokenizer
+    if tokenizer is None:
+        return []
+    text = _SENTENCE * -(-cached // len(tokenizer.encode(_SENTENCE, add_special=False)))
+    encoder = RememberingEncoder(tokenizer)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for index in range(_STAGE_STEPS):
+        asked = f"{text} And what is number {index}?"
+        for name, encode in (("anew", tokenizer.encode), ("next turn of a session", encoder.encode)):
+            began = subject.clock.now()
+            encode(asked, add_special=False)
+            seconds[name].append(subject.clock.now() - began)
+    work = f"ids of a text of {cached:,} tokens"
+    return [Figure(GROUP, Row(work, name, "ms", tuple(1e3 * s for s in each[1:]))) for name, each in seconds.items()]
 
 
 def weights_file(path: Path) -> Path | None:

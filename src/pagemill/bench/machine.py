@@ -33,8 +33,9 @@ class CpuCounters:
     own_s: float
 
 
-def read_counters(stat: Path = Path("/proc/stat")) -> CpuCounters | None:
-    """The counters now; None where the machine does not tell (proc(5), line `cpu`)."""
+def read_counters(stat: Path = Path("/proc/stat"), *, beside_s: float = 0.0) -> CpuCounters | None:
+    """The counters now; None where the machine does not tell (proc(5), line `cpu`). beside_s: CPU seconds of processes
+    that count as ours too."""
     try:
         fields = stat.read_text().split("\n", 1)[0].split()
         user, nice, system, idle, wait, irq, softirq, steal = (int(text) for text in fields[1:9])
@@ -47,7 +48,7 @@ def read_counters(stat: Path = Path("/proc/stat")) -> CpuCounters | None:
         nice_s=nice * tick_s,
         idle_s=(idle + wait) * tick_s,
         steal_s=steal * tick_s,
-        own_s=own.user + own.system,
+        own_s=own.user + own.system + beside_s,
     )
 
 

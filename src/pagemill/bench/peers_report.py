@@ -14,7 +14,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from pagemill.bench.machine import describe_git, describe_machine, describe_versions
+from pagemill.bench.machine import describe_machine
 from pagemill.bench.peers_catalog import (
     KNOWN,
     KNOWN_FROM,
@@ -25,7 +25,7 @@ from pagemill.bench.peers_catalog import (
     Contestant,
 )
 from pagemill.bench.peers_run import Measured, Measurement, Settings
-from pagemill.bench.report import Row, rounded, timestamp
+from pagemill.bench.report import Row, absence_remarks, machine_remarks, report_heading, rounded
 from pagemill.kernels.target import choose_target
 
 
@@ -42,12 +42,9 @@ class Context:
 
 def make_report(context: Context, settings: Settings, found: Measurement) -> dict[str, Any]:
     """The bench's JSON object, without the names of its files."""
+    machine = describe_machine(choose_target(), settings.num_threads) | {"cpu_shares": found.cpu_shares}
     return {
-        "bench": "peers",
-        "date": timestamp(),
-        "machine": describe_machine(choose_target(), settings.num_threads) | {"cpu_shares": found.cpu_shares},
-        "versions": describe_versions(),
-        "git": describe_git(),
+        **report_heading("peers", machine),
         "settings": {
             "model": context.model,
             "weight_format": context.weight_format,
@@ -201,12 +198,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
             lines.append(f"{each['engine']} {each['mode']}: {each['note']}")
         if each["failure"] is not None:
             lines.append(f"failed: {each['engine']} {each['mode']} {each['failure']}")
-    lines += [f"not run: {name}: {why}" for name, why in report["absent"].items()]
+    lines += absence_remarks(report)
     if report["interrupted"]:
         lines.append("interrupted: rows that are missing or short were not measured to the end")
-    machine = report["machine"]
-    shares = machine["cpu_shares"]
-    if shares is not None:
-        lines.append(f"CPU time: own {shares['own']:.0%}, others {shares['others']:.0%}, steal {shares['steal']:.0%}")
-    lines.append(f"{machine['cpu']}, {machine['num_threads']} of {machine['num_cores']} cores, {machine['target']}")
-    return lines
+    return lines + machine_remarks(report["machine"])

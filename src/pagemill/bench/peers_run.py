@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -132,14 +132,9 @@ class _Run:
 
     def counters(self) -> CpuCounters | None:
         """Of the machine, with the workers' own time counted as ours."""
-        counters = read_counters()
-        if counters is None:
-            return None
         times = os.times()
-        children = times.children_user + times.children_system
-        return replace(
-            counters, own_s=counters.own_s + children + sum(worker.cpu_s() for worker in self.workers.values())
-        )
+        ended_s = times.children_user + times.children_system
+        return read_counters(beside_s=ended_s + sum(worker.cpu_s() for worker in self.workers.values()))
 
     def load(self, contestant: Contestant) -> None:
         try:

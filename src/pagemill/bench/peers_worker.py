@@ -86,11 +86,14 @@ class Worker:
         except (KeyError, TypeError, ValueError, AttributeError):
             raise WorkerError(f"answered a load with {str(answer)[:_QUOTED]}") from None
 
-    def generate(self, prompts: list[list[int]], num_tokens: int, alternative: int = 0) -> float:
-        """Seconds that answers of exactly `num_tokens` to all prompts at once take. Raises WorkerError."""
+    def generate(
+        self, prompts: list[list[int]], num_tokens: int, alternative: int = 0, *, cpu_time: bool = False
+    ) -> float:
+        """Seconds that answers of exactly `num_tokens` to all prompts at once take. cpu_time: of the worker's CPU time,
+        all its threads together. Raises WorkerError."""
         answer = self._ask({"do": "generate", "prompts": prompts, "tokens": num_tokens, "alternative": alternative})
         try:
-            seconds, counts = float(answer["seconds"]), list(answer["tokens"])
+            seconds, counts = float(answer["cpu_seconds" if cpu_time else "seconds"]), list(answer["tokens"])
         except (KeyError, TypeError, ValueError):
             raise WorkerError(f"answered a request with {str(answer)[:_QUOTED]}") from None
         if counts != [num_tokens] * len(prompts):

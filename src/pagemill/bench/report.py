@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pagemill.base.errors import ConfigError
+from pagemill.bench.machine import describe_git, describe_versions
 
 DEFAULT_DIRECTORY = "bench-results"
 
@@ -69,6 +70,30 @@ class Row:
             "std": None if self.std is None else rounded(self.std),
             "samples": [rounded(each) for each in self.samples],
         }
+
+
+def report_heading(bench: str, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that every report begins with."""
+    return {
+        "bench": bench,
+        "date": timestamp(),
+        "machine": dict(machine),
+        "versions": describe_versions(),
+        "git": describe_git(),
+    }
+
+
+def machine_remarks(machine: Mapping[str, Any]) -> list[str]:
+    """Who had the cores meanwhile, where that is known (`cpu_shares`), and the machine, one line each."""
+    lines, shares = [], machine["cpu_shares"]
+    if shares is not None:
+        lines.append(f"CPU time: own {shares['own']:.0%}, others {shares['others']:.0%}, steal {shares['steal']:.0%}")
+    return [*lines, f"{machine['cpu']}, {machine['num_threads']} of {machine['num_cores']} cores, {machine['target']}"]
+
+
+def absence_remarks(report: Mapping[str, Any]) -> list[str]:
+    """What could not be had, one line each."""
+    return [f"not run: {name}: {why}" for name, why in report["absent"].items()]
 
 
 def rounded(value: float) -> float:

@@ -13,9 +13,9 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from pagemill.bench.machine import describe_git, describe_machine, describe_versions
+from pagemill.bench.machine import describe_machine
 from pagemill.bench.peers_catalog import PAGEMILL
-from pagemill.bench.report import Row, rounded, timestamp
+from pagemill.bench.report import Row, absence_remarks, machine_remarks, report_heading, rounded
 from pagemill.bench.serve_figures import LoadFigures, quantile_ms
 from pagemill.bench.serve_run import Measurement, Settings
 from pagemill.bench.serve_servers import Contender
@@ -81,11 +81,7 @@ def make_report(context: Context, settings: Settings, found: Measurement) -> dic
     machine = describe_machine(choose_target(), context.num_threads) | {"cpu_shares": found.cpu_shares}
     works = [each for each in settings.works if any(work == each for work, _ in found.runs)]
     return {
-        "bench": "serve",
-        "date": timestamp(),
-        "machine": machine,
-        "versions": describe_versions(),
-        "git": describe_git(),
+        **report_heading("serve", machine),
         "settings": {
             "model": context.model,
             "pagemill": dict(context.arguments),
@@ -251,19 +247,15 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
             lines.append(f"{each['engine']}: {each['note']}")
         if each["failure"] is not None:
             lines.append(f"failed: {each['engine']} {each['mode']} {each['failure']}")
-    lines += [f"not run: {name}: {why}" for name, why in report["absent"].items()]
+    lines += absence_remarks(report)
     if settings["quick"]:
         lines.append("quick: sizes are small; goals are not judged")
     if report["interrupted"]:
         lines.append("interrupted: what is missing was not measured")
-    machine = report["machine"]
-    if machine["cpu_shares"] is not None:
-        shares = machine["cpu_shares"]
-        if shares["others"] > MOST_OTHERS:
-            lines.append("disturbed: other programs had much of the machine; ratios mean little, goals are not judged")
-        lines.append(f"CPU time: own {shares['own']:.0%}, others {shares['others']:.0%}, steal {shares['steal']:.0%}")
-    lines.append(f"{machine['cpu']}, {machine['num_threads']} of {machine['num_cores']} cores, {machine['target']}")
-    return lines
+    shares = report["machine"]["cpu_shares"]
+    if shares is not None and shares["others"] > MOST_OTHERS:
+        lines.append("disturbed: other programs had much of the machine; ratios mean little, goals are not judged")
+    return lines + machine_remarks(report["machine"])
 
 
 def _said(line: Mapping[str, Any]) -> str:

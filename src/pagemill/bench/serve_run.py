@@ -135,11 +135,7 @@ class _Run:
 
     def counters(self) -> CpuCounters | None:
         """Of the machine, with the servers' and the generators' time counted as ours."""
-        counters = read_counters()
-        if counters is None:
-            return None
-        own_s = counters.own_s + self.generators_s + sum(each.cpu_s() for each in self.servers.values())
-        return replace(counters, own_s=own_s)
+        return read_counters(beside_s=self.generators_s + sum(each.cpu_s() for each in self.servers.values()))
 
     def start(self, contender: Contender) -> None:
         """Start a server and ask it a little, so that its first run meets no first times."""

@@ -178,13 +178,14 @@ class ReuseCurve:
     def _renumber(self) -> None:
         """Number the texts that keys remember anew from 0, in order."""
         counts = Counter(self._last_uses.values())
-        numbers = {number: at for at, number in enumerate(sorted(counts))}
+        numbers = {number: at for at, number in enumerate(sorted(counts))}  # in order
         self._last_uses = {key: numbers[number] for key, number in self._last_uses.items()}
-        self._next = len(numbers)
+        self._next = count = len(numbers)
+        # A place at + 1 sums up the counts above at + 1 - its lowest bit; behind the last number only its ancestors do.
+        until = [0, *accumulate(counts[number] for number in numbers)]
         tree = self._tree = [0] * len(self._tree)
-        for number, at in numbers.items():
-            tree[at + 1] += counts[number]
-        for at in range(1, len(tree)):
-            above = at + (at & -at)
-            if above < len(tree):
-                tree[above] += tree[at]
+        tree[1 : count + 1] = [until[at] - until[at & (at - 1)] for at in range(1, count + 1)]
+        at = count + (count & -count)
+        while at and at < len(tree):
+            tree[at] = until[count] - until[min(at & (at - 1), count)]
+            at += at & -at

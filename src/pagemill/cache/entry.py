@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pagemill.base.params import CacheOptions
@@ -49,8 +50,7 @@ class Removed:
     evicted: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """How a sequence of known tokens can enter: what it hits and what it must take.
 
     match: what the tree has of it. node: the last whole block that is hit, or the root. shared: block ids of whole
@@ -77,11 +77,13 @@ class Entry:
 
 
 class Entered(NamedTuple):
-    """What `SharedBlocks.enter` gives. table: block ids. missing: keys of whole blocks that were not found."""
+    """What `SharedBlocks.enter` gives. table: block ids. missing: keys of whole blocks that were not found; edges: the
+    tokens of each of these, packed."""
 
     table: array[int]
     lookup: Lookup
     missing: list[bytes]
+    edges: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,10 @@ class CacheStats:
     num_positions: positions granted to sequences. num_unused_positions: those of active blocks that are not, the
     waste that paging keeps below one block a sequence. num_leaked_blocks: active blocks that no sequence owns (0).
     num_cached_blocks: published ones that nobody holds, to be hit or evicted. num_held_blocks: out of service.
-    num_pinned_blocks: under a lease. num_hit_tokens of num_asked_tokens: looked for and found since the start.
+    num_pinned_blocks: under a lease. num_hit_tokens of num_asked_tokens: looked for and found since the start, of
+    each sequence once; num_reentry_hit_tokens of num_reentry_tokens: the same of sequences that were put off and came
+    again. num_left_blocks: that can no longer be found, by reason (`residents.Departure`); num_evicted_blocks: those of
+    them that made room.
     num_rebuilds: how often what the cache said of itself was contradictory, so that all of it was dropped and computed
     again (0). num_quarantined_blocks: blocks that had contents then.
     """
@@ -108,6 +113,9 @@ class CacheStats:
     num_pinned_blocks: int = 0
     num_asked_tokens: int = 0
     num_hit_tokens: int = 0
+    num_reentry_tokens: int = 0
+    num_reentry_hit_tokens: int = 0
     num_evicted_blocks: int = 0
+    num_left_blocks: Mapping[str, int] = field(default_factory=dict)
     num_rebuilds: int = 0
     num_quarantined_blocks: int = 0

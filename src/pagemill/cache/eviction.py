@@ -7,7 +7,8 @@ the manager: blocks in use, under a lease, or with published blocks behind them,
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from heapq import heapify, heappop, heappush
 
 from pagemill.cache.block import DEFAULT_PRIORITY, Node
@@ -34,7 +35,8 @@ class Shelves:
     """
 
     __slots__ = (
-        "_capacity", "_expiries", "_infos", "_levels", "_moved", "_num_set", "_page_bytes", "_policies", "policy",
+        "_capacity", "_expiries", "_infos", "_levels", "_moved", "_num_infos", "_num_set", "_page_bytes", "_policies",
+        "policy",
     )  # fmt: skip
 
     def __init__(self, policy: str, capacity: int, page_bytes: int = 1) -> None:
@@ -45,7 +47,9 @@ class Shelves:
         self._levels: dict[int, list[int]] = {}
         self._expiries: list[tuple[float, int, Node]] = []
         self._num_set = 0
-        self._infos: dict[tuple[int, int, int, int, tuple[int, int]], BlockInfo] = {}
+        # By tokens, priority, account and text, then by depth.
+        self._infos: dict[tuple[int, int, int, tuple[int, int]], dict[int, BlockInfo]] = {}
+        self._num_infos = 0
         self._moved: dict[int, Node] = {}  # by handle, nodes whose block is another by now
         self._shelf(0, DEFAULT_PRIORITY)
 
@@ -54,26 +58,55 @@ class Shelves:
     ) -> None:
         """A block has been published. text: length in tokens of the text that it came in with, and how many blocks of
         that were found; 0 where it is not told."""
-        name = (node.depth, num_tokens, node.priority, node.account, text)
-        info = self._infos.get(name)
-        if info is None:
-            info = self._info(name)
         shelf = node.shelf = self._shelf(partition, node.priority)
+        [info] = self._infos_of([node], num_tokens, text)
+        shelf.insert(self._handle(node), node.key, info)
+        if locked:
+            shelf.lock(node.handle)
+
+    def insert_run(
+        self, nodes: Sequence[Node], keys: Sequence[bytes], partition: int, num_tokens: int, text: tuple[int, int]
+    ) -> None:
+        """Blocks that are in use have been published one behind the other, of one account and priority. keys: of each.
+        num_tokens: in each; text: as for `insert`."""
+        shelf = self._shelf(partition, nodes[0].priority)
+        for node in nodes:
+            node.shelf = shelf
+        handles = [node.block for node in nodes] if not self._moved else list(map(self._handle, nodes))
+        shelf.admit(handles, keys, self._infos_of(nodes, num_tokens, text))
+
+    def _handle(self, node: Node) -> int:
         handle = node.handle = node.block
         if self._moved and handle in self._moved:  # a node that was moved away goes by this number
             self._num_set += 1
             handle = node.handle = FIRST_SPARE_HANDLE + self._num_set
             self._moved[handle] = node
-        shelf.insert(handle, node.key, info)
-        if locked:
-            shelf.lock(handle)
+        return handle
 
-    def _info(self, name: tuple[int, int, int, int, tuple[int, int]]) -> BlockInfo:
-        """What a policy is told of such a block; the latest are kept, as the blocks of a text have much in common."""
-        depth, num_tokens, priority, account, (text_tokens, num_known_blocks) = name
-        if len(self._infos) >= _MOST_INFOS:
-            self._infos.clear()
-        info = self._infos[name] = BlockInfo(
+    def _infos_of(self, nodes: Sequence[Node], num_tokens: int, text: tuple[int, int]) -> list[BlockInfo]:
+        """What a policy is told of a run of blocks of one account and priority; the latest are kept, as the blocks of a
+        text have much in common."""
+        name = (num_tokens, nodes[0].priority, nodes[0].account, text)
+        depths = range(nodes[0].depth, nodes[0].depth + len(nodes))
+        made = self._infos.get(name)
+        if made is None:
+            made = self._infos[name] = {}
+        try:
+            return [made[depth] for depth in depths]
+        except KeyError:
+            pass
+        if self._num_infos >= _MOST_INFOS:
+            made, self._num_infos = {}, 0
+            self._infos = {name: made}
+        missing = [depth for depth in depths if depth not in made]
+        self._num_infos += len(missing)
+        for depth in missing:
+            made[depth] = self._info(depth, name)
+        return [made[depth] for depth in depths]
+
+    def _info(self, depth: int, name: tuple[int, int, int, tuple[int, int]]) -> BlockInfo:
+        num_tokens, priority, account, (text_tokens, num_known_blocks) = name
+        return BlockInfo(
             num_tokens=num_tokens,
             depth=depth,
             num_bytes=self._page_bytes,
@@ -83,7 +116,6 @@ class Shelves:
             text_tokens=text_tokens,
             num_known_blocks=num_known_blocks,
         )
-        return info
 
     def lock(self, node: Node) -> None:
         """The block has a first reason to stay."""
@@ -147,18 +179,42 @@ class Shelves:
 
     def victim(self, partitions: Iterable[int]) -> int | None:
         """The next block to evict: of the lowest priority, and among equals of the partition named first."""
+        found = self._first(partitions)
+        if found is None:
+            return None
+        node = self._moved.get(found[1])
+        return found[1] if node is None else node.block
+
+    def _first(self, partitions: Iterable[int]) -> tuple[Policy, int] | None:
+        """The policy that `victim` comes from, and how it knows the block."""
         best, lowest = None, 101
         for partition in partitions:
             for level in self._levels.get(partition, ()):
                 if level >= lowest:
                     break
-                block = self._policies[partition, level].victim()
-                if block is not None:
-                    best, lowest = block, level
+                policy = self._policies[partition, level]
+                handle = policy.victim()
+                if handle is not None:
+                    best, lowest = (policy, handle), level
                     break
-        if best is not None and best in self._moved:
-            return self._moved[best].block
         return best
+
+    def evictor(self, partitions: Sequence[int]) -> Callable[[], int | None]:
+        """What evicts a block each time that it is called: that which `victim` names leaves its order; None where there
+        is none. The caller clears its node's `shelf`. Good until something is inserted."""
+        levels = self._levels.get(partitions[0], ())
+        if len(partitions) == 1 and len(levels) == 1 and not self._moved:
+            return self._policies[partitions[0], levels[0]].evict
+        return partial(self._evict, partitions)
+
+    def _evict(self, partitions: Sequence[int]) -> int | None:
+        found = self._first(partitions)
+        if found is None:
+            return None
+        policy, handle = found
+        policy.remove(handle, True)
+        node = self._moved.pop(handle, None)
+        return handle if node is None else node.block
 
     def expire_at(self, node: Node, when_s: float | None) -> None:
         """Remember when the node's priority ends; None: it does not."""
@@ -173,6 +229,12 @@ class Shelves:
             live = [each for each in self._expiries if each[2].expires_s == each[0] and each[2].shelf is not None]
             heapify(live)
             self._expiries = live
+
+    def forget_dead(self) -> None:
+        """Nodes that can no longer be found are not kept for the end of their priority. O(nodes with such an end)."""
+        if any(each[2].shelf is None for each in self._expiries):
+            self._expiries = [each for each in self._expiries if each[2].shelf is not None]
+            heapify(self._expiries)
 
     def expired(self, now_s: float) -> list[Node]:
         """Published nodes whose priority has ended, each once."""

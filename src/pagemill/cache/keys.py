@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import secrets
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 DOMAIN = b"pagemill/kv-block/1"
@@ -79,6 +80,15 @@ def root_key(secret: bytes, namespace: Namespace, fingerprint: Fingerprint) -> b
 def child_key(parent: bytes, tokens: bytes) -> bytes:
     """The key of a block whose predecessor's (or root's) key is `parent`. tokens: packed, 4 bytes each."""
     return hashlib.sha256(parent + tokens).digest()
+
+
+def chain_keys(key: bytes, tokens: Iterable[bytes]) -> list[bytes]:
+    """`child_key` of each of a run of blocks, the first of them behind `key`. tokens: of each block, packed."""
+    sha256, found = hashlib.sha256, []
+    for own in tokens:
+        key = sha256(key + own).digest()
+        found.append(key)
+    return found
 
 
 class Secrets:

@@ -8,28 +8,29 @@ block and are made once, when the text does enter (`explain`), however often it 
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections.abc import Iterable
 
 from pagemill.base.errors import IntegrityError
 from pagemill.base.params import CacheOptions
 from pagemill.cache.block import Node
 from pagemill.cache.entry import Entry
-from pagemill.cache.keys import TOKEN_BYTES, Fingerprint, child_key
+from pagemill.cache.evicted import EvictedBlocks
+from pagemill.cache.keys import TOKEN_BYTES, Fingerprint, chain_keys, child_key
 from pagemill.cache.pool import BlockPool
 from pagemill.cache.prefix import Match, PrefixTree, common_tokens
-from pagemill.cache.receipt import EvictedKeys, Lookup, Miss
+from pagemill.cache.receipt import Lookup, Miss, RecentKeys
 from pagemill.cache.tenancy import Tenancy
 from pagemill.cache.windows import Windows
 
 
 class Lookups:
-    """Finds texts in a tree. Mutated by `evict` and `fail`, which feed the memory of reasons.
+    """Finds texts in a tree. Mutated by `fail` and the calls that forget; whoever evicts tells `evicted`.
 
-    evicted: keys that left for want of room. failed: keys that a colder tier held and could not deliver. Both are
+    evicted: blocks that left for want of room. failed: keys that a colder tier held and could not deliver. Both are
     bounded by four times the cache, and a key is of one namespace, so that no reason tells of another.
     """
 
-    __slots__ = ("_children", "_pool", "_tenancy", "_tree", "_windows", "evicted", "failed")
+    __slots__ = ("_pool", "_tenancy", "_tree", "_windows", "evicted", "failed")
 
     def __init__(
         self, pool: BlockPool, tree: PrefixTree, tenancy: Tenancy, windows: Windows | None, num_keys: int
@@ -38,10 +39,8 @@ class Lookups:
         self._tree = tree
         self._tenancy = tenancy
         self._windows = windows
-        self.evicted = EvictedKeys(num_keys)
-        self.failed = EvictedKeys(num_keys)
-        # Parent's key ‖ first token -> tokens, when.
-        self._children: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
+        self.evicted = EvictedBlocks(num_keys)
+        self.failed = RecentKeys(num_keys)
 
     def find(self, options: CacheOptions, fingerprint: Fingerprint, tokens: array[int], num_tokens: int) -> Entry:
         """How a sequence whose known tokens are the first `num_tokens` of `tokens` would enter now.
@@ -52,7 +51,8 @@ class Lookups:
         account = self._tenancy.account(namespace)
         pool, size = self._pool, self._tree.block_size
         count = -(-num_tokens // size)
-        self._tree.drop_empty_roots()
+        for root in self._tree.drop_empty_roots():
+            self.forget([root.key])
         root = self._tree.root(namespace, fingerprint)
         room = self._tenancy.room(account, pool.num_free, pool.num_cached)
         spare = self._tenancy.available(account, pool.num_free, pool.num_cached)
@@ -71,7 +71,7 @@ class Lookups:
             tail_node = match.nodes[kept // size] if kept // size < len(match.nodes) else match.tail
             match = Match(root, match.nodes[: kept // size], tail_node if kept % size else None, kept % size)
         shared = [node.block for node in match.nodes]
-        self._check(match.nodes if match.tail is None else [*match.nodes, match.tail])
+        self._check(match)
         revived = pool.num_idle(shared)
         spare, room = spare - revived, room - revived
         num_new = count - len(shared)
@@ -97,21 +97,19 @@ class Lookups:
         blocks = [node.block for node in match.nodes] + ([] if match.tail is None else [match.tail.block])
         return self._windows.longest(blocks, num_tokens)
 
-    def _check(self, nodes: list[Node]) -> None:
+    def _check(self, match: Match) -> None:
         """Each block that is about to be read is published, and for this very text."""
-        known, is_published = self._tree.nodes, self._pool.is_published
-        for node in nodes:
-            if known.get(node.block) is not node or not is_published(node.block):
+        known, published, tail = self._tree.nodes, self._pool.published, match.tail
+        for node in match.nodes if tail is None else [*match.nodes, tail]:
+            if known.get(node.block) is not node or not published[node.block]:
                 raise IntegrityError(f"{node} of the prefix cache is not what its block holds")
 
-    def missing_keys(self, entry: Entry) -> list[bytes]:
-        """Keys of the text's whole blocks that were not found, in order."""
-        size = self._tree.block_size * TOKEN_BYTES
-        key, data, found = entry.node.key, entry.data, []
-        for at in range(len(entry.shared) * size, entry.num_asked * TOKEN_BYTES - size + 1 if data else 0, size):
-            key = child_key(key, data[at : at + size])
-            found.append(key)
-        return found
+    def missing(self, entry: Entry) -> tuple[list[bytes], list[bytes]]:
+        """Keys and packed tokens of the text's whole blocks that were not found, in order."""
+        size, data = self._tree.block_size * TOKEN_BYTES, entry.data
+        first, end = len(entry.shared) * size, entry.num_asked * TOKEN_BYTES - size + 1 if data else 0
+        edges = [data[at : at + size] for at in range(first, end, size)]
+        return chain_keys(entry.node.key, edges), edges
 
     def explain(
         self, entry: Entry, fingerprint: Fingerprint, missing: list[bytes], now_s: float, policy: str
@@ -132,10 +130,10 @@ class Lookups:
         if missing and self.failed.when(missing[0]) is not None:
             return Miss("tier failed", at)
         start = len(entry.shared) * self._tree.block_size * TOKEN_BYTES
-        rest = entry.data[start : entry.num_asked * TOKEN_BYTES][: self._tree.block_size * TOKEN_BYTES]
+        rest = entry.data[start : min(start + self._tree.block_size * TOKEN_BYTES, entry.num_asked * TOKEN_BYTES)]
         num_tail = at - len(entry.shared) * self._tree.block_size
         when = self.evicted.when(missing[0]) if missing else None
-        if when is None and (last := self._children.get(node.key + rest[:TOKEN_BYTES])):
+        if when is None and (last := self.evicted.latest(node.key, rest[:TOKEN_BYTES])):
             when = last[1] if common_tokens(last[0], rest) > num_tail else None
         if when is not None:
             return Miss("evicted", at, max(now_s - when, 0.0), policy)
@@ -143,10 +141,12 @@ class Lookups:
             return Miss("other format", at)
         tail = entry.match.tail
         goes_on = tail is None or len(tail.tokens) > TOKEN_BYTES * entry.match.num_tail_tokens
-        return Miss("differs" if node.children and goes_on else "not seen", at)
+        return Miss("differs" if node.below and goes_on else "not seen", at)
 
     def _seen_in_other_format(self, entry: Entry, fingerprint: Fingerprint) -> bool:
         """True where more of the text is, or was lately, in the same namespace under another fingerprint."""
+        if not self._tree.has_formats:
+            return False
         options, most = entry.options, entry.num_asked
         namespace = self._tenancy.namespace(options.tenant, options.salt, options.public)
         size = self._tree.block_size
@@ -161,28 +161,40 @@ class Lookups:
                 return True
         return False
 
-    def evict(self, node: Node, now_s: float) -> None:
-        """Remember that a block left for want of room."""
-        self.evicted.add(node.key, now_s)
-        assert node.parent is not None
-        children, name = self._children, node.parent.key + node.tokens[:TOKEN_BYTES]
-        children.pop(name, None)
-        children[name] = (node.tokens, now_s)
-        if len(children) > self.evicted.capacity:
-            children.popitem(last=False)
-
     def fail(self, key: bytes, now_s: float) -> None:
         """Remember that a tier held a block of this key and could not deliver it."""
         self.failed.add(key, now_s)
 
-    def forget(self, nodes: list[Node]) -> None:
-        """Nothing of these blocks is remembered, as after a purge."""
-        keys = [node.key for node in nodes]
-        self.evicted.forget(keys)
-        self.failed.forget(keys)
-        for node in nodes:
-            assert node.parent is not None
-            self._children.pop(node.parent.key + node.tokens[:TOKEN_BYTES], None)
+    def left(self, node: Node) -> None:
+        """A block left, and not for want of room: what lay behind it is not remembered without it."""
+        if len(self.evicted):
+            self.evicted.forget_behind(node.key)
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Nothing of these blocks is remembered, nor of what lay behind them, as after a purge."""
+        for key in keys:
+            self.failed.forget(key)
+            self.evicted.forget(key)
+
+    def forget_prefix(self, root: Node, tokens: array[int]) -> None:
+        """Nothing is remembered of blocks that hold the last of these tokens, behind all others, or any behind it."""
+        size, data = self._tree.block_size * TOKEN_BYTES, tokens.tobytes()
+        *whole, rest = [data[at : at + size] for at in range(0, len(data) + 1, size)]
+        [key] = chain_keys(root.key, whole)[-1:] or [root.key]
+        self.forget([key] if not rest else [each for each, own in self.evicted.behind(key) if own.startswith(rest)])
+
+    def forget_text(self, root: Node, tokens: array[int]) -> None:
+        """Nothing is remembered of blocks of this text that no other goes on from."""
+        size, data = self._tree.block_size * TOKEN_BYTES, tokens.tobytes()
+        whole = [data[at : at + size] for at in range(0, len(data) - size + 1, size)]
+        keys = [root.key, *chain_keys(root.key, whole)]
+        live = {node.key for node in self._tree.find(root, data, len(tokens)).nodes}
+        for at in range(len(keys) - 1, -1, -1):
+            rest = data[at * size :]
+            tails = [key for key, own in self.evicted.behind(keys[at]) if len(own) < size and rest.startswith(own)]
+            self.forget([key for key in tails if not self.evicted.behind(key)])
+            if at and keys[at] not in live and not self.evicted.behind(keys[at]):
+                self.forget(keys[at : at + 1])
 
     def resize(self, num_keys: int) -> None:
         """Remember so many keys of each kind at the most."""
@@ -193,4 +205,3 @@ class Lookups:
         """Nothing is remembered."""
         self.evicted.clear()
         self.failed.clear()
-        self._children.clear()

@@ -52,7 +52,7 @@ class CacheManager:
     """
 
     __slots__ = (
-        "_damage", "_num_asked", "_num_hit", "_num_owned", "_num_positions", "_num_quarantined", "_num_rebuilds",
+        "_damage", "_num_owned", "_num_positions", "_num_quarantined", "_num_rebuilds",
         "_pool", "_publisher", "_sequences", "_targets", "block_size", "curve", "mode", "shared",
     )  # fmt: skip
 
@@ -76,8 +76,6 @@ class CacheManager:
         if self.shared is not None:
             self._publisher = Publisher(self.shared, self._pool, block_size, self.curve)
         self._targets: dict[int, int] = {}  # while a smaller size is made ready: block -> where it goes
-        self._num_asked = 0
-        self._num_hit = 0
         self._damage: str | None = None  # what an operation met that cannot be, until `rebuild`
         self._num_rebuilds = 0
         self._num_quarantined = 0
@@ -132,8 +130,10 @@ class CacheManager:
         reserve: int,
         tokens: array[int] | None = None,
         options: CacheOptions = DEFAULT_CACHE_OPTIONS,
+        again: bool = False,
     ) -> Lookup:
-        """Begin a sequence of `num_tokens` known tokens, `reserve` at the most.
+        """Begin a sequence of `num_tokens` known tokens, `reserve` at the most. again: it ran before and was put off;
+        what it asks for and hits is counted apart.
 
         tokens: the caller's `array('i')`, kept and read as it grows; without it nothing is shared. Afterwards the
         sequence's history is `num_tokens` (0 in mode none, which takes blocks only for a step), and what was hit is
@@ -142,7 +142,7 @@ class CacheManager:
         assert seq_id not in self._sequences, f"sequence {seq_id} is open already"
         assert 0 <= num_tokens <= reserve, (num_tokens, reserve)
         if self.shared is not None and self._publisher is not None:
-            return self._open_shared(self.shared, self._publisher, seq_id, num_tokens, tokens, options)
+            return self._open_shared(self.shared, self._publisher, seq_id, num_tokens, tokens, options, again)
         count = self.blocks_to_open(num_tokens, reserve)
         table = self._pool.allocate_run(count) if self.mode == "contiguous" else self._pool.allocate(count)
         history = 0 if self.mode == "none" else num_tokens
@@ -159,14 +159,13 @@ class CacheManager:
         num_tokens: int,
         tokens: array[int] | None,
         options: CacheOptions,
+        again: bool,
     ) -> Lookup:
         bypass = tokens is None or options.bypass
-        entry = shared.entry(
-            CacheOptions(options.tenant, options.salt, options.public, True) if tokens is None else options,
-            array("i") if tokens is None else tokens,
-            num_tokens,
-        )
-        table, lookup, missing = shared.enter(entry)
+        if tokens is None:
+            tokens, options = array("i"), CacheOptions(options.tenant, options.salt, options.public, bypass=True)
+        entry = shared.entry(options, tokens, num_tokens)
+        table, lookup, missing, edges = shared.enter(entry, again)
         sequence = SequenceBlocks(table, entry.num_hit, num_tokens, account=entry.account, node=entry.node)
         if shared.windows is not None:
             tail = None if entry.tail is None else entry.tail.block
@@ -176,7 +175,7 @@ class CacheManager:
         entry.account.num_sequences += 1
         if not bypass:
             sequence.tokens, sequence.retain = tokens, options.retain
-            sequence.missing, sequence.first_missing = missing, len(entry.shared)
+            sequence.missing, sequence.edges, sequence.first_missing = missing, edges, len(entry.shared)
             sequence.publish_at = (len(entry.shared) + 1) * self.block_size
             self.curve.record([node.key for node in entry.match.nodes] + missing)
             for node in entry.match.nodes if options.retain else ():
@@ -184,8 +183,6 @@ class CacheManager:
         self._sequences[seq_id] = sequence
         self._num_owned += len(table)
         self._num_positions += num_tokens
-        self._num_asked += lookup.num_asked
-        self._num_hit += lookup.num_hit
         return lookup
 
     def can_resize(self, seq_id: int, num_tokens: int) -> bool:
@@ -218,7 +215,7 @@ class CacheManager:
         if count > len(table):
             self._grow(sequence, num_tokens, count)
         elif num_tokens < sequence.history:
-            sequence.missing = ()
+            sequence.missing = sequence.edges = ()
             if sequence.first_read and self.shared is not None and self.shared.windows is not None:
                 num_tokens = self._rewind(self.shared.windows, seq_id, sequence, num_tokens)
                 count = -(-num_tokens // self.block_size)
@@ -451,9 +448,12 @@ class CacheManager:
             num_cached_blocks=pool.num_cached,
             num_held_blocks=pool.num_held,
             num_pinned_blocks=shared.leases.num_blocks if shared else 0,
-            num_asked_tokens=self._num_asked,
-            num_hit_tokens=self._num_hit,
+            num_asked_tokens=shared.num_asked[False] if shared else 0,
+            num_hit_tokens=shared.num_hit[False] if shared else 0,
+            num_reentry_tokens=shared.num_asked[True] if shared else 0,
+            num_reentry_hit_tokens=shared.num_hit[True] if shared else 0,
             num_evicted_blocks=shared.num_evicted if shared else 0,
+            num_left_blocks=dict(shared.num_left) if shared else {},
             num_rebuilds=self._num_rebuilds,
             num_quarantined_blocks=self._num_quarantined,
         )

@@ -4,15 +4,14 @@
                             │    ^                └── published ──> cached (no holder) ── unpublish ──> free
                          publish └──────────── retain ──────────────────┘
 
-The free blocks are one doubly linked list whose links lie in two arrays indexed by block id, with a sentinel at index
-`num_blocks`. So taking the first, giving one back and taking one out of the middle are O(1) and allocate nothing. The
-order in which cached blocks leave is a policy's and not kept here.
+The free blocks are one list, the next to be taken last, so that taking and giving back a run costs one slice. The order
+in which cached blocks leave is a policy's and not kept here.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from pagemill.base.errors import CapacityError, ConfigError, IntegrityError
@@ -35,11 +34,13 @@ class BlockPool:
     wipes: note every block whose contents were dropped in `dirty`, until the data plane has wiped it; whoever allocates
     has it wiped before it is written. Every operation either happens whole or changes nothing. Raises ConfigError for a
     pool without blocks.
+
+    published: by block, 1 where it may be found by its contents; to be read. dirty: see `wipes`.
     """
 
     __slots__ = (
-        "_held", "_highest", "_next", "_num_active", "_num_cached", "_num_free", "_num_withdrawn", "_prev",
-        "_published", "_refs", "_wipes", "_withdrawn", "dirty", "num_blocks", "num_references",
+        "_free", "_held", "_highest", "_num_active", "_num_cached", "_num_free", "_num_withdrawn",
+        "_refs", "_wipes", "_withdrawn", "dirty", "num_blocks", "num_references", "published",
     )  # fmt: skip
 
     def __init__(self, num_blocks: int, *, wipes: bool = False) -> None:
@@ -48,11 +49,10 @@ class BlockPool:
                 f"the KV cache has {num_blocks} blocks; give it room for at least one: raise kv_cache_memory_bytes"
             )
         self.num_blocks = num_blocks
-        self._next = array("i", [*range(1, num_blocks + 1), 0])
-        self._prev = array("i", [num_blocks, *range(num_blocks)])
-        self._refs = array("i", bytes(4 * num_blocks))
+        self._free = list(range(num_blocks - 1, -1, -1))  # the next to be taken last
+        self._refs = [0] * num_blocks
         self._held = bytearray(num_blocks)  # 1 where refs > 0: lets a run of free blocks be found at C speed
-        self._published = bytearray(num_blocks)
+        self.published = bytearray(num_blocks)
         self._withdrawn = bytearray(num_blocks)
         self._num_free = num_blocks
         self._num_active = 0
@@ -86,7 +86,7 @@ class BlockPool:
 
     def is_published(self, block: int) -> bool:
         """True where the block may be found by its contents."""
-        return bool(self._published[block])
+        return bool(self.published[block])
 
     def num_holders(self, block: int) -> int:
         """How many hold the block: 0 is free."""
@@ -95,7 +95,7 @@ class BlockPool:
     def num_idle(self, blocks: Iterable[int]) -> int:
         """How many of the blocks nobody holds."""
         refs = self._refs
-        return sum(1 for block in blocks if not refs[block])
+        return [refs[block] for block in blocks].count(0)
 
     def can_allocate(self, count: int) -> bool:
         """True where `allocate(count)` will succeed."""
@@ -109,12 +109,11 @@ class BlockPool:
         assert count >= 0
         if count > self._num_free:
             raise self._shortage(f"{count} blocks of the KV cache are needed")
-        blocks = array("i")
-        block = self._next[self.num_blocks]
-        for _ in range(count):
-            blocks.append(block)
-            block = self._next[block]
-        self._link(self.num_blocks, block)
+        free = self._free
+        if count > len(free):
+            raise IntegrityError(f"{self._num_free} blocks of the KV cache are free and {len(free)} are listed as such")
+        blocks = array("i", free[: -count - 1 : -1])
+        del free[len(free) - count :]
         self._hold(blocks)
         return blocks
 
@@ -125,14 +124,13 @@ class BlockPool:
     def allocate_run(self, count: int) -> array[int]:
         """Take `count` blocks with consecutive ids, the lowest such run. Returns their ids, `array('i')`.
 
-        Costs a scan of one byte a block. Raises CapacityError, and changes nothing, where no such run is free.
+        Costs O(num_blocks). Raises CapacityError, and changes nothing, where no such run is free.
         """
         first = self._find_run(count)
         if first < 0:
             raise self._shortage(f"{count} consecutive blocks of the KV cache are needed")
         blocks = array("i", range(first, first + count))
-        for block in blocks:
-            self._link(self._prev[block], self._next[block])
+        self._free = [block for block in self._free if not first <= block < first + count]
         self._hold(blocks)
         return blocks
 
@@ -143,7 +141,7 @@ class BlockPool:
         """
         refs = self._refs
         for block in blocks:
-            if refs[block] <= 0 and not self._published[block]:
+            if refs[block] <= 0 and not self.published[block]:
                 raise IntegrityError(f"block {block} of the KV cache is free and cannot be shared")
         revived = []
         for block in blocks:
@@ -156,48 +154,61 @@ class BlockPool:
         self.num_references += len(blocks)
         return revived
 
-    def release(self, blocks: Sequence[int]) -> list[int]:
+    def release(self, blocks: Sequence[int]) -> tuple[list[int], list[int]]:
         """Take one holder from each block; those without any become free, or cached, the last of `blocks` first.
 
-        The next allocation gets them in ascending order of their place in `blocks`. Returns those that lost their last
-        holder, the last first. Raises IntegrityError, and changes nothing, where a block would be freed twice.
+        The next allocation gets them in ascending order of their place in `blocks`. Returns those that became cached
+        and those that became free, the last first. Raises IntegrityError, and changes nothing, where a block would be
+        freed twice.
         """
         dropped = []
+        refs, held, published = self._refs, self._held, self.published
         for index in range(len(blocks) - 1, -1, -1):
             block = blocks[index]
-            if self._refs[block] <= 0:
+            left = refs[block] - 1
+            if left < 0:
                 for undone in blocks[index + 1 :]:
-                    self._refs[undone] += 1
+                    refs[undone] += 1
                 raise IntegrityError(f"block {block} of the KV cache was freed twice; nothing was freed this time")
-            self._refs[block] -= 1
-            if not self._refs[block]:
+            refs[block] = left
+            if not left:
                 dropped.append(block)
         self.num_references -= len(blocks)
+        self._num_active -= len(dropped)
+        cached, free = [], []
         for block in dropped:
-            self._held[block] = 0
-            self._num_active -= 1
-            if self._published[block]:
-                self._num_cached += 1
+            held[block] = 0
+            if published[block]:
+                cached.append(block)
             else:
-                self._drop(block)
-        return dropped
+                free.append(block)
+        self._num_cached += len(cached)
+        self._drop(free)
+        return cached, free
 
-    def publish(self, block: int) -> None:
-        """A held block can be found from now on, and stays cached when its last holder leaves."""
-        assert self._refs[block] > 0, f"block {block} is not held"
-        self._published[block] = 1
+    def publish(self, blocks: Iterable[int]) -> None:
+        """Held blocks can be found from now on, and stay cached when their last holder leaves."""
+        refs, published = self._refs, self.published
+        for block in blocks:
+            assert refs[block] > 0, f"block {block} is not held"
+            published[block] = 1
 
-    def unpublish(self, block: int) -> None:
-        """A published block can no longer be found; without a holder it becomes free."""
-        assert self._published[block], f"block {block} is not published"
-        self._published[block] = 0
-        if not self._refs[block]:
-            self._num_cached -= 1
-            self._drop(block)
+    def unpublish(self, blocks: Iterable[int]) -> None:
+        """Published blocks can no longer be found; those without a holder become free, the last of them first in line
+        for the next allocation."""
+        refs, published = self._refs, self.published
+        idle = []
+        for block in blocks:
+            assert published[block], f"block {block} is not published"
+            published[block] = 0
+            if not refs[block]:
+                idle.append(block)
+        self._num_cached -= len(idle)
+        self._drop(idle)
 
     def is_vacant(self, block: int) -> bool:
         """True where the block is free."""
-        return not self._held[block] and not self._published[block]
+        return not self._held[block] and not self.published[block]
 
     def is_withdrawn(self, block: int) -> bool:
         """True where the block is out of service."""
@@ -205,25 +216,26 @@ class BlockPool:
 
     def take_over(self, block: int, target: int) -> None:
         """A block just allocated gets the holders and the publication of another, which goes out of service."""
-        assert self._refs[block] > 0 or self._published[block], f"block {block} is free"
+        assert self._refs[block] > 0 or self.published[block], f"block {block} is free"
         assert self._refs[target] == 1, f"block {target} is not fresh"
         self._refs[target], self._refs[block] = self._refs[block], 0
-        self._published[target], self._published[block] = self._published[block], 0
+        self.published[target], self.published[block] = self.published[block], 0
         self._held[target] = int(self._refs[target] > 0)
         self._held[block] = self._withdrawn[block] = 1
         self._num_active -= 1
         self._num_withdrawn += 1
         self.num_references -= 1
 
-    def withdraw(self, block: int) -> None:
-        """Take a free block out of service; its page is no longer used nor wiped."""
-        assert not self._held[block], f"block {block} is not free"
-        assert not self._published[block], f"block {block} is not free"
-        self._link(self._prev[block], self._next[block])
-        self._held[block] = self._withdrawn[block] = 1
-        self._num_free -= 1
-        self._num_withdrawn += 1
-        self.dirty.pop(block, None)
+    def withdraw(self, blocks: Collection[int]) -> None:
+        """Take free blocks out of service; their pages are no longer used nor wiped. O(num_blocks)."""
+        gone = set(blocks)
+        assert all(map(self.is_vacant, gone)), "a block is not free"
+        self._free = [block for block in self._free if block not in gone]
+        for block in gone:
+            self._held[block] = self._withdrawn[block] = 1
+            self.dirty.pop(block, None)
+        self._num_free -= len(gone)
+        self._num_withdrawn += len(gone)
 
     def resize(self, num_blocks: int) -> None:
         """Have blocks 0 .. num_blocks-1 from now on: new ones and withdrawn ones are free; those that end must all be
@@ -231,15 +243,10 @@ class BlockPool:
         assert num_blocks >= 1
         fewer = range(num_blocks, self.num_blocks)
         assert all(self._withdrawn[block] for block in fewer), "blocks in use cannot end"
-        free = []
-        block = self._next[self.num_blocks]
-        while block != self.num_blocks:
-            free.append(block)
-            block = self._next[block]
         returned = [block for block in range(min(num_blocks, self.num_blocks)) if self._withdrawn[block]]
         growth = max(num_blocks - self.num_blocks, 0)
         added = range(self.num_blocks, num_blocks)
-        for states in (self._held, self._published, self._withdrawn):
+        for states in (self._held, self.published, self._withdrawn):
             del states[num_blocks:]
             states.extend(bytes(growth))
         del self._refs[num_blocks:]
@@ -250,29 +257,22 @@ class BlockPool:
                 self.dirty[block] = None
         self.num_blocks = num_blocks
         self._num_withdrawn = 0
-        self._next = array("i", bytes(4 * (num_blocks + 1)))
-        self._prev = array("i", bytes(4 * (num_blocks + 1)))
-        self._num_free = len(free) + len(returned) + len(added)
-        before = num_blocks
-        for block in (*free, *returned, *added):
-            self._link(before, block)
-            before = block
-        self._link(before, num_blocks)
+        self._free = [*reversed(added), *reversed(returned), *self._free]
+        self._num_free = len(self._free)
 
     def reset(self) -> None:
         """Every block is free, whatever it was; those that may hold something await a wipe. O(n)."""
         num_blocks = self.num_blocks
-        self._next = array("i", [*range(1, num_blocks + 1), 0])
-        self._prev = array("i", [num_blocks, *range(num_blocks)])
-        self._refs = array("i", bytes(4 * num_blocks))
-        self._held, self._published, self._withdrawn = (bytearray(num_blocks) for _ in range(3))
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._refs = [0] * num_blocks
+        self._held, self.published, self._withdrawn = (bytearray(num_blocks) for _ in range(3))
         self._num_free = num_blocks
         self._num_active = self._num_cached = self._num_withdrawn = self.num_references = 0
         self.dirty = dict.fromkeys(range(min(self._highest + 1, num_blocks))) if self._wipes else {}
 
     def check_block(self, block: int) -> None:
         """The state of one block in O(1). Raises IntegrityError where it contradicts itself."""
-        refs, held, published = self._refs[block], self._held[block], self._published[block]
+        refs, held, published = self._refs[block], self._held[block], self.published[block]
         if refs < 0 or held != (refs > 0 or self._withdrawn[block]) or (published and self._withdrawn[block]):
             raise IntegrityError(
                 f"block {block} of the KV cache has {refs} holders, held {held}, published {published}"
@@ -281,7 +281,7 @@ class BlockPool:
     def check(self) -> None:
         """The conservation law in O(1). Raises IntegrityError where blocks were lost or made up."""
         known = self._num_free + self._num_active + self._num_cached + self._num_withdrawn
-        if known != self.num_blocks:
+        if known != self.num_blocks or self._num_free != len(self._free):
             raise IntegrityError(
                 f"{self._num_free} free + {self._num_active} active + {self._num_cached} cached + "
                 f"{self._num_withdrawn} withdrawn blocks are not the {self.num_blocks} that exist"
@@ -291,17 +291,15 @@ class BlockPool:
         """The conservation law block by block, in O(num_blocks), for tests. Raises IntegrityError."""
         self.check()
         seen = set()
-        before, block = self.num_blocks, self._next[self.num_blocks]
-        while block != self.num_blocks:
-            in_use = self._refs[block] or self._held[block] or self._published[block]
-            if block in seen or in_use or self._prev[block] != before:
+        for block in self._free:
+            in_use = self._refs[block] or self._held[block] or self.published[block]
+            if block in seen or in_use:
                 raise IntegrityError(f"the free list is damaged at block {block}")
             seen.add(block)
-            before, block = block, self._next[block]
         num_held = sum(self._held[block] == 1 and self._refs[block] > 0 for block in range(self.num_blocks))
-        cached = sum(self._published[block] and not self._refs[block] for block in range(self.num_blocks))
+        cached = sum(self.published[block] and not self._refs[block] for block in range(self.num_blocks))
         counted = (len(seen), num_held, cached) == (self._num_free, self._num_active, self._num_cached)
-        if not counted or self._prev[self.num_blocks] != before:
+        if not counted:
             raise IntegrityError(
                 f"{len(seen)} blocks listed as free, {num_held} held, {cached} cached: {self.counts()}"
             )
@@ -309,25 +307,19 @@ class BlockPool:
     def _hold(self, blocks: array[int]) -> None:
         if blocks:
             self._highest = max(self._highest, max(blocks))
+        refs, held = self._refs, self._held
         for block in blocks:
-            self._refs[block] = 1
-            self._held[block] = 1
+            refs[block] = held[block] = 1
         self._num_free -= len(blocks)
         self._num_active += len(blocks)
         self.num_references += len(blocks)
 
-    def _drop(self, block: int) -> None:
-        """The one place where a page's contents stop being anybody's, hence where a wipe of the page belongs."""
+    def _drop(self, blocks: list[int]) -> None:
+        """The one place where pages' contents stop being anybody's, hence where a wipe of the pages belongs."""
         if self._wipes:
-            self.dirty[block] = None
-        first = self._next[self.num_blocks]
-        self._link(self.num_blocks, block)
-        self._link(block, first)
-        self._num_free += 1
-
-    def _link(self, before: int, after: int) -> None:
-        self._next[before] = after
-        self._prev[after] = before
+            self.dirty.update(dict.fromkeys(blocks))
+        self._free += blocks
+        self._num_free += len(blocks)
 
     def _find_run(self, count: int) -> int:
         assert count >= 0

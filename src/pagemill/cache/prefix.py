@@ -11,18 +11,17 @@ common beginning stands beside the place where the text itself would be sorted i
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from pagemill.base.errors import IntegrityError
 from pagemill.cache.block import Node
-from pagemill.cache.keys import TOKEN_BYTES, Fingerprint, Namespace, Secrets, child_key, root_key
+from pagemill.cache.keys import TOKEN_BYTES, Fingerprint, Namespace, Secrets, chain_keys, child_key, root_key
 
 MOST_EMPTY_ROOTS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """What the tree holds of a text. nodes: blocks that match whole, from the start. tail: the child of the last one
     whose first `num_tail_tokens` tokens come next in the text, None without such. root: where the chain begins."""
 
@@ -42,22 +41,26 @@ def common_tokens(a: bytes, b: bytes) -> int:
 
 
 class PrefixTree:
-    """Nodes of all namespaces. Mutated by `root`, `add`, `remove`, `forget_root` and `clear`.
+    """Nodes of all namespaces. Mutated by `root`, `add`, `add_run`, `remove`, `forget_root` and `clear`.
 
-    block_size: tokens in a block. nodes: by block id. index: by key.
+    block_size: tokens in a block. nodes: by block id.
     """
 
-    __slots__ = ("_block_bytes", "_crowd", "_fingerprints", "_roots", "_secrets", "block_size", "index", "nodes")
+    __slots__ = ("_block_bytes", "_crowd", "_fingerprints", "_roots", "_secrets", "block_size", "nodes")
 
     def __init__(self, block_size: int, secrets: Secrets) -> None:
         self.block_size = block_size
         self.nodes: dict[int, Node] = {}
-        self.index: dict[bytes, Node] = {}
         self._block_bytes = block_size * TOKEN_BYTES
         self._secrets = secrets
         self._roots: dict[tuple[Namespace, Fingerprint], Node] = {}
         self._fingerprints: dict[Fingerprint, None] = {}
         self._crowd = MOST_EMPTY_ROOTS
+
+    @property
+    def index(self) -> dict[bytes, Node]:
+        """The nodes by key, made anew: O(nodes)."""
+        return {node.key: node for node in self.nodes.values()}
 
     def root(self, namespace: Namespace, fingerprint: Fingerprint) -> Node:
         """Where texts of this namespace under this fingerprint begin; made at first use."""
@@ -73,47 +76,61 @@ class PrefixTree:
         """Every root of a tenant's own namespaces, or of a public name, salted ones included."""
         return [(n, f, root) for (n, f), root in self._roots.items() if n.tenant == tenant and n.public == public]
 
+    @property
+    def has_formats(self) -> bool:
+        """True where there are texts under more than one fingerprint."""
+        return len(self._fingerprints) > 1
+
     def siblings_of(self, namespace: Namespace, fingerprint: Fingerprint) -> list[Node]:
         """Roots of the same namespace under other fingerprints."""
-        if len(self._fingerprints) < 2:
-            return []
         found = (self._roots.get((namespace, other)) for other in self._fingerprints if other != fingerprint)
         return [root for root in found if root is not None]
 
     def forget_root(self, namespace: Namespace, fingerprint: Fingerprint) -> None:
         """Drop a root that has no blocks."""
         root = self._roots.get((namespace, fingerprint))
-        if root is not None and not root.children:
+        if root is not None and not root.below:
             root.alive = False
             del self._roots[(namespace, fingerprint)]
 
-    def drop_empty_roots(self) -> None:
+    def drop_empty_roots(self) -> list[Node]:
         """Drop roots that have neither blocks nor open sequences where there are many, so that salts do not pile up.
-        O(roots), seldom enough to cost O(1) for each that was made."""
-        if len(self._roots) > self._crowd:
-            for name in [name for name, root in self._roots.items() if not root.children and not root.num_sequences]:
-                self.forget_root(*name)
-            self._crowd = max(MOST_EMPTY_ROOTS, 2 * len(self._roots))
+        Returns them; O(roots), seldom enough to cost O(1) for each that was made."""
+        if len(self._roots) <= self._crowd:
+            return []
+        empty = [name for name, root in self._roots.items() if not root.below and not root.num_sequences]
+        dropped = [self._roots[name] for name in empty]
+        for name in empty:
+            self.forget_root(*name)
+        self._crowd = max(MOST_EMPTY_ROOTS, 2 * len(self._roots))
+        return dropped
 
     def clear(self) -> None:
         """No text is there. Nodes that somebody still names are dead."""
         for node in (*self._roots.values(), *self.nodes.values()):
             node.alive = False
-        self.nodes, self.index, self._roots, self._fingerprints = {}, {}, {}, {}
+        self.nodes, self._roots, self._fingerprints = {}, {}, {}
 
     def find(self, root: Node, tokens: bytes, most: int) -> Match:
         """What is there of the first `most` tokens of a text, whole blocks first. tokens: packed."""
         size = self._block_bytes
-        node, nodes, at, end = root, [], 0, most * TOKEN_BYTES
-        while at + size <= end:
-            child = node.children.get(tokens[at : at + size])
-            if child is None:
+        node, end = root, most * TOKEN_BYTES
+        nodes: list[Node] = []
+        for at in range(0, end - size + 1, size):
+            below, own = node.below, tokens[at : at + size]
+            if isinstance(below, dict):
+                child = below.get(own)
+                if child is None:
+                    break
+            elif below is not None and below.tokens == own:
+                child = below
+            else:
                 break
             nodes.append(child)
             node = child
-            at += size
+        at = len(nodes) * size
         rest = tokens[at : min(at + size, end)]
-        if not rest or not node.order:
+        if not rest or not node.below:
             return Match(root, nodes)
         tail, num_tokens = self._nearest(node, rest)
         return Match(root, nodes, tail, num_tokens) if num_tokens else Match(root, nodes)
@@ -122,8 +139,14 @@ class PrefixTree:
         """Tokens that a match has in all."""
         return len(match.nodes) * self.block_size + match.num_tail_tokens
 
+    def _order(self, node: Node) -> list[bytes]:
+        """The tokens of a node's children, sorted; kept from the first time that somebody asks."""
+        if node.order is None:
+            node.order = sorted(node.children)
+        return node.order
+
     def _nearest(self, node: Node, rest: bytes) -> tuple[Node, int]:
-        order = node.order
+        order = self._order(node)
         place = bisect_left(order, rest)
         best, most = order[max(place - 1, 0)], -1
         for each in order[max(place - 1, 0) : place + 1]:
@@ -134,7 +157,7 @@ class PrefixTree:
 
     def extended_by(self, parent: Node, tokens: bytes) -> Node | None:
         """The child of `parent` that begins with `tokens`, if there is one: it says as much and more."""
-        order = parent.order
+        order = self._order(parent)
         place = bisect_left(order, tokens)
         if place < len(order) and order[place].startswith(tokens):
             return parent.children[order[place]]
@@ -142,7 +165,9 @@ class PrefixTree:
 
     def beginning_of(self, parent: Node, tokens: bytes) -> Node | None:
         """The child of `parent` that `tokens` go on from, if there is one and it is not they themselves."""
-        order = parent.order
+        if not parent.below:
+            return None
+        order = self._order(parent)
         place = bisect_left(order, tokens)
         if place and len(order[place - 1]) < len(tokens) and tokens.startswith(order[place - 1]):
             return parent.children[order[place - 1]]
@@ -150,29 +175,53 @@ class PrefixTree:
 
     def add(self, parent: Node, block: int, tokens: bytes, key: bytes | None = None) -> Node:
         """Publish a block below `parent`. key: its content key where it is known already. It must not be there yet."""
-        assert tokens not in parent.children, "a block is published once"
-        assert block not in self.nodes, f"block {block} is published already"
-        node = Node(block, key or child_key(parent.key, tokens), tokens, parent, parent.depth + 1)
-        parent.children[tokens] = node
-        if parent.order:
-            insort(parent.order, tokens)
-        else:
-            parent.order.append(tokens)
-        self.nodes[block] = node
-        self.index[node.key] = node
+        [node] = self.add_run(parent, [block], [tokens], [] if key is None else [key])
         return node
+
+    def add_run(
+        self, parent: Node, blocks: Sequence[int], tokens: Sequence[bytes], keys: Sequence[bytes] = ()
+    ) -> list[Node]:
+        """Publish blocks each below the one before it, the first below `parent`. keys: content keys of the first of
+        them, as far as they are known already. None of them may be there yet."""
+        known = self.nodes
+        assert parent.child(tokens[0]) is None, "a block is published once"
+        assert known.keys().isdisjoint(blocks), f"one of the blocks {blocks} is published already"
+        if len(keys) < len(tokens):
+            keys = [*keys, *chain_keys(keys[-1] if keys else parent.key, tokens[len(keys) :])]
+        if parent.order is not None:
+            insort(parent.order, tokens[0])
+        siblings = parent.children if parent.below else None
+        depth, found, before = parent.depth, [], parent
+        for block, own, key in zip(blocks, tokens, keys, strict=True):
+            depth += 1
+            node = known[block] = before.below = Node(block, key, own, before, depth)
+            found.append(node)
+            before = node
+        if siblings is not None:
+            siblings[tokens[0]] = found[0]
+            parent.below = siblings
+        return found
 
     def remove(self, node: Node) -> Node:
         """Take a leaf out; returns its parent."""
-        parent = node.parent
-        assert parent is not None, "a root is not removed"
-        assert not node.children, f"{node} has children"
-        del parent.children[node.tokens]
-        del parent.order[bisect_left(parent.order, node.tokens)]
+        parent, tokens = node.parent, node.tokens
+        assert parent is not None and not node.below, f"{node} is a root or has children"  # noqa: PT018
+        if isinstance(parent.below, dict):
+            del parent.below[tokens]
+        else:
+            parent.below = None
+        if parent.order is not None:
+            if parent.below:
+                del parent.order[bisect_left(parent.order, tokens)]
+            else:
+                parent.order = None
         del self.nodes[node.block]
-        del self.index[node.key]
         node.alive = False
         return parent
+
+    def is_child(self, node: Node) -> bool:
+        """True where the node's parent leads to it."""
+        return node.parent is not None and node.parent.child(node.tokens) is node
 
     def chain(self, node: Node) -> list[Node]:
         """The nodes from the start of the text to `node`."""
@@ -207,13 +256,13 @@ class PrefixTree:
                 assert parent is not None
                 right = (
                     node.key == child_key(parent.key, node.tokens)
-                    and parent.children.get(node.tokens) is node
+                    and parent.child(node.tokens) is node
                     and self.nodes.get(node.block) is node
-                    and self.index.get(node.key) is node
                     and node.depth == parent.depth + 1
-                    and (len(node.tokens) == self._block_bytes or not node.children)
+                    and (len(node.tokens) == self._block_bytes or not node.below)
                 )
-                if not right or sorted(parent.children) != parent.order:
+                if not right or (parent.order is not None and parent.order != sorted(parent.children)):
                     raise IntegrityError(f"the tree of prefixes is damaged at {node}")
-        if not seen == len(self.nodes) == len(self.index):
-            raise IntegrityError(f"{seen} nodes in the tree, {len(self.nodes)} blocks, {len(self.index)} keys")
+        num_keys = len(self.index)
+        if not seen == len(self.nodes) == num_keys:
+            raise IntegrityError(f"{seen} nodes in the tree, {len(self.nodes)} blocks, {num_keys} keys")

@@ -7,12 +7,15 @@ the rules, not the sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ordered
+
 from pagemill.base.errors import CapacityError
 from pagemill.base.params import Retain
 from pagemill.cache.block import Node
 from pagemill.cache.curve import ReuseCurve
 from pagemill.cache.keys import TOKEN_BYTES
 from pagemill.cache.pool import BlockPool
+from pagemill.cache.residents import Departure
 from pagemill.cache.sequences import NEVER, SequenceBlocks
 from pagemill.cache.sharing import SharedBlocks
 
@@ -33,35 +36,56 @@ class Publisher:
 
     def publish(self, sequence: SequenceBlocks) -> None:
         """Publish every full block that is not yet. One that another sequence has published is exchanged for that."""
-        shared, size, tokens, table = self._shared, self._size, sequence.tokens, sequence.table
-        assert tokens is not None
-        text = (_rounded(len(tokens)), min(sequence.first_missing, 2))
+        size, first = self._size, sequence.publish_at // self._size - 1
+        edges = self._edges(sequence, first, sequence.committed // size)
         while sequence.publish_at <= sequence.committed:
-            end, node = sequence.publish_at, sequence.node
+            index, node = sequence.publish_at // size - 1, sequence.node
             assert node is not None
             if not node.alive:  # its beginning was purged: nothing can be found behind it
                 sequence.tokens, sequence.publish_at = None, NEVER
                 return
-            index = end // size - 1
-            data = tokens[end - size : end].tobytes()
             self._take_back_tail(sequence)
-            there = node.children.get(data)
-            if there is None:
-                missing = index - sequence.first_missing
-                key = sequence.missing[missing] if 0 <= missing < len(sequence.missing) else None
-                wish = _wish(sequence, end - size, end) if sequence.retain else None
-                there = shared.publish(node, table[index], data, key, wish, text)
-                if key is None:
-                    self._curve.insert(there.key)
-            else:
-                shared.hold([there.block])
-                if shared.windows is not None:
-                    shared.windows.exchange(table[index], there.block)
-                shared.release([table[index]])
-                table[index] = there.block
-                self.retain(sequence, there)
+            there = node.child(edges[index - first])
+            if there is None:  # nor is there anything behind it
+                self._publish_from(sequence, node, index, edges[index - first :])
+                return
+            self._exchange(sequence, index, there)
             sequence.node = there
-            sequence.publish_at = end + size
+            sequence.publish_at += size
+
+    def _edges(self, sequence: SequenceBlocks, first: int, end: int) -> Ordered[bytes]:
+        """Tokens of the sequence's blocks first .. end-1, packed."""
+        at = first - sequence.first_missing
+        known = sequence.edges[at : at + end - first] if at >= 0 else ()
+        if len(known) == end - first:
+            return known
+        assert sequence.tokens is not None
+        data, step = sequence.tokens[first * self._size : end * self._size].tobytes(), self._size * TOKEN_BYTES
+        return [data[at : at + step] for at in range(0, len(data), step)]
+
+    def _publish_from(self, sequence: SequenceBlocks, node: Node, index: int, edges: Ordered[bytes]) -> None:
+        """Publish the blocks from `index` on behind `node`, whose tokens are `edges`."""
+        size, end = self._size, index + len(edges)
+        at = index - sequence.first_missing
+        keys = sequence.missing[at : at + len(edges)] if at >= 0 else ()
+        wishes = (
+            [_wish(sequence, each * size, (each + 1) * size) for each in range(index, end)] if sequence.retain else ()
+        )
+        nodes = self._shared.publish(node, sequence.table[index:end], edges, keys, wishes, _text_of(sequence))
+        for each in nodes[len(keys) :]:
+            self._curve.insert(each.key)
+        sequence.node = nodes[-1]
+        sequence.publish_at += len(edges) * size
+
+    def _exchange(self, sequence: SequenceBlocks, index: int, there: Node) -> None:
+        """Have a sequence read a block that another one has published, instead of its own with the same tokens."""
+        shared, table = self._shared, sequence.table
+        shared.hold([there.block])
+        if shared.windows is not None:
+            shared.windows.exchange(table[index], there.block)
+        shared.release([table[index]])
+        table[index] = there.block
+        self.retain(sequence, there)
 
     def publish_tail(self, sequence: SequenceBlocks) -> None:
         """Let what is committed be found to its last token. What is written behind that is the sequence's own; whoever
@@ -76,9 +100,9 @@ class Publisher:
         if shared.tree.extended_by(node, data) is not None:
             return
         self._take_back_tail(sequence)
-        wish = _wish(sequence, start, sequence.committed) if sequence.retain else None
-        text = (_rounded(len(tokens)), min(sequence.first_missing, 2))
-        sequence.tail = shared.publish(node, sequence.table[start // self._size], data, None, wish, text)
+        wishes = [_wish(sequence, start, sequence.committed)] if sequence.retain else ()
+        block = sequence.table[start // self._size]
+        [sequence.tail] = shared.publish(node, [block], [data], (), wishes, _text_of(sequence))
 
     def roll_back(self, sequence: SequenceBlocks, num_tokens: int) -> None:
         """Leave the published blocks that reach beyond `num_tokens`; the one it lies within becomes the sequence's own,
@@ -92,12 +116,12 @@ class Publisher:
             sequence.tail is not None
             and num_tokens < sequence.publish_at - size + len(sequence.tail.tokens) // TOKEN_BYTES
         ):
-            self._take_back_tail(sequence)
+            self._take_back_tail(sequence, "rollback")
         whole, node = num_tokens // size, sequence.node
         while node is not None and node.depth >= whole and node.parent is not None:
             last, node = node, node.parent
             if last.depth == whole and num_tokens % size and not copies and last.alive:
-                shared.discard(last)
+                shared.discard(last, "rollback")
         sequence.node = node
         if copies:
             source = sequence.table[whole]
@@ -113,7 +137,7 @@ class Publisher:
         node, whole = sequence.node, num_tokens // self._size
         if node is None or node.depth < whole or not num_tokens % self._size:
             return False
-        return node.depth > whole or bool(node.children) or self._pool.num_holders(sequence.table[whole]) > 1
+        return node.depth > whole or bool(node.below) or self._pool.num_holders(sequence.table[whole]) > 1
 
     def retain(self, sequence: SequenceBlocks, node: Node) -> None:
         """Give a block that the sequence hit or wrote the priority that its request asks for."""
@@ -122,17 +146,20 @@ class Publisher:
         if wish is not None:
             self._shared.retain(node, wish)
 
-    def _take_back_tail(self, sequence: SequenceBlocks) -> None:
+    def _take_back_tail(self, sequence: SequenceBlocks, reason: Departure = "replaced") -> None:
         if sequence.tail is not None:
             if sequence.tail.alive:
-                self._shared.discard(sequence.tail)
+                self._shared.discard(sequence.tail, reason)
             sequence.tail = None
 
 
-def _rounded(length: int) -> int:
-    """A length cut to its two highest bits: policies need no more of it, and many texts have it in common."""
+def _text_of(sequence: SequenceBlocks) -> tuple[int, int]:
+    """What policies are told of the text that a block came in with. Its length is cut to its two highest bits: they
+    need no more of it, and many texts have it in common."""
+    assert sequence.tokens is not None
+    length = len(sequence.tokens)
     shift = max(length.bit_length() - 2, 0)
-    return length >> shift << shift
+    return length >> shift << shift, min(sequence.first_missing, 2)
 
 
 def _wish(sequence: SequenceBlocks, start: int, end: int) -> Retain | None:

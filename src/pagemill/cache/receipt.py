@@ -44,9 +44,9 @@ class Lookup:
     miss: Miss | None = None
 
 
-class EvictedKeys:
-    """Keys that left lately, with time. Mutated by `add`, `forget`, `resize` and `clear`. Bounded by `capacity`: the
-    oldest go first."""
+class RecentKeys:
+    """Keys that something happened to lately, with time. Mutated by `add`, `forget`, `resize` and `clear`. Bounded by
+    `capacity`: the oldest go first."""
 
     __slots__ = ("_keys", "capacity")
 
@@ -55,20 +55,19 @@ class EvictedKeys:
         self._keys: OrderedDict[bytes, float] = OrderedDict()
 
     def add(self, key: bytes, now_s: float) -> None:
-        """A key has left."""
+        """It has happened to a key."""
         self._keys[key] = now_s
         self._keys.move_to_end(key)
         if len(self._keys) > self.capacity:
             self._keys.popitem(last=False)
 
     def when(self, key: bytes) -> float | None:
-        """When the key left, None where it did not or is forgotten."""
+        """When it did, None where it did not or is forgotten."""
         return self._keys.get(key)
 
-    def forget(self, keys: list[bytes]) -> None:
-        """Drop keys, as after a purge."""
-        for key in keys:
-            self._keys.pop(key, None)
+    def forget(self, key: bytes) -> None:
+        """Drop a key, as after a purge."""
+        self._keys.pop(key, None)
 
     def resize(self, capacity: int) -> None:
         """Remember so many at the most from now on."""

@@ -41,9 +41,7 @@ def vacate(
     if shared is not None:
         while pool.num_active + pool.num_cached > num_blocks:
             shared.evict_any()
-    for block in beyond:
-        if pool.is_vacant(block):
-            pool.withdraw(block)
+    pool.withdraw([block for block in beyond if pool.is_vacant(block)])
     homeless = [block for block in beyond if not pool.is_withdrawn(block)]
     targets = dict(zip(homeless, pool.allocate(len(homeless)), strict=True))
     wipes = tuple(target for target in targets.values() if target in pool.dirty)

@@ -26,7 +26,7 @@ class SequenceBlocks:
     of its last published whole block, or the root. publish_at: length at which the next block is full. tail: node of
     the beginning of its part-filled block, where that was published. root: where its text begins. first_read: by window
     group, index of the first block that it holds a page of. missing: keys of the prompt's blocks from index
-    first_missing on.
+    first_missing on; edges: their tokens, packed.
     """
 
     table: array[int] = field(default_factory=lambda: array("i"))
@@ -41,6 +41,7 @@ class SequenceBlocks:
     root: Node | None = None
     first_read: list[int] = field(default_factory=list)
     missing: Ordered[bytes] = ()
+    edges: Ordered[bytes] = ()
     first_missing: int = 0
 
 

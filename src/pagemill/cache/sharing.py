@@ -1,72 +1,46 @@
-"""Which blocks several texts share, and which go when room is short. Owns tree, shelves, accounts and copies together.
+"""What a text finds of the blocks that are there, what it takes, and what keeps or drops texts by name.
 
-The manager owns sequences and their lengths; what it takes, publishes and gives back passes through here, so that pool,
-tree, policy and accounts always change together. A block's reasons to stay are its holders and its children: a policy
-sees it locked while there is one.
+The manager owns sequences and their lengths; what it takes, publishes and gives back passes through here. How blocks
+come and go is `residents.py`; this adds look-ups, quotas, pins, purges and what the data plane is to do.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pagemill.base.errors import CapacityError, IntegrityError, RequestError
-from pagemill.base.params import CacheOptions, Retain
+from pagemill.base.params import CacheOptions
 from pagemill.base.transfer import NO_MOVES, Copy, Moves
 from pagemill.cache.block import DEFAULT_PRIORITY, Node
-from pagemill.cache.entry import Entered, Entry, Removed, SharingConfig, Stored
+from pagemill.cache.entry import Entered, Entry, Removed, SharingConfig
 from pagemill.cache.eviction import Shelves
-from pagemill.cache.keys import TOKEN_BYTES, Secrets
+from pagemill.cache.keys import TOKEN_BYTES
 from pagemill.cache.leases import Lease, Leases
-from pagemill.cache.lookup import Lookups
 from pagemill.cache.pool import BlockPool
-from pagemill.cache.prefix import PrefixTree
-from pagemill.cache.tenancy import Account, Tenancy
+from pagemill.cache.residents import KEYS_PER_BLOCK, ResidentBlocks
+from pagemill.cache.tenancy import Account
 from pagemill.cache.verification import verify_blocks
-from pagemill.cache.windows import Windows
-
-KEYS_PER_BLOCK = 4
 
 
-class SharedBlocks:
+class SharedBlocks(ResidentBlocks):
     """Published blocks over a pool. Mutated by every method that is not a question.
 
-    now_s: time of the last `advance`. on_event, listener: told of each Stored and Removed, in order. on_used: of
-    the nodes that a sequence found, first to last. num_wiped: pages overwritten.
+    on_used: told of the nodes that a sequence found, first to last. num_asked, num_hit: tokens looked for and found so
+    far, at index 0 by sequences that enter for the first time, at 1 by those that were put off.
     """
 
-    __slots__ = (
-        "_config", "_copies", "_entry", "_owner", "_patrol", "_pool", "_version", "leases", "listener", "lookups",
-        "now_s", "num_evicted", "num_wiped", "on_event", "on_used", "secrets", "shelves", "tenancy", "tree", "windows",
-    )  # fmt: skip
+    __slots__ = ("_entry", "_patrol", "leases", "num_asked", "num_hit", "on_used")
 
     def __init__(self, pool: BlockPool, block_size: int, config: SharingConfig) -> None:
-        self._pool = pool
-        self._config = config
-        self._owner = array("i", bytes(4 * pool.num_blocks))
-        self._copies: dict[int, Copy] = {}  # by target
+        super().__init__(pool, block_size, config)
         self._patrol = 0  # the block that `check` looks at next
-        self._version = 0  # of everything that an entry depends on
         self._entry: tuple[array[int], int, CacheOptions, int, Entry] | None = None
-        self.secrets = Secrets()
-        self.tree = PrefixTree(block_size, self.secrets)
-        self.shelves = Shelves(config.policy, pool.num_blocks, config.page_bytes)
-        self.tenancy = Tenancy(pool.num_blocks, known_only=config.known_tenants_only)
-        self.windows = Windows.make(config.windows, block_size, config.wipes, pool.is_published)
-        self.lookups = Lookups(pool, self.tree, self.tenancy, self.windows, KEYS_PER_BLOCK * pool.num_blocks)
         self.leases = Leases()
-        self.num_evicted = self.num_wiped = 0
-        self.now_s = 0.0
-        self.on_event: Callable[[Stored | Removed], None] | None = None
-        self.listener: Callable[[Stored | Removed], None] | None = None
+        self.num_asked, self.num_hit = [0, 0], [0, 0]
         self.on_used: Callable[[Sequence[Node]], None] | None = None
 
     # What is there
-
-    def available(self, account: Account) -> int:
-        """Blocks that the account could take now."""
-        count = self.tenancy.available(account, self._pool.num_free, self._pool.num_cached)
-        return count if self.windows is None else min(count, self.windows.num_available())
 
     def entry(self, options: CacheOptions, tokens: array[int], num_tokens: int) -> Entry:
         """How a sequence whose known tokens are the first `num_tokens` of `tokens` would enter now."""
@@ -89,8 +63,9 @@ class SharedBlocks:
             return
         self._version += 1
         for account in self.tenancy.drop_idle():
-            for namespace, fingerprint, _ in self.tree.roots_of(account.tenant, public=account.public):
+            for namespace, fingerprint, root in self.tree.roots_of(account.tenant, public=account.public):
                 self.tree.forget_root(namespace, fingerprint)
+                self.lookups.forget([root.key])
             self.secrets.forget(account.tenant, public=account.public)
 
     @property
@@ -114,14 +89,14 @@ class SharedBlocks:
 
     # Blocks in and out
 
-    def enter(self, entry: Entry) -> Entered:
-        """Take what `entry` names: hold the hits, copy the tail, allocate the rest.
+    def enter(self, entry: Entry, again: bool = False) -> Entered:
+        """Take what `entry` names: hold the hits, copy the tail, allocate the rest. again: see `num_asked`.
 
         Raises CapacityError, and changes nothing, where blocks are short.
         """
         if entry.num_new > max(entry.num_spare, 0):
             raise self._shortage(entry.account, entry.num_new)
-        missing = self.lookups.missing_keys(entry)
+        missing, edges = self.lookups.missing(entry)
         lookup = self.lookups.explain(entry, self._config.fingerprint, missing, self.now_s, self.shelves.policy)
         self.shelves.touch_chain(entry.match.nodes)
         self.hold(entry.shared)
@@ -138,127 +113,9 @@ class SharedBlocks:
         if tail is not None:
             target = table[len(entry.shared)]
             self._copies[target] = Copy(tail.block, target, entry.num_tail_tokens)
-        return Entered(table, lookup, missing)
-
-    def allocate(self, account: Account, count: int) -> array[int]:
-        """Take `count` blocks for an account, evicting what has to go. Raises CapacityError, and changes nothing, where
-        that is not enough."""
-        pool = self._pool
-        self._version += 1
-        if count > max(self.available(account), 0):
-            raise self._shortage(account, count)
-        while count and account.cap is not None and account.used + count > account.cap:
-            self._evict([account])
-        while pool.num_free < count:
-            self._evict(self.tenancy.givers(account, pool.num_cached))
-        blocks = pool.allocate(count)
-        for block in blocks:
-            self._owner[block] = account.index
-        account.used += count
-        return blocks
-
-    def hold(self, blocks: Sequence[int]) -> None:
-        """Add a holder to blocks that are held or published."""
-        accounts, nodes = self.tenancy.accounts, self.tree.nodes
-        self._version += 1
-        for block in self._pool.retain(blocks):
-            node = nodes[block]
-            accounts[self._owner[block]].cached -= 1
-            if not node.children:
-                self.shelves.lock(node)
-
-    def release(self, blocks: Sequence[int]) -> None:
-        """Take a holder from each block. Copies into blocks that become free are no longer made."""
-        accounts, nodes = self.tenancy.accounts, self.tree.nodes
-        self._version += 1
-        above: list[Account] = []
-        for block in self._pool.release(blocks):
-            account = accounts[self._owner[block]]
-            if self._pool.is_published(block):
-                account.cached += 1
-                if account.cap is not None and account.used > account.cap:
-                    above.append(account)
-                node = nodes[block]
-                if not node.children:
-                    self.shelves.unlock(node)
-            else:
-                account.used -= 1
-                if self._copies and block in self._copies:
-                    self.release([self._copies.pop(block).source])
-        for account in above:  # its cap was lowered while these were in use
-            self._keep_cap(account)
-
-    # Publication
-
-    def publish(
-        self,
-        parent: Node,
-        block: int,
-        tokens: bytes,
-        key: bytes | None,
-        retain: Retain | None,
-        text: tuple[int, int] = (0, 0),
-    ) -> Node:
-        """Let a held block be found behind `parent`. What its tokens begin with and nobody holds makes way for it.
-        text: as policies are told, `Shelves.insert`."""
-        self._version += 1
-        shorter = self.tree.beginning_of(parent, tokens)
-        node = self.tree.add(parent, block, tokens, key)
-        self._pool.publish(block)
-        node.account = self._owner[block]
-        if retain is not None:
-            node.priority = retain.priority
-            if retain.ttl_s is not None:
-                self.shelves.expire_at(node, self.now_s + retain.ttl_s)
-        if len(parent.children) == 1 and parent.shelf is not None and not self._pool.num_holders(parent.block):
-            self.shelves.lock(parent)
-        partition = self.tenancy.accounts[node.account].partition
-        self.shelves.insert(node, partition, len(tokens) // TOKEN_BYTES, locked=True, text=text)
-        if shorter is not None and not self._pool.num_holders(shorter.block):
-            self.discard(shorter)
-        if self.on_event is not None or self.listener is not None:
-            self._tell(Stored(node.key, parent.key, block, len(tokens) // TOKEN_BYTES))
-        return node
-
-    def discard(self, node: Node, *, evicted: bool = False) -> None:
-        """A leaf can no longer be found; without a holder its block becomes free, and its page is wiped."""
-        block = node.block
-        self._version += 1
-        self.shelves.remove(node, evicted=evicted)
-        parent = self.tree.remove(node)
-        if not self._pool.num_holders(block):
-            account = self.tenancy.accounts[self._owner[block]]
-            account.cached -= 1
-            account.used -= 1
-        self._pool.unpublish(block)
-        if self.windows is not None:
-            self.windows.drop(block)
-        if parent.shelf is not None and not parent.children and not self._pool.num_holders(parent.block):
-            self.shelves.unlock(parent)
-        if self.on_event is not None or self.listener is not None:
-            self._tell(Removed(node.key, evicted))
-
-    def _tell(self, event: Stored | Removed) -> None:
-        for told in (self.on_event, self.listener):
-            if told is not None:
-                told(event)
-
-    def retain(self, node: Node, retain: Retain) -> None:
-        """Give a published block this priority and this much time from now, if that is more than it has."""
-        until = None if retain.ttl_s is None else self.now_s + retain.ttl_s
-        if retain.priority > node.priority:
-            self.shelves.expire_at(node, until)
-        elif retain.priority == node.priority and node.expires_s is not None:
-            self.shelves.expire_at(node, None if until is None else max(until, node.expires_s))
-        self._shelve(node, max(node.priority, retain.priority))
-
-    def _shelve(self, node: Node, priority: int, *, anew: bool = False) -> None:
-        if priority == node.priority and not anew:
-            return
-        node.priority = priority
-        locked = bool(node.children) or self._pool.num_holders(node.block) > 0
-        partition = self.tenancy.accounts[node.account].partition
-        self.shelves.move(node, partition, len(node.tokens) // TOKEN_BYTES, locked=locked)
+        self.num_asked[again] += lookup.num_asked
+        self.num_hit[again] += lookup.num_hit
+        return Entered(table, lookup, missing, edges)
 
     def set_quota(self, tenant: str, floor: int, cap: int | None) -> None:
         """A tenant's floor and cap in blocks; its cached blocks beyond the cap go at once, those in use as they end."""
@@ -271,10 +128,6 @@ class SharedBlocks:
             if known:
                 self.shelves.drop(known)
         self._keep_cap(account)
-
-    def _keep_cap(self, account: Account) -> None:
-        while account.cap is not None and account.used > account.cap and account.cached:
-            self._evict([account])
 
     def advance(self, now_s: float) -> None:
         """Move the cache's clock: leases end, and priorities whose time is over fall back to the default."""
@@ -332,18 +185,26 @@ class SharedBlocks:
             self.leases.num_forced += 1
         for each in nodes:
             if each.alive:  # the end of a lease may have let it go already
-                self.discard(each)
-        self.lookups.forget(nodes)
+                self.discard(each, "purge")
+        self.lookups.forget([node.key, *(each.key for each in nodes)])
+        self._let_go()
         return len(nodes)
+
+    def _let_go(self) -> None:
+        """Nothing is kept of blocks that are gone."""
+        self.shelves.forget_dead()
+        self._entry = None
 
     def purge_text(self, options: CacheOptions, tokens: array[int]) -> int:
         """Drop what is published of a text and of no other that goes on from it. Returns blocks dropped."""
         self.tenancy.check(options)
         count = 0
         for node in reversed(self.chain_of(options, tokens)):
-            if node.children:
+            if node.below:
                 break
             count += self.purge(node)
+        self.lookups.forget_text(self._root(options), tokens)
+        self._let_go()
         return count
 
     def purge_prefix(self, options: CacheOptions, tokens: array[int]) -> int:
@@ -351,6 +212,8 @@ class SharedBlocks:
         running sequence has not published yet is published as it goes on."""
         self.tenancy.check(options)
         nodes, size = [self._root(options), *self.chain_of(options, tokens)], self.tree.block_size
+        self.lookups.forget_prefix(nodes[0], tokens)
+        self._let_go()
         if len(nodes) <= len(tokens) // size:
             return 0
         parent = nodes[len(tokens) // size]
@@ -415,10 +278,6 @@ class SharedBlocks:
         """True where the block has yet to be copied into."""
         return block in self._copies
 
-    def evict_any(self) -> None:
-        """Evict a block as for a smaller cache: of who is above a floor, and only then of anyone."""
-        self._evict(self.tenancy.to_shrink(self._pool.num_cached))
-
     def renumber(self, moved: Mapping[int, int]) -> None:
         """Blocks with contents have new ids: old -> new."""
         self._version += 1
@@ -441,18 +300,6 @@ class SharedBlocks:
         self.shelves.resize(num_blocks)
         self.lookups.resize(KEYS_PER_BLOCK * num_blocks)
 
-    def _evict(self, givers: Iterable[Account | None]) -> None:
-        block = self.shelves.victim(0 if each is None else each.partition for each in givers)
-        if block is None:
-            raise IntegrityError("no cached block can be evicted although the accounts say so; report this as a bug")
-        node = self.tree.nodes[block]
-        self.lookups.evict(node, self.now_s)
-        self.num_evicted += 1
-        self.discard(node, evicted=True)
-
-    def _shortage(self, account: Account, count: int) -> CapacityError:
-        return account.shortage(count) or self._pool.shortage(count, self.available(account))
-
     def cap_error(self, count: int, options: CacheOptions) -> CapacityError | None:
         """The error of a text of `count` blocks that its account's cap can never hold, None where it can."""
         return self.account_of(options).never(count)
@@ -472,7 +319,7 @@ class SharedBlocks:
             raise IntegrityError(f"block {block} is published in the pool or in the tree, and not in both")
         if node is not None:
             account = self.tenancy.accounts[node.account]
-            named = node.block == block and node.alive and self.tree.index.get(node.key) is node
+            named = node.block == block and node.alive and self.tree.is_child(node)
             if not named or node.shelf is None or not 0 <= account.cached <= account.used:
                 raise IntegrityError(f"{node} is not what block {block} holds, or {account} is miscounted")
 
@@ -481,6 +328,8 @@ class SharedBlocks:
         secrets stay, pins end."""
         self._version += 1
         keys = list(self.tree.index)
+        self.num_left["quarantine"] += len(keys)
+        self._entry = None
         self.tree.clear()
         self.lookups.clear()
         self.tenancy.clear()

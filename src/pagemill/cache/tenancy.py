@@ -227,6 +227,11 @@ class Tenancy:
             found.append((-shared, -1, None))
         return [each for _, _, each in sorted(found, key=lambda entry: entry[:2])]
 
+    @property
+    def is_parted(self) -> bool:
+        """True where any tenant's blocks stand in orders of their own, so that who gives may change with each block."""
+        return bool(self._parted)
+
     def to_shrink(self, num_cached: int) -> list[Account | None]:
         """Whose blocks may go for nobody's sake: of those above their floors the one furthest above first, and of
         anyone where there is none."""

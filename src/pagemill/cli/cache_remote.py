@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -32,7 +32,7 @@ KINDS = ("text", "prefix", "namespace", "tenant")
 _ACT_TIMEOUT_S = 60.0  # pages are wiped before a purge is answered
 _PAGE = 10_000
 _MOST_LISTED = 1_000_000
-_KEY_CHARS = 12
+_KEY_CHARS = 8
 _PIPE_WIDTH = 100
 _INTERRUPTED = 130
 _MOST_INPUT_BYTES = 1 << 26
@@ -139,6 +139,8 @@ def pin(
     number, tokens, blocks = _shown(server, lambda: tuple(int(found[name]) for name in ("pin", "tokens", "blocks")))
     if not blocks:
         print(f"nothing of it is cached for tenant {plain(whose['tenant'])}, so nothing is kept")
+        if text is not None:
+            note("a conversation has control tokens too: take --token-ids with what /tokenize answers for its messages")
         return 0
     print(f"pin {number}: {tokens:,} tokens in {_blocks(blocks)} are kept for {format_seconds(wanted_s)}")
     note(f"end it with: pagemill cache unpin {number}")
@@ -174,9 +176,10 @@ def _list_blocks(server: Server, tenant: str | None, most: int) -> tuple[list[di
 
 
 def _blocks_table(blocks: list[dict[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("block", "key", "behind", "tokens", "tenant", "state", "priority", "for", "children"):
-        table.add_column(name, justify="left" if name in ("key", "behind", "tenant", "state") else "right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("block", "key", "behind", "tokens", "tenant", "state", "priority", "for", "below"):
+        justify: Literal["left", "right"] = "left" if name in ("key", "behind", "tenant", "state") else "right"
+        table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis" if name == "tenant" else "fold")
     for each in blocks:
         first, expires = each["first_token"], each["expires_in_s"]
         table.add_row(

@@ -43,7 +43,7 @@ def cache_app(settings: dict[str, Any]) -> typer.Typer:
             str | None,
             typer.Argument(help="A trace with block ids to replay here, or a load: chat, agents, … (instead of --url)"),
         ] = None,
-        url: Annotated[str | None, typer.Option(help="Admin address of a running server.", metavar="URL")] = None,
+        url: Url = None,
         key: Key = None,
         blocks: Annotated[
             str, typer.Option(help="Size of the cache that a trace is replayed over, in blocks.")

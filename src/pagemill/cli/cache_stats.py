@@ -16,7 +16,7 @@ from rich.text import Text
 from pagemill.base.errors import ConfigError
 from pagemill.base.units import parse_count
 from pagemill.bench.cache_curve import replayed_stats
-from pagemill.cli.cache_remote_client import ADMIN_KEY_VARIABLE, Server, ServerError
+from pagemill.cli.cache_remote_client import ADMIN_KEY_VARIABLE, ADMIN_URL_VARIABLE, Server, ServerError
 from pagemill.cli.terminal import BOLD, note, paint, print_json
 from pagemill.simulator.trace import read_trace
 from pagemill.simulator.workload import GENERATORS, generate
@@ -30,8 +30,12 @@ _PIPE_WIDTH = 100
 
 def stats(*, trace: str | None, url: str | None, key: str | None, blocks: str, seed: int, as_json: bool) -> int:
     """Show what a server's cache holds and found, or what a cache of `blocks` blocks makes of a trace."""
+    if trace is None and url is None:
+        url = os.environ.get(ADMIN_URL_VARIABLE) or None
     if (trace is None) == (url is None):
-        raise ConfigError("give either a trace to replay or --url of a server, such as --url http://127.0.0.1:8000")
+        raise ConfigError(
+            "give either a trace to replay or --url with a server's admin port, such as --url http://127.0.0.1:8001"
+        )
     if url is not None:
         found = ask(url, key if key is not None else os.environ.get(ADMIN_KEY_VARIABLE))
         title = f"the cache of {url}"
@@ -49,9 +53,9 @@ def stats(*, trace: str | None, url: str | None, key: str | None, blocks: str, s
     print(paint(title, BOLD, sys.stdout))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     for line in lines:
-        print(line)
+        console.print(Text(line))
     for heading, table in shown:
-        print(heading)
+        console.print(Text(heading))
         console.print(table)
     return 0
 
@@ -84,9 +88,9 @@ def summary(found: dict[str, Any]) -> list[str]:
     blocks, tokens = found["blocks"], found["tokens"]
     shared = f"prefix cache, {found['policy']}" if found["sharing"] else "nothing is shared"
     lines = [
-        f"{found['mode']}, {shared}; blocks of {found['block_tokens']} tokens: {blocks['total']:,} in all, "
+        f"{found['mode']}, {shared}; {blocks['total']:,} blocks of {found['block_tokens']} tokens",
         f"{blocks['active']:,} in use by {found['sequences']:,} sequences, {blocks['cached']:,} cached, "
-        f"{blocks['free']:,} free, {blocks['pinned']:,} pinned; {blocks['evicted']:,} evicted so far"
+        f"{blocks['free']:,} free, {blocks['pinned']:,} pinned; {blocks['evicted']:,} evicted so far",
     ]
     if tokens["asked"]:
         lines.append(
@@ -103,7 +107,7 @@ def tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
     curve = found["curve"]
     if curve is not None and curve["recorded_blocks"]:
         heading = (
-            f"expected hit ratio by size, least recently used leaving first: {curve['recorded_blocks']:,} blocks "
+            f"expected hit ratio by size under lru: {curve['recorded_blocks']:,} blocks "
             f"looked up, {curve['sampled_share']:.1%} of all followed"
         )
         table = Table(box=SIMPLE_HEAD, pad_edge=False)

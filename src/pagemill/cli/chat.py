@@ -1,4 +1,5 @@
-"""`pagemill chat`: a conversation in the terminal. Owns the history and what can be typed; works with piped stdin."""
+"""`pagemill chat`: a conversation in the terminal. Owns what can be typed; the conversation is a session. Works with
+piped stdin."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pagemill.base.errors import PagemillError
 from pagemill.base.params import SamplingParams
 from pagemill.cli.generate import open_llm
 from pagemill.cli.terminal import BOLD, note, paint, print_error
-from pagemill.llm import LLM
+from pagemill.llm import Session
 
 HELP = """/exit, /quit   end (also Ctrl-D)
 /clear         forget the conversation
@@ -23,11 +24,10 @@ Ctrl-C         stop the answer, not the program"""
 def run(*, system: str | None, sampling: dict[str, Any], engine: dict[str, Any]) -> int:
     """Talk until /exit or the end of stdin. Returns 2 where piped input met an error, else 0."""
     params = SamplingParams(**sampling)
-    opening = [{"role": "system", "content": system}] if system else []
     interactive = sys.stdin.isatty()
     code = 0
     with open_llm(engine, quiet=False, defaults={"max_num_seqs": 1}) as llm:
-        history = list(opening)
+        session = llm.session(system)
         if interactive:
             note(f"{llm.built.spec.name}, {llm.built.max_model_len:,} tokens of context. /help for help, /exit to end.")
         while (line := _read_line(interactive)) is not None:
@@ -35,19 +35,18 @@ def run(*, system: str | None, sampling: dict[str, Any], engine: dict[str, Any])
             if text in ("/exit", "/quit"):
                 break
             if text == "/clear":
-                history = list(opening)
+                session = llm.session(system)
                 note("forgotten")
             elif text == "/help":
                 note(HELP)
             elif text.startswith("/") and " " not in text:
                 print_error(f"unknown command {text}; /help lists them")
             elif text:
-                history.append({"role": "user", "content": text})
                 try:
-                    history.append({"role": "assistant", "content": _answer(llm, history, params)})
+                    _answer(session, text, params)
                 except PagemillError as error:
-                    history.pop()
-                    print_error(f"{error} (/clear forgets the conversation)" if len(history) > 1 else str(error))
+                    begun = len(session.messages) > 1
+                    print_error(f"{error} (/clear forgets the conversation)" if begun else str(error))
                     code = 0 if interactive else error.exit_code
     return code
 
@@ -68,14 +67,12 @@ def _read_line(interactive: bool) -> str | None:
             print()
 
 
-def _answer(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> str:
-    """Stream one answer; what has been said when Ctrl-C comes is what stays in the history."""
-    said: list[str] = []
+def _answer(session: Session, text: str, params: SamplingParams) -> None:
+    """Stream one answer; what has been said when Ctrl-C comes is what stays in the conversation."""
     receipt = None
-    stream = llm.stream(llm.chat_prompt(history), params)
+    stream = session.stream(text, params)
     with _interrupts() as interrupted:
         for delta in stream:
-            said.append(delta.text)
             receipt = delta.receipt
             sys.stdout.write(delta.text)
             sys.stdout.flush()
@@ -86,7 +83,6 @@ def _answer(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> 
     print()
     if receipt is not None and sys.stderr.isatty():
         note(str(receipt))
-    return "".join(said)
 
 
 @contextmanager

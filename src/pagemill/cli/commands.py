@@ -158,7 +158,7 @@ def serve(
         str | None, typer.Option(help="File with a chat template, in place of the model's own.", metavar="FILE")
     ] = None,
     shutdown_timeout: Annotated[
-        str, typer.Option(help="How long running requests may go on after SIGTERM, as 30 or 2m.")
+        str, typer.Option(help="How long running requests may go on after SIGTERM, as 30 or 2m.", metavar="TIME")
     ] = "30",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse requests with fields that are not known.")] = False,
     access: dict[str, Any] | None = None,
@@ -423,7 +423,7 @@ def bench_cache(
         bool,
         typer.Option(
             "--cpu-time",
-            help="Count CPU time on one kernel thread, for ratios on a busy machine; leaves llama.cpp out.",
+            help="Count CPU time on one kernel thread, llama.cpp's too: for ratios on a busy machine.",
         ),
     ] = False,
     python_llama: PeerPython = None,

@@ -50,7 +50,7 @@ def _parameter(each: Option) -> inspect.Parameter:
     default = "" if each.default is None else f" [default: {each.default}]"
     help = typer.Option(
         *flags,
-        help=each.help + default,
+        help=(each.help + default).replace("[", r"\["),  # which would begin a style
         metavar="|".join(each.choices) or (each.unit or each.kind).upper(),
         show_default=False,
         rich_help_panel=PANEL,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import logging
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 
@@ -28,6 +29,7 @@ from pagemill.cli.serve_access import Drain, ServeAccess
 from pagemill.cli.terminal import print_error
 from pagemill.llm.async_llm import AsyncLLM
 from pagemill.server.app import create_app
+from pagemill.server.limits_tls import GuardedServer
 from pagemill.server.ports import ServerSettings
 from pagemill.server.service import Service
 
@@ -35,6 +37,8 @@ SWITCH_INTERVAL_S = 0.0005  # of the interpreter's threads; its own 5 ms is long
 STOP_TIMEOUT_S = 5.0
 KEEP_ALIVE_S = 75
 BACKLOG = 1024
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 def run(*, name: str | None, server: dict[str, Any], engine: dict[str, Any]) -> int:
@@ -68,8 +72,17 @@ def run(*, name: str | None, server: dict[str, Any], engine: dict[str, Any]) -> 
         ws="none",
         **access.uvicorn_options(),
     )
-    with asyncio.Runner(loop_factory=uvicorn_config.get_loop_factory()) as runner:
-        exit_code, is_stopped = runner.run(_serve(config, settings, uvicorn_config, listener, access))
+    try:
+        with asyncio.Runner(loop_factory=uvicorn_config.get_loop_factory()) as runner:
+            exit_code, is_stopped = runner.run(_serve(config, settings, uvicorn_config, listener, access))
+    except PagemillError:
+        raise
+    except Exception as error:  # whose words may quote a client: the log decides whether to tell them
+        _LOG.critical("the server ends on an error that nothing caught", exc_info=error)
+        raise PagemillError(
+            f"the server ended on a mistake of Pagemill's ({type(error).__name__}); its log says where; report it, "
+            f"with what --log-level debug says"
+        ) from error
     if not is_stopped:  # a model that is still being loaded cannot be told to stop
         sys.stdout.flush()
         sys.stderr.flush()
@@ -94,7 +107,7 @@ async def _serve(
         service.opened, llm.observe, llm.leaving = access.opened, access.figures.saw, access.figures.left
         app = create_app(llm, settings, service=service, routers=[access.metrics_router(llm)])
         uvicorn_config.app = access.wrap(app)
-        server = _Server(uvicorn_config, service)
+        server = _Server(uvicorn_config, service, access)
         url = _url_of(listener, access.tls.enabled)
         loading = asyncio.create_task(_load(llm, server, url, access, progress))
         admin = asyncio.create_task(access.run_admin(llm, Drain(server, service, llm)))
@@ -130,14 +143,14 @@ async def _load(llm: AsyncLLM, server: _Server, url: str, access: ServeAccess, p
     )
 
 
-class _Server(uvicorn.Server):
+class _Server(GuardedServer):
     """A server that a signal drains, and that then ends as one that did what it was told. Mutated by signals.
 
     exit_code: of the process.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
+    def __init__(self, config: uvicorn.Config, service: Service, access: ServeAccess) -> None:
+        super().__init__(config, access.tls.context(), access.limits, access.metrics)
         self.service = service
         self.exit_code = 0
 

@@ -31,6 +31,7 @@ from pagemill.server.admin_metrics import EngineFigures
 from pagemill.server.limits import Limits
 from pagemill.server.limits_body import BodyLimits
 from pagemill.server.limits_connection import guarded_protocol
+from pagemill.server.limits_tls import GuardedServer
 from pagemill.server.service import Service
 from pagemill.telemetry.logs import configure_logging
 from pagemill.telemetry.metrics import Metrics
@@ -64,7 +65,7 @@ class Drain:
         self._server.should_exit = True
 
 
-class _AdminServer(uvicorn.Server):
+class _AdminServer(GuardedServer):
     """A server beside another one, which handles the signals."""
 
     @contextmanager
@@ -147,12 +148,11 @@ class ServeAccess:
         return router
 
     def uvicorn_options(self) -> dict[str, Any]:
-        """Arguments for uvicorn's Config of the public port: TLS, and connections that are cut when too slow."""
+        """Arguments for uvicorn's Config of the public port: connections that are cut when too slow."""
         return {
             "http": guarded_protocol(self.limits, self.metrics),
             "log_config": None,
             "proxy_headers": False,
-            **self.tls.uvicorn_options(),
         }
 
     def opened(self, request_ids: Sequence[str], asks: Sequence[tuple[Sequence[int], Any, Any]], visitor: Any) -> None:
@@ -211,10 +211,10 @@ class ServeAccess:
             render_metrics=render,
         )  # fmt: skip
         config = uvicorn.Config(
-            app, http=guarded_protocol(self.limits, self.metrics), lifespan="off", ws="none", server_header=False,
-            log_level="warning", log_config=None, access_log=False, **self.tls.uvicorn_options(),
+            app, http=guarded_protocol(self.limits, self.metrics), lifespan="off", ws="none",
+            server_header=False, log_level="warning", log_config=None, access_log=False,
         )  # fmt: skip
-        await _AdminServer(config).serve(sockets=[listener])
+        await _AdminServer(config, self.tls.context(), self.limits, self.metrics).serve(sockets=[listener])
 
     def close(self) -> None:
         """Send the spans that wait."""

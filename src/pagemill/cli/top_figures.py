@@ -25,6 +25,7 @@ LATENCIES: Final = {
     "queue": "vllm:request_queue_time_seconds",
 }
 QUANTILES: Final = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+EVICTIONS: Final = ("capacity", "quota", "resize")
 BLOCK_STATES: Final = ("free", "active", "cached", "held", "pinned")
 
 _FAMILIES: Final = ("vllm:", "pagemill:")
@@ -168,7 +169,7 @@ def _kv(now: Scrape) -> dict[str, Any]:
         "bytes": _whole(now.total("pagemill:kv_bytes")),
         "dtype": now.config.get("cache_dtype"),
         "policy": now.config.get("cache_policy"),
-        "evictions": _whole(now.total("pagemill:kv_evictions_total")),
+        "evictions": _whole(_evictions(now)),
         "leaked_blocks": _whole(now.total("pagemill:kv_leaked_blocks")),
         "corrupt_blocks": _whole(now.total("pagemill:kv_block_corrupt_total")),
         "saved_prefill_s": _rounded(now.total("pagemill:kv_saved_prefill_seconds_total")),
@@ -229,6 +230,14 @@ def _rate(before: Scrape | None, now: Scrape, window_s: float | None, name: str)
     if before is None or window_s is None or total is None:
         return None
     return _rounded((total - (before.total(name) or 0.0)) / window_s)
+
+
+def _evictions(now: Scrape) -> float | None:
+    """Blocks that left so that others could have their place; purges and the like are no evictions."""
+    left = now.samples.get("pagemill:kv_evictions_total")
+    if not left:
+        return None
+    return sum(count for labels, count in left.items() if dict(labels).get("reason") in EVICTIONS)
 
 
 def _whole(value: float | None) -> int | None:

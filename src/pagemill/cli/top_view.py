@@ -18,8 +18,8 @@ MOST_TENANTS: Final = 200
 
 _BLANK: Final = "-"
 _LABEL_WIDTH: Final = 14
-_BAR_CELLS: Final = 20
-MOST_SPARKS: Final = 16
+_BAR_CELLS: Final = 10
+MOST_SPARKS: Final = 8
 NUM_LINES: Final = 17
 _SPARKS: Final = ("▁▂▃▄▅▆▇█", "_.-=*#%@")
 _BARS: Final = ("█▒░", "#=.")
@@ -89,10 +89,10 @@ def _requests(requests: Mapping[str, Any]) -> Text:
 def _tokens(tokens: Mapping[str, Any], history: Sequence[float], ascii_only: bool) -> Text:
     line = _line("tokens/s")
     line.append(f"in {_rate(tokens['prompt_per_s'])}", style="bold")
-    line.append(f" ({_rate(tokens['cached_per_s'])} from the cache)   ")
+    line.append(f" ({_rate(tokens['cached_per_s'])} cached)   ")
     line.append(f"out {_rate(tokens['generated_per_s'])}  ", style="bold")
     line.append(_spark(history, ascii_only), style="cyan")
-    line.append(f"   {_count(tokens['prompt'])} in, {_count(tokens['generated'])} out since the start", style="dim")
+    line.append(f"   {_count(tokens['prompt'])} in, {_count(tokens['generated'])} out in all", style="dim")
     return line
 
 
@@ -129,7 +129,7 @@ def _cache(kv: Mapping[str, Any], ascii_only: bool) -> Text:
     size = f" of {total * kv['block_tokens']:,} tokens" if kv["block_tokens"] else f" of {total:,} blocks"
     line.append(size)
     if kv["bytes"] is not None:
-        line.append(f"; {format_bytes(kv['bytes'])} kept", style="dim")
+        line.append(f"; {format_bytes(kv['bytes'])}", style="dim")
     return line
 
 

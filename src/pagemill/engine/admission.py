@@ -101,15 +101,16 @@ class Admission:
             )
         vocab_size = self.limits.vocab_size
         try:
-            tokens = array("i", iter(prompt))
-            wrong = min(tokens) < 0 or max(tokens) >= vocab_size
+            # As unsigned numbers, negative ids are refused while they are read. A list's own numbers are not made anew.
+            unsigned = array("I", prompt if isinstance(prompt, list | tuple) else iter(prompt))
+            wrong = max(prompt if isinstance(prompt, list) else unsigned) >= vocab_size
         except (TypeError, OverflowError):
             wrong = True
         if wrong:
             strays = ((i, t) for i, t in enumerate(prompt) if not hasattr(t, "__index__") or not 0 <= t < vocab_size)
             index, token = next(strays)
             raise RequestError(f"the prompt's token {index} is {token!r}; give ids from 0 to {vocab_size - 1:,}")
-        return tokens
+        return array("i", unsigned.tobytes())
 
     def _check_stop_ids(self, params: SamplingParams) -> None:
         for token in params.stop_token_ids:

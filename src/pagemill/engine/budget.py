@@ -4,15 +4,19 @@ A long prompt read at once makes everybody who decodes wait for it; read in smal
 over the weights (Sarathi, arXiv 2308.16369). How large a chunk may be depends on machine, model, number of streams and
 their length, so it is measured: seconds of steps that only decode, by number of rows, and seconds that a prompt token
 adds. Steps are cut differently from run to run, answers are not: no bit depends on how a prompt was cut.
+
+The measure is a step in which all decode that have a place, those too whose prompts wait: what they will make every
+step take once they are in. Measured by those few that decode already, steps would stay short and prompts enter so
+slowly that as few decode at any time, and the passes over the weights that more could share are the throughput.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-SHORTEST_S = 0.03  # no step is held below this: 33 tokens a second is faster than people read
+SHORTEST_S = 0.04  # no step is held below this: 25 tokens a second is faster than people read
 SMALLEST_CHUNK = 16
-UNKNOWN_CHUNK = 128  # until both figures are known
+UNKNOWN_CHUNK = 128  # where nothing is known of steps that only decode
 PROBE_STEPS = 64
 _WEIGHT = 0.2
 _ROWS_OF_BASE = 12  # as many decode rows as cost what an empty step does, where nothing nearer is known
@@ -30,55 +34,78 @@ class StepBudget:
     def __init__(self, most: int, percent: int | None) -> None:
         self.most = most
         self._stretch = None if percent is None else percent / 100
-        self._alone_s: dict[int, float] = {}  # by decode rows
+        self._alone_s: dict[int, float] = {}  # of as many decode rows as the class begins with
         self._known: list[int] = []  # its keys, sorted
         self._token_s = 0.0
-        self._num_mixed = 0  # steps since one that decoded alone
+        self._num_mixed = PROBE_STEPS  # steps since one that decoded alone; the first of all does
 
-    def for_prompts(self, num_decoding: int) -> int:
-        """Prompt tokens for a step in which so many sequences decode. Now and then none, to see what decoding takes."""
+    def for_prompts(self, num_decoding: int, num_reading: int = 0) -> int:
+        """Prompt tokens for a step in which so many sequences decode and so many others, with a place to run, are to
+        have their prompts read. Now and then none, to see what decoding takes."""
         left = self.most - num_decoding
         if self._stretch is None or not num_decoding or left <= 0:
             return max(left, 0)
         if self._num_mixed >= PROBE_STEPS:
             return 0
         alone_s = self.alone_s(num_decoding)
-        if not alone_s or not self._token_s:
+        if not alone_s:
             return min(left, UNKNOWN_CHUNK)
-        seconds = max(self._stretch * alone_s, SHORTEST_S) - alone_s
-        chunk = max(int(seconds / self._token_s), SMALLEST_CHUNK)
+        together_s = self.alone_s(num_decoding + num_reading)
+        seconds = max(self._stretch * max(alone_s, together_s), SHORTEST_S) - alone_s
+        # Where no prompt was read yet, a token of one is taken to cost a decode row, which is more than it does.
+        chunk = max(int(seconds / (self._token_s or _row_s(alone_s, num_decoding))), SMALLEST_CHUNK)
         rows = (chunk + num_decoding) // SMALLEST_CHUNK * SMALLEST_CHUNK  # kernels work in tiles of rows
         whole = rows - num_decoding
         return min(left, whole if whole >= SMALLEST_CHUNK else chunk)
 
     def alone_s(self, num_decoding: int) -> float:
         """Seconds of a step that only decodes so many rows, 0 where no such step was seen."""
-        exact = self._alone_s.get(num_decoding)
-        if exact is not None:
-            return exact
         if not self._known:
             return 0.0
-        place = bisect_left(self._known, num_decoding)
-        near = min(self._known[max(place - 1, 0) : place + 1], key=lambda rows: abs(rows - num_decoding))
-        return self._alone_s[near] * (num_decoding + _ROWS_OF_BASE) / (near + _ROWS_OF_BASE)
+        rows = _class_of(num_decoding)
+        if rows not in self._alone_s:
+            place = bisect_left(self._known, rows)
+            rows = min(self._known[max(place - 1, 0) : place + 1], key=lambda near: abs(near - rows))
+        return _row_s(self._alone_s[rows], rows) * (num_decoding + _ROWS_OF_BASE)
 
     def saw(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
         """A step with so many decode rows and prompt tokens took so long."""
-        if self._stretch is None or seconds <= 0:
+        if self._stretch is None:
             return
         if not num_prompt_tokens:
             self._num_mixed = 0
-            known_s = self._alone_s.get(num_decoding)
-            if known_s is None:
-                insort(self._known, num_decoding)
-            self._alone_s[num_decoding] = _towards(known_s or seconds, seconds)
+        elif num_decoding:
+            self._num_mixed += 1
+        if seconds <= 0:
+            return
+        if not num_prompt_tokens:
+            rows = _class_of(num_decoding)
+            own_s = _row_s(seconds, num_decoding) * (rows + _ROWS_OF_BASE)
+            known_s = self._alone_s.get(rows)
+            if known_s is None:  # what was seen nearby tells how strange a first step is
+                near_s = self.alone_s(rows) or own_s
+                self._alone_s[rows] = min(max(own_s, near_s / 2), 2 * near_s)
+                insort(self._known, rows)
+            else:
+                self._alone_s[rows] = _towards(known_s, own_s)
             return
         if num_decoding:
-            self._num_mixed += 1
             seconds -= self.alone_s(num_decoding)
         elif num_prompt_tokens < SMALLEST_CHUNK:
             return
         self._token_s = _towards(self._token_s, max(seconds, 0.0) / num_prompt_tokens)
+
+
+def _class_of(num_rows: int) -> int:
+    """The least number of rows whose steps are taken together with those of so many: with the same leading three bits,
+    so that each class is seen often and one strange step stands for none for long."""
+    shift = max(num_rows.bit_length() - 3, 0)
+    return num_rows >> shift << shift
+
+
+def _row_s(seconds: float, num_rows: int) -> float:
+    """Seconds of a decode row in a step that only decodes."""
+    return seconds / (num_rows + _ROWS_OF_BASE)
 
 
 def _towards(known: float, seen: float) -> float:

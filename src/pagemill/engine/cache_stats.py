@@ -40,6 +40,7 @@ def cache_stats(engine: Engine, sizes: Sequence[int] | None = None) -> dict[str,
             "held": stats.num_held_blocks,
             "pinned": stats.num_pinned_blocks,
             "evicted": stats.num_evicted_blocks,
+            "left": dict(stats.num_left_blocks),
             "quarantined": stats.num_quarantined_blocks,
         },
         "rebuilds": stats.num_rebuilds,
@@ -47,6 +48,8 @@ def cache_stats(engine: Engine, sizes: Sequence[int] | None = None) -> dict[str,
             "asked": stats.num_asked_tokens,
             "hit": stats.num_hit_tokens,
             "hit_ratio": _ratio(stats.num_hit_tokens, stats.num_asked_tokens),
+            "asked_again": stats.num_reentry_tokens,
+            "hit_again": stats.num_reentry_hit_tokens,
         },
         "tenants": _tenants(cache),
         "curve": cache_curve(cache, sizes) if sharing else None,
@@ -58,8 +61,13 @@ def cache_curve(cache: CacheManager, sizes: Sequence[int] | None = None) -> dict
     used. recorded_blocks: uses seen; sampled_share: of all blocks, those that are followed. Raises as `cache_stats`."""
     if sizes is None:
         sizes = sorted({max(1, int(cache.num_blocks * 2.0**step)) for step in _DOUBLINGS})
+    elif not isinstance(sizes, Sequence):
+        raise ConfigError(f"sizes of the cache are a {type(sizes).__name__}; give a list of numbers of blocks")
     elif not 0 < len(sizes) <= _MOST_SIZES:
         raise ConfigError(f"{len(sizes)} sizes of the cache; give 1 to {_MOST_SIZES}")
+    wrong = [size for size in sizes if isinstance(size, bool) or not isinstance(size, int)]
+    if wrong:
+        raise ConfigError(f"a size of the cache is {wrong[0]!r:.40}; give whole numbers of blocks")
     seen = cache.curve
     ratios = seen.curve(sizes)
     return {

@@ -291,7 +291,7 @@ class Engine:
         and wiped, and what runs is computed again, to the same tokens. A sequence at which that begins again fails;
         where no token comes of it after several times, all that is unfinished does."""
         self._num_recoveries += 1
-        _LOG.error("the KV cache is dropped and computed again: %s: %s", type(error).__name__, error, exc_info=error)
+        _LOG.error("the KV cache is dropped and computed again: %s", type(error).__name__, exc_info=error)
         self._damage = None
         self._cache.rebuild()
         sequences = [each for request in self._unfinished.values() for each in request]
@@ -373,7 +373,7 @@ class Engine:
         try:
             receipt = self.receipt_of(sequence)
         except Exception as error:
-            _LOG.error("a request ends without its receipt: %s: %s", type(error).__name__, error, exc_info=error)
+            _LOG.error("a request ends without its receipt: %s", type(error).__name__, exc_info=error)
             return delta
         if receipt is None:
             return delta

@@ -25,6 +25,7 @@ LOOKAHEAD = 8  # of a tenant's queue
 MOST_PASSED = 8  # how often one may be passed by those behind it
 WORTH_WAITING = 64  # tokens
 _RETRY_PLANS = 8
+_RECOUNT = 8  # choices after which hits are counted anew
 _MOST_PAIRS = 4096
 
 _Fit = Literal["fits", "capped", "full"]
@@ -42,7 +43,9 @@ class Choice:
 class Entering:
     """Chooses who enters. Mutated by `choose`, `enters` and `changed`. running: the scheduler's own list."""
 
-    __slots__ = ("_blocked_room", "_cache", "_common", "_limits", "_num_plans", "_running", "_shares")
+    __slots__ = (
+        "_blocked_room", "_cache", "_common", "_found", "_limits", "_num_choices", "_num_plans", "_running", "_shares",
+    )  # fmt: skip
 
     def __init__(self, limits: EngineLimits, cache: CacheManager, shares: Shares, running: list[Sequence]) -> None:
         self._limits = limits
@@ -52,6 +55,8 @@ class Entering:
         self._blocked_room: int | None = None  # blocks that were to be had when they did not suffice
         self._num_plans = 0
         self._common: dict[tuple[int, int], int] = {}
+        self._found: dict[int, int] = {}  # blocks of a waiting sequence that were there when last counted
+        self._num_choices = 0
 
     def changed(self) -> None:
         """Somebody came or went: what did not fit may fit now."""
@@ -63,18 +68,25 @@ class Entering:
         read their prompt."""
         if len(self._running) >= self._limits.max_num_seqs or self._is_still_blocked():
             return None
-        growing = sum(map(self._num_to_grow, self._running))
+        self._num_choices += 1
+        if self._num_choices % _RECOUNT == 0:
+            self._found.clear()
         short = False
         for share in self._shares.waiting():
+            if short and not self._has_floor(share):
+                continue
             candidate = self._candidate(share, reading)
             if candidate is None:
                 continue
-            fit = self._fit(candidate, growing, short=short)
+            fit = self._fit(candidate, short=short)
             if fit == "fits":
                 return Choice(candidate, self._num_unread(candidate))
             if not short and self._is_hopeless(candidate, fit):
                 return Choice(candidate, 0, hopeless=True)
-            short = short or fit == "full"
+            if fit == "full" and not short:
+                short = True
+                if not self._has_floors(candidate):
+                    break
         if short:
             stats = self._cache.stats()
             self._blocked_room, self._num_plans = stats.num_free_blocks + stats.num_cached_blocks, 0
@@ -87,13 +99,13 @@ class Entering:
         full = len(running) >= self._limits.max_num_seqs
         if len(shares.active) < 2 or self._cache.mode != "paged" or not (full or self._blocked_room is not None):
             return None
-        waiting = shares.waiting()
-        over = shares.above_fair(waiting[0], len(running)) if waiting else None
-        if over is None or over.service <= waiting[0].service:
+        share = shares.whose_turn
+        over = None if share is None else shares.above_fair(share, len(running))
+        if share is None or over is None or over.service <= share.service:
             return None
         reading = [each for each in running if each.blocks is not None and each.blocks.committed + 1 < len(each.tokens)]
-        candidate = self._candidate(waiting[0], reading)
-        if candidate is None or self._fit(candidate, 0, short=False) == "capped":
+        candidate = self._candidate(share, reading)
+        if candidate is None or self._fit(candidate, short=False) == "capped":
             return None
         return next(each for each in reversed(running) if tenant_of(each) == over.name)
 
@@ -141,9 +153,26 @@ class Entering:
         return num_tokens - shared.entry(sequence.request.cache, sequence.tokens, num_tokens).num_hit
 
     def _num_found(self, sequence: Sequence) -> int:
-        """Blocks of its text that its own namespace holds."""
+        """Blocks of its text that its own namespace holds, or held a few choices ago."""
+        known = self._found.get(sequence.seq_id)
+        if known is not None:
+            return known
         shared, options = self._cache.shared, sequence.request.cache
-        return 0 if shared is None or options.bypass else len(shared.chain_of(options, sequence.tokens))
+        found = 0 if shared is None or options.bypass else len(shared.chain_of(options, sequence.tokens))
+        self._found[sequence.seq_id] = found
+        return found
+
+    def _has_floors(self, sequence: Sequence) -> bool:
+        """True where a floor is promised to any account, so that some may enter though blocks are short."""
+        shared, beyond = self._cache.shared, self._cache.num_blocks + 1
+        return shared is not None and shared.floor_error(beyond, sequence.request.cache) is not None
+
+    def _has_floor(self, share: Share) -> bool:
+        """True where one of those who may come next counts for an account with a floor."""
+        shared = self._cache.shared
+        return shared is not None and any(
+            shared.account_of(each.request.cache).floor for each in share.queue.first(LOOKAHEAD)
+        )
 
     def _awaits(self, sequence: Sequence, reading: Ordered[Sequence]) -> bool:
         """True where a running sequence of the same namespace is about to compute what this one begins with."""
@@ -175,12 +204,12 @@ class Entering:
             known = self._common[pair] = common_tokens(mine.tobytes(), its.tobytes())
         return known
 
-    def _fit(self, sequence: Sequence, growing: int, *, short: bool) -> _Fit:
-        """Whether there are blocks for a sequence beside `growing` for those that run. short: they did not suffice for
-        one whose turn came before."""
+    def _fit(self, sequence: Sequence, *, short: bool) -> _Fit:
+        """Whether there are blocks for a sequence beside one for each that runs and may need one more. short: they did
+        not suffice for one whose turn came before."""
         cache, options = self._cache, sequence.request.cache
-        spare = growing + self._num_to_grow(sequence) if self._running else 0
         if cache.shared is None:
+            spare = self._growth_beside(sequence)
             fits = not short and cache.can_open(len(sequence.tokens), self._limits.max_model_len, spare)
             return "fits" if fits else "full"
         entry = cache.shared.entry(options, sequence.tokens, len(sequence.tokens))
@@ -192,7 +221,12 @@ class Entering:
         own = 0 if account.cap is None else self._growth_of_account(sequence)
         if entry.num_new + own > entry.num_spare:
             return "capped"
-        return "fits" if entry.num_new + spare <= entry.num_room else "full"
+        room = entry.num_room - entry.num_new
+        return "fits" if room > len(self._running) or room >= self._growth_beside(sequence) else "full"
+
+    def _growth_beside(self, sequence: Sequence) -> int:
+        """Blocks that all who run may need next, and the sequence itself beside them."""
+        return sum(map(self._num_to_grow, (*self._running, sequence))) if self._running else 0
 
     def _growth_of_account(self, sequence: Sequence) -> int:
         """Blocks that those who run at the same cap may need next, and the sequence itself beside them."""

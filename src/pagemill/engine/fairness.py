@@ -10,6 +10,7 @@ proportion to the weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from pagemill.base.errors import ConfigError
 from pagemill.engine.queue import TenantQueue
@@ -18,6 +19,7 @@ GENERATED_COST = 2.0  # service that a generated token counts as; one of a promp
 PRIORITY_FACTOR = 4.0
 MOST_GRANTED = 10  # levels of priority
 MOST_IDLE = 4096
+_TURN = attrgetter("service", "num_running")
 
 
 @dataclass(slots=True, eq=False)
@@ -104,13 +106,21 @@ class Shares:
         """Parts that wait, whoever's turn it is first."""
         found = [share for share in self.active.values() if share.queue]
         if len(found) > 1:
-            found.sort(key=lambda share: (share.service, share.num_running))
+            found.sort(key=_TURN)
         return found
+
+    @property
+    def whose_turn(self) -> Share | None:
+        """The first of those that wait, None where nobody does."""
+        return min((share for share in self.active.values() if share.queue), key=_TURN, default=None)
 
     def fair(self, share: Share, places: int) -> float:
         """How many of `places` a tenant can claim beside those that are active, at least one."""
-        total = sum(each.weight for each in self.active.values())
-        return max(1.0, places * share.weight / total)
+        return _fair(share, places, self._weight)
+
+    @property
+    def _weight(self) -> float:
+        return sum(each.weight for each in self.active.values())
 
     def above_fair(self, beside: Share, places: int) -> Share | None:
         """Who, other than `beside`, runs most beyond its fair part of `places` and would keep that without one of them;
@@ -118,8 +128,9 @@ class Shares:
         if len(self.active) < 2 or beside.num_running + 1 > self.fair(beside, places):
             return None
         others = [each for each in self.active.values() if each is not beside and each.num_running > 1]
+        weight = self._weight
         excess, name = max(
-            ((each.num_running - self.fair(each, places), each.name) for each in others), default=(0.0, "")
+            ((each.num_running - _fair(each, places, weight), each.name) for each in others), default=(0.0, "")
         )
         return self.active[name] if excess >= 1 else None
 
@@ -128,3 +139,8 @@ class Shares:
         least = self.least
         ahead = sorted((each for each in self._idle.values() if each.service > least), key=lambda each: -each.service)
         self._idle = {each.name: each for each in ahead[:MOST_IDLE]}
+
+
+def _fair(share: Share, places: int, weight: float) -> float:
+    """The part of `places` of one among those that are active, whose weights are `weight` together."""
+    return max(1.0, places * share.weight / weight)

@@ -140,7 +140,8 @@ class Scheduler:
         prompts: list[Sequence] = []
         short = self._grow_running(failed, rows, steps, prompts)
         num_decoding = len(rows)
-        left = self._budget.for_prompts(num_decoding)
+        num_places = min(self._limits.max_num_seqs, len(self.running) + self._num_waiting)
+        left = self._budget.for_prompts(num_decoding, num_places - num_decoding)
         if self._num_waiting and left and not short:
             self._let_in(prompts, left, failed)
         if prompts and left:
@@ -307,7 +308,10 @@ class Scheduler:
         self.suspect = sequence
         if first is not None and first.status == "running":
             cache.publish_tail(first.seq_id)
-        lookup = cache.open(sequence.seq_id, len(sequence.tokens), longest, sequence.tokens, sequence.request.cache)
+        lookup = cache.open(
+            sequence.seq_id, len(sequence.tokens), longest, sequence.tokens, sequence.request.cache,
+            sequence.rank > 0,
+        )  # fmt: skip
         self._entering.enters(share, sequence)
         share.queue.remove(sequence)
         self._num_waiting -= 1

@@ -36,6 +36,7 @@ from pagemill.llm.questions import (
     whole_prompt,
 )  # fmt: skip
 from pagemill.llm.session import Session
+from pagemill.text.remembered import RememberingEncoder
 from pagemill.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -221,10 +222,10 @@ class LLM:
         finally:
             self._leave(request_id)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
+    def chat_prompt(self, messages: Sequence[Message], encoder: RememberingEncoder | None = None) -> dict[str, Any]:
         """A conversation as a prompt for `generate` or `stream`. Control tokens are the template's; those in a message
-        stay text."""
-        prompt = chat_prompt(self.built.vocab, self.tokenizer, messages)
+        stay text. encoder: of this LLM's tokeniser, where a conversation brings its own."""
+        prompt = chat_prompt(self.built.vocab, self.tokenizer, messages, encoder=encoder)
         return {"prompt": prompt.text, "prompt_token_ids": prompt.token_ids}
 
     def close(self) -> None:

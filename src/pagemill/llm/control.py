@@ -14,6 +14,8 @@ from pagemill.engine.cache_stats import cache_curve, cache_stats
 from pagemill.engine.engine import Engine
 from pagemill.engine.ports import CacheListener
 
+MAX_NAME = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Pin:
@@ -54,6 +56,7 @@ class CacheControl:
 
         Raises ConfigError, and changes nothing, where floors exceed the memory or a cap its bounds.
         """
+        _check_name("a tenant", tenant)
         for name, value in (("floor_tokens", floor_tokens), ("cap_tokens", cap_tokens)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ConfigError(f"{name} is {value!r}; give a whole number of tokens")
@@ -62,21 +65,26 @@ class CacheControl:
             self._engine.settle()
 
     def declare_public(self, name: str) -> None:
-        """Let requests share the namespace `name` across tenants, by CacheOptions(public=name)."""
+        """Let requests share the namespace `name` across tenants, by CacheOptions(public=name). Raises ConfigError."""
+        _check_name("a public namespace", name)
         with self._lock:
             self._shared.tenancy.declare_public(name)
 
     def pin(self, prompt: Any, seconds: float, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> Pin:
         """Keep what the cache holds of a prompt for so long. Raises CapacityError beyond the tenant's cap or half of
-        the cache."""
+        the cache, and RequestError for a time that is none."""
         tokens = self._tokens(prompt, options)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise RequestError(f"seconds is {seconds!r}; give a number of seconds above 0")
         with self._lock:
             self._engine.advance_clock()
             lease = self._shared.pin(options, tokens, seconds)
             return Pin(lease.lease_id, lease.num_tokens, lease.expires_s)
 
     def unpin(self, pin: Pin) -> bool:
-        """End a pin; False where it has ended."""
+        """End a pin; False where it has ended. Raises RequestError for what is no pin."""
+        if not isinstance(pin, Pin):
+            raise RequestError(f"a pin is a {type(pin).__name__}; give what `pin` returned")
         with self._lock:
             return self._shared.unpin(pin.pin_id)
 
@@ -92,25 +100,30 @@ class CacheControl:
 
     def purge_namespace(self, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
         """Drop every text of a tenant's namespace with this salt, or of a public one. Returns as `purge` does."""
+        _check_options(options)
         return self._purged(lambda: self._shared.purge_namespace(options))
 
     def purge_tenant(self, tenant: str) -> int:
         """Drop every text of a tenant, with its secret. Returns as `purge` does."""
+        _check_name("a tenant", tenant)
         return self._purged(lambda: self._shared.purge_tenant(tenant))
 
     def remove_tenant(self, tenant: str) -> int:
         """`purge_tenant`, and its quota goes too; where only known tenants may enter, it is none any more."""
+        _check_name("a tenant", tenant)
         return self._purged(lambda: self._shared.remove_tenant(tenant))
 
     def listen(self, told: CacheListener | None) -> None:
         """Have a function told of each block that can be found from now on or no longer, in order and on the engine's
-        thread; replaying what it is told gives the index. None ends it. It must not raise nor use the LLM."""
+        thread; replaying what it is told gives the index. None ends it. It must not raise nor use the LLM. Raises
+        ConfigError for what cannot be called."""
+        if told is not None and not callable(told):
+            raise ConfigError(f"a listener is a {type(told).__name__}; give a function, or None")
         with self._lock:
             self._shared.listener = told
 
     def _tokens(self, prompt: Any, options: CacheOptions) -> array[int]:
-        if not isinstance(options, CacheOptions):
-            raise RequestError(f"options is a {type(options).__name__}; give CacheOptions(tenant=…)")
+        _check_options(options)
         try:
             return array("i", self._token_ids(prompt))
         except (OverflowError, TypeError) as error:
@@ -124,3 +137,13 @@ class CacheControl:
             count = drop()
             self._engine.settle()
             return count
+
+
+def _check_options(options: object) -> None:
+    if not isinstance(options, CacheOptions):
+        raise RequestError(f"options is a {type(options).__name__}; give CacheOptions(tenant=…)")
+
+
+def _check_name(whose: str, name: object) -> None:
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        raise ConfigError(f"{whose} is named {name!r:.40}; give a text of 1 to {MAX_NAME} letters")

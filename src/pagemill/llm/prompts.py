@@ -9,6 +9,7 @@ from typing import Any
 from pagemill.base.model_spec import VocabSpec
 from pagemill.text.chat import render_chat
 from pagemill.text.conversation import PromptTokens, encode_marked, mark_messages
+from pagemill.text.remembered import RememberingEncoder
 from pagemill.text.tokenizer import Tokenizer
 
 
@@ -21,10 +22,12 @@ def chat_prompt(
     template: str | None = None,
     variables: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
+    encoder: RememberingEncoder | None = None,
 ) -> PromptTokens:
     """A conversation as ids. Control tokens are those of the template alone; spelt out in a message they are text.
 
-    template: in place of the model's own. tools, variables: names for the template. Raises RequestError for messages
+    template: in place of the model's own. tools, variables: names for the template. encoder: of the tokeniser, that of
+    a conversation which remembers what it has encoded. Raises RequestError for messages
     that are malformed or refused, and ModelError where there is no template or it is broken.
     """
     marked = mark_messages(messages, tuple(tokenizer.special_texts), tools)
@@ -39,7 +42,7 @@ def chat_prompt(
         eos_token=text_of(vocab.eos_id, tokenizer),
         **names,
     )
-    return encode_marked(text, marked, tokenizer, tokenizer.special_texts)
+    return encode_marked(text, marked, encoder or tokenizer, tokenizer.special_texts)
 
 
 def text_of(token_id: int | None, tokenizer: Tokenizer | None) -> str:

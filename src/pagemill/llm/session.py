@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pagemill.base.errors import RequestError
 from pagemill.base.params import CacheOptions, SamplingParams
 from pagemill.engine.output import Delta
 from pagemill.llm.outputs import RequestOutput
+from pagemill.text.remembered import RememberingEncoder
 
 if TYPE_CHECKING:
     from pagemill.llm.api import LLM
@@ -17,7 +18,7 @@ Messages = tuple[dict[str, str], ...]
 
 
 class Session:
-    """Messages so far. Mutated by `say`, `stream`, `restore` and `close`.
+    """Messages so far, and the ids of the last prompt's text. Mutated by `say`, `stream`, `restore` and `close`.
 
         with llm.session(system="Be brief.") as session:
             session.say("Hello").outputs[0].text
@@ -32,6 +33,7 @@ class Session:
         self._options = options
         self._messages: Messages = ({"role": "system", "content": system},) if system else ()
         self._marks: list[Messages] = []
+        self._encoder = RememberingEncoder(llm.tokenizer)
         self._closed = False
 
     @property
@@ -42,12 +44,12 @@ class Session:
     @property
     def num_tokens(self) -> int:
         """Tokens of the conversation as the next prompt would begin."""
-        return len(self._llm.chat_prompt(self._messages)["prompt_token_ids"]) if self._messages else 0
+        return len(self._prompt(self._messages)["prompt_token_ids"]) if self._messages else 0
 
     def say(self, text: str, params: SamplingParams | None = None) -> RequestOutput:
         """Ask, and keep question and answer (choice 0). Raises what `LLM.generate` raises."""
         asked = self._asked(text)
-        [output] = self._llm.generate([self._llm.chat_prompt(asked)], params, cache=self._options)
+        [output] = self._llm.generate([self._prompt(asked)], params, cache=self._options)
         if output.error is None:
             self._messages = (*asked, {"role": "assistant", "content": output.outputs[0].text})
         return output
@@ -57,7 +59,7 @@ class Session:
         asked = self._asked(text)
         said: list[str] = []
         failed = False
-        stream = self._llm.stream(self._llm.chat_prompt(asked), params, cache=self._options)
+        stream = self._llm.stream(self._prompt(asked), params, cache=self._options)
         try:
             for delta in stream:
                 if delta.choice == 0:
@@ -76,6 +78,7 @@ class Session:
         self._check_open()
         branch = Session(self._llm, None, self._options)
         branch._messages = self._messages
+        branch._encoder = self._encoder.copy()
         return branch
 
     def snapshot(self) -> int:
@@ -87,20 +90,24 @@ class Session:
     def restore(self, mark: int) -> None:
         """Go back to a marked point, or forward again. Raises RequestError for a number that no `snapshot` gave."""
         self._check_open()
-        if not 0 <= mark < len(self._marks):
-            raise RequestError(f"there is no snapshot {mark}; there are {len(self._marks)}, counted from 0")
+        if isinstance(mark, bool) or not isinstance(mark, int) or not 0 <= mark < len(self._marks):
+            raise RequestError(f"there is no snapshot {mark!r:.40}; there are {len(self._marks)}, counted from 0")
         self._messages = self._marks[mark]
 
     def close(self) -> None:
         """End the session; closing twice is no mistake."""
         self._closed = True
         self._messages, self._marks = (), []
+        self._encoder.forget()
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _prompt(self, messages: Messages) -> dict[str, Any]:
+        return self._llm.chat_prompt(messages, self._encoder)
 
     def _asked(self, text: str) -> Messages:
         self._check_open()

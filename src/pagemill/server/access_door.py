@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from pagemill.server.access import Identity, KeyRing, RefusedError
 from pagemill.server.access_listen import HostCheck
+from pagemill.server.error_shape import error_body
 from pagemill.telemetry.logs import FIELDS
 from pagemill.telemetry.metrics import Metrics
 from pagemill.telemetry.trace import RequestTrace, start_trace
@@ -40,11 +41,6 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _QUIET: Final = frozenset({"/health", "/metrics"})
-_TYPES: Final = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    408: "timeout_error", 413: "invalid_request_error", 421: "permission_error", 429: "rate_limit_error",
-    431: "invalid_request_error", 503: "overloaded_error",
-}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -222,12 +218,6 @@ class _Record:
             headers = [each for each in message.get("headers", ()) if bytes(each[0]).lower() != b"x-request-id"]
             message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
         await self._send(message)
-
-
-def error_body(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 async def refuse(send: Send, refused: RefusedError) -> None:

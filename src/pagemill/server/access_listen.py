@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 from pagemill.base.errors import ConfigError
@@ -117,29 +117,29 @@ class TlsOptions:
                 raise ConfigError(f"cannot read {path}; give a PEM file that you may read")
         if self.key.stat().st_mode & (stat.S_IRWXO | stat.S_IWGRP):
             raise ConfigError(f"others may read the TLS key {self.key}; `chmod 600 {self.key}`")
+        self.context()
+
+    @property
+    def enabled(self) -> bool:
+        return self.certificate is not None
+
+    def context(self) -> ssl.SSLContext | None:
+        """What the listeners take, TLS 1.2 or later; None without TLS. Raises ConfigError for files that do not fit."""
+        if self.certificate is None or self.key is None:
+            return None
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.load_cert_chain(self.certificate, self.key, password=_no_password)
             if self.client_ca is not None:
+                context.verify_mode = ssl.CERT_REQUIRED
                 context.load_verify_locations(self.client_ca)
         except (ssl.SSLError, ValueError) as error:
             raise ConfigError(
                 f"{self.certificate} and {self.key} are no certificate and its key ({error}); give PEM files that "
                 "belong together, the key without a password"
             ) from None
-
-    @property
-    def enabled(self) -> bool:
-        return self.certificate is not None
-
-    def uvicorn_options(self) -> dict[str, Any]:
-        """Arguments for uvicorn's Config; none without TLS."""
-        if self.certificate is None or self.key is None:
-            return {}
-        options: dict[str, Any] = {"ssl_certfile": str(self.certificate), "ssl_keyfile": str(self.key)}
-        if self.client_ca is not None:
-            options |= {"ssl_ca_certs": str(self.client_ca), "ssl_cert_reqs": int(ssl.CERT_REQUIRED)}
-        return options
+        return context
 
 
 def _no_password() -> str:

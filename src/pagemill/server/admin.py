@@ -23,9 +23,10 @@ from pagemill.engine.cache_stats import cache_stats
 from pagemill.engine.engine import Engine
 from pagemill.server import admin_cache
 from pagemill.server.access import KeyRing
-from pagemill.server.access_door import App, Door, error_body
+from pagemill.server.access_door import App, Door
 from pagemill.server.access_keys import KeyEntry, given_key, make_key
 from pagemill.server.access_listen import HostCheck
+from pagemill.server.error_shape import error_body
 from pagemill.server.limits import Limits
 from pagemill.server.limits_body import BodyLimits
 from pagemill.telemetry.metrics import Metrics
@@ -35,6 +36,7 @@ Answer = Callable[[Request], Awaitable[Any]]
 
 ADMIN_KEY_NAME: Final = "admin-at-start"
 MAX_PIN_S: Final = 30 * 86_400.0
+_MAX_DIGITS: Final = 18
 
 
 class EngineSide(Protocol):
@@ -95,7 +97,7 @@ def admin_app(
             Route("/admin/cache/tree", _answers(routes.tree)),
             Route("/admin/cache/purge", _answers(routes.purge), methods=["POST"]),
             Route("/admin/cache/pin", _answers(routes.pin), methods=["POST"]),
-            Route("/admin/cache/pin/{pin_id:int}", _answers(routes.unpin), methods=["DELETE"]),
+            Route("/admin/cache/pin/{pin_id}", _answers(routes.unpin), methods=["DELETE"]),
             Route("/admin/tenants", _answers(routes.tenants)),
             Route("/admin/tenants/{tenant:path}", _answers(routes.set_quota), methods=["PUT"]),
             Route("/admin/keys", _answers(routes.keys)),
@@ -103,7 +105,7 @@ def admin_app(
             Route("/admin/drain", _answers(routes.drain), methods=["POST"]),
             Route("/admin/drain", _answers(routes.drain_state)),
         ],
-        exception_handlers={404: _not_found, 405: _not_found},
+        exception_handlers={404: _not_found, 405: _not_found, Exception: _failed},
     )
     inner: App = BodyLimits(app, lambda: limits, metrics)
     return Door(inner, ring, metrics, hosts=hosts, role="admin", open_routes=frozenset())
@@ -167,7 +169,10 @@ class _Routes:
         return await self._call(lambda engine: admin_cache.pin(engine, _options(body), token_ids, float(seconds)))
 
     async def unpin(self, request: Request) -> Any:
-        pin_id = int(request.path_params["pin_id"])
+        text = request.path_params["pin_id"]
+        if not (text.isascii() and text.isdecimal()) or len(text) > _MAX_DIGITS:
+            raise RequestError(f"pin is {text!r:.40}; give the number that the pin was answered with")
+        pin_id = int(text)
         return await self._call(lambda engine: admin_cache.unpin(engine, pin_id))
 
     async def tenants(self, request: Request) -> Any:
@@ -230,7 +235,13 @@ def _json(value: Any, status: int = 200) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     status = int(getattr(error, "status_code", 404))
-    return _json(error_body(f"there is no {request.method} {request.url.path[:200]} here", status), status)
+    answer = _json(error_body(f"there is no {request.method} {request.url.path[:200]} here", status), status)
+    answer.headers.update(getattr(error, "headers", None) or {})
+    return answer
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return _json(error_body("internal error; the server's log has it", 500), 500)
 
 
 def _query(request: Request, *known: str) -> dict[str, str]:
@@ -259,5 +270,5 @@ def _number(name: str, text: str) -> int:
 
 
 def _options(body: Mapping[str, Any]) -> CacheOptions:
-    """Whose texts are meant: the admin may name any tenant."""
-    return CacheOptions(body.get("tenant") or "default", body.get("salt"), body.get("public"))
+    """Whose texts are meant: the admin may name any tenant, and what is no name is refused."""
+    return CacheOptions(admin_cache.tenant_name(body.get("tenant", "default")), body.get("salt"), body.get("public"))

@@ -128,7 +128,7 @@ def set_quota(engine: Engine, tenant: str, floor_tokens: object, cap_tokens: obj
     floor = -(-_whole("floor_tokens", 0 if floor_tokens is None else floor_tokens) // size)
     cap = None if cap_tokens is None else _whole("cap_tokens", cap_tokens) // size
     try:
-        _shared(engine).set_quota(_tenant(tenant), floor, cap)
+        _shared(engine).set_quota(tenant_name(tenant), floor, cap)
     except ConfigError as error:
         raise RequestError(str(error)) from None
     return {"tenant": tenant, "floor": floor, "cap": cap}
@@ -204,7 +204,8 @@ def _packed(token_ids: Iterable[int]) -> array[int]:
         raise RequestError("prompt_token_ids: give a list of token ids of this model") from None
 
 
-def _tenant(name: object) -> str:
+def tenant_name(name: object) -> str:
+    """A tenant's name. Raises RequestError for what is none."""
     if not isinstance(name, str) or not 0 < len(name) <= 256 or not name.isprintable():
         raise RequestError("tenant: give a name of 1 to 256 printable letters")
     return name

@@ -116,7 +116,8 @@ class EngineFigures:
             blocks.set(figures.told["blocks"][state], HOT, state)
         kept = cache.num_active_blocks + cache.num_cached_blocks
         metrics["pagemill:kv_bytes"].set(kept * self._block_bytes, HOT)
-        metrics["pagemill:kv_evictions"].raise_to(cache.num_evicted_blocks, HOT, "room")
+        for reason, count in cache.num_left_blocks.items():
+            metrics["pagemill:kv_evictions"].raise_to(count, HOT, reason)
         metrics["pagemill:kv_block_corrupt"].raise_to(cache.num_quarantined_blocks)
         metrics["pagemill:kv_leaked_blocks"].set(cache.num_leaked_blocks)
         metrics["pagemill:kv_wiped_bytes"].raise_to(figures.num_wiped * self._block_bytes)

@@ -13,6 +13,7 @@ What the prompt cache is asked, by dialect:
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Final
 
 import orjson
@@ -28,20 +29,25 @@ _JSON_OBJECT: Final = '{"type":"object"}'
 RETENTION_S: Final = {"in_memory": None, "in-memory": None, "24h": 86_400.0}
 KEPT, LEAVES_FIRST = 80, 0  # priorities
 
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}", re.ASCII)
+_MOST_REPORTED: Final = 200
+
 _reported: set[str] = set()
 
 
 def check_fields(body: Any, *, strict: bool) -> None:
-    """Unknown fields are told once in the log; with `strict` they are refused."""
+    """Unknown fields are told once in the log; with `strict` they are refused. What is no name of a field may be
+    anything, a prompt too: that there was one is told, and not which."""
     unknown = sorted(body.model_extra or ())
     if not unknown:
         return
     if strict:
         raise FieldError(f"unknown field {unknown[0][:100]!r}; leave it out", param=unknown[0][:100])
     for name in unknown:
-        if name not in _reported and len(_reported) < 1000:
-            _reported.add(name)
-            _LOG.warning("requests bring the unknown field %r, which is ignored", name[:100])
+        told = f"the unknown field {name}" if _NAME.fullmatch(name) else "a field whose name is none"
+        if told not in _reported and len(_reported) < _MOST_REPORTED:
+            _reported.add(told)
+            _LOG.warning("requests bring %s, which is ignored", told)
 
 
 def sampling_of(body: GenerationBody, *, max_tokens: int | None, logprobs: int | None, priority: int) -> SamplingParams:

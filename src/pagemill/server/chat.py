@@ -7,7 +7,6 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,16 +14,14 @@ from fastapi import APIRouter, Request, Response
 from pagemill.base.params import Grammar, SamplingParams
 from pagemill.base.step import PositionLogprobs
 from pagemill.engine.output import Delta
+from pagemill.server.answering import AnswerWriter, respond
 from pagemill.server.asking import cache_of, chat_sampling, check_fields
-from pagemill.server.endings import Ending, end_of, keeps_text
 from pagemill.server.errors import FieldError
-from pagemill.server.events import EventStream, answer_whole
-from pagemill.server.json_bytes import ChunkFrame, json_response
 from pagemill.server.logprobs import chat_logprobs, prompt_logprobs
 from pagemill.server.ports import Ask, Stream
 from pagemill.server.schema import ChatBody, ChatMessage, NamedTool
 from pagemill.server.service import Service, priority_of, service_of, visitor_of
-from pagemill.server.usage import StreamUsage, Tally, leaves_blocks
+from pagemill.server.usage import leaves_blocks
 from pagemill.text.conversation import PromptTokens
 from pagemill.text.tool_calls import CallPiece, ToolCallParser, as_text, calls_grammar, describe_tools, with_objects
 
@@ -46,17 +43,12 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     prompt = await chat_prompt(service, body)
     options = cache_of(body, visitor.tenant, len(prompt.token_ids), prompt.breakpoints)
     asks: list[Ask] = [(prompt.token_ids, params, options)]
-    stream = await service.open(asks, visitor)
-    try:
-        writer = ChatWriter(service, body, stream, prompt.token_ids, writes=leaves_blocks(asks))
-    except BaseException:
-        stream.close()
-        raise
-    ending = Ending(service, visitor, writer.tally, body, dict(zip(stream.request_ids, asks, strict=True)))
-    if body.stream:
-        slow_s = service.settings.slow_client_s
-        return EventStream(stream, writer, slow_client_s=slow_s, finished=partial(end_of, ending))
-    return await answer_whole(stream, writer, request, finished=partial(end_of, ending))
+    writes = leaves_blocks(asks)
+
+    def make_writer(stream: Stream) -> ChatWriter:
+        return ChatWriter(service, body, stream, prompt.token_ids, writes=writes)
+
+    return await respond(service, visitor, request, body, asks, make_writer)
 
 
 async def chat_prompt(service: Service, body: ChatBody) -> PromptTokens:
@@ -155,23 +147,19 @@ class _Choice:
     stop_reason: str | int | None = None
 
 
-class ChatWriter:
+class ChatWriter(AnswerWriter):
     """Writes one answer of /v1/chat/completions. Mutated by `write` and `add`."""
 
     def __init__(
         self, service: Service, body: ChatBody, stream: Stream, token_ids: Sequence[int], *, writes: bool
     ) -> None:
+        head = service.head("chat.completion.chunk" if body.stream else "chat.completion", "chatcmpl")
+        super().__init__(service, body, head, {stream.request_ids[0]: len(token_ids)}, writes=writes)
         self._body = body
-        self._token = service.serving.token
         self._token_ids = token_ids
-        self._head = service.head("chat.completion.chunk" if body.stream else "chat.completion", "chatcmpl")
-        self._frame = ChunkFrame(self._head)
         parses = bool(body.tools) and body.tool_choice != "none"
         self._choices = [_Choice(index, ToolCallParser() if parses else None) for index in range(body.n or 1)]
         self._prompt: tuple[PositionLogprobs, ...] = ()
-        counts = {stream.request_ids[0]: len(token_ids)}
-        self.tally = Tally(counts, writes=writes, keeps=keeps_text(body))
-        self._usage = StreamUsage(body.stream_options, self.tally)
 
     def begin(self) -> bytes:
         """The role of each choice."""
@@ -182,30 +170,18 @@ class ChatWriter:
         )  # fmt: skip
 
     def write(self, deltas: list[Delta]) -> bytes:
-        """The chunks of some deltas."""
         return b"".join(map(self._chunks, deltas))
 
-    def end(self) -> bytes:
-        """The usage, where it was asked for."""
-        usage = self._usage.at_end()
-        return b"" if usage is None else self._frame.chunk([], usage)
+    def choices(self) -> list[dict[str, Any]]:
+        return [self._described(each) for each in self._choices]
 
-    def add(self, deltas: list[Delta]) -> None:
-        """Keep deltas for `whole`."""
-        for delta in deltas:
-            self._take(delta)
-
-    def whole(self) -> Response:
-        """The whole answer."""
-        body = self._body
-        answer: dict[str, Any] = {**self._head, "choices": [self._described(each) for each in self._choices]}
-        answer["usage"] = self.tally.usage()
-        if body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = prompt_logprobs(self._prompt, self._token)
-        if body.return_token_ids:
-            answer["prompt_token_ids"] = list(self._token_ids)
-        header = self.tally.header()
-        return json_response(answer, {"x-cache": header} if header else None)
+    def beside(self) -> Mapping[str, Any]:
+        found: dict[str, Any] = {}
+        if self._body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs(self._prompt, self._token)
+        if self._body.return_token_ids:
+            found["prompt_token_ids"] = list(self._token_ids)
+        return found
 
     def _take(self, delta: Delta) -> tuple[_Choice, list[dict[str, Any]]]:
         """Add a delta; what it brings, as the fields of chunks."""

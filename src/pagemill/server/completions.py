@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,16 +11,14 @@ from fastapi import APIRouter, Request, Response
 from pagemill.base.errors import RequestError
 from pagemill.base.step import PositionLogprobs
 from pagemill.engine.output import Delta
+from pagemill.server.answering import AnswerWriter, respond
 from pagemill.server.asking import cache_of, check_fields, completion_sampling
-from pagemill.server.endings import Ending, end_of, keeps_text
 from pagemill.server.errors import FieldError
-from pagemill.server.events import EventStream, answer_whole
-from pagemill.server.json_bytes import ChunkFrame, json_response
 from pagemill.server.logprobs import CompletionLogprobs, prompt_logprobs
 from pagemill.server.ports import Ask, Serving, Stream
 from pagemill.server.schema import CompletionBody
 from pagemill.server.service import Service, priority_of, service_of, visitor_of
-from pagemill.server.usage import StreamUsage, Tally, leaves_blocks
+from pagemill.server.usage import leaves_blocks
 
 MAX_CHOICES = 1024
 MAX_SCORED = 2**20  # log-probabilities of prompts in one answer
@@ -42,17 +39,12 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         times = params.n if body.echo and body.logprobs is not None else 1
         _check_scored(sum(len(ids) for _, ids in prompts) * times * (1 + params.prompt_logprobs))
     asks: list[Ask] = [(ids, params, cache_of(body, visitor.tenant, len(ids))) for _, ids in prompts]
-    stream = await service.open(asks, visitor)
-    try:
-        writer = CompletionWriter(service, body, stream, prompts, writes=leaves_blocks(asks))
-    except BaseException:
-        stream.close()
-        raise
-    ending = Ending(service, visitor, writer.tally, body, dict(zip(stream.request_ids, asks, strict=True)))
-    if body.stream:
-        slow_s = service.settings.slow_client_s
-        return EventStream(stream, writer, slow_client_s=slow_s, finished=partial(end_of, ending))
-    return await answer_whole(stream, writer, request, finished=partial(end_of, ending))
+    writes = leaves_blocks(asks)
+
+    def make_writer(stream: Stream) -> CompletionWriter:
+        return CompletionWriter(service, body, stream, prompts, writes=writes)
+
+    return await respond(service, visitor, request, body, asks, make_writer)
 
 
 async def _prompts(body: CompletionBody, serving: Serving) -> list[tuple[str | None, list[int]]]:
@@ -102,7 +94,7 @@ class _Choice:
     echoed: bool = False
 
 
-class CompletionWriter:
+class CompletionWriter(AnswerWriter):
     """Writes one answer of /v1/completions. Mutated by `write` and `add`."""
 
     def __init__(
@@ -114,45 +106,25 @@ class CompletionWriter:
         *,
         writes: bool,
     ) -> None:
+        counts = {request_id: len(ids) for request_id, (_, ids) in zip(stream.request_ids, prompts, strict=True)}
+        super().__init__(service, body, service.head("text_completion", "cmpl"), counts, writes=writes)
         self._body = body
-        self._token = service.serving.token
-        self._head = service.head("text_completion", "cmpl")
-        self._frame = ChunkFrame(self._head)
         n = body.n or 1
         self._first = {request_id: index * n for index, request_id in enumerate(stream.request_ids)}
         self._choices = [
             _Choice(index, self._echo_of(*prompt), prompt[1], CompletionLogprobs(self._token))
             for index, prompt in enumerate(each for each in prompts for _ in range(n))
         ]
-        counts = {request_id: len(ids) for request_id, (_, ids) in zip(stream.request_ids, prompts, strict=True)}
-        self.tally = Tally(counts, writes=writes, keeps=keeps_text(body))
         self._drops_token = body.echo and body.max_tokens == 0
-        self._usage = StreamUsage(body.stream_options, self.tally)
 
     def begin(self) -> bytes:
-        """Nothing comes before the first delta."""
         return b""
 
     def write(self, deltas: list[Delta]) -> bytes:
-        """One chunk a delta."""
         return b"".join(map(self._chunk, deltas))
 
-    def end(self) -> bytes:
-        """The usage, where it was asked for."""
-        usage = self._usage.at_end()
-        return b"" if usage is None else self._frame.chunk([], usage)
-
-    def add(self, deltas: list[Delta]) -> None:
-        """Keep deltas for `whole`."""
-        for delta in deltas:
-            self._take(delta)
-
-    def whole(self) -> Response:
-        """The whole answer."""
-        answer = {**self._head, "choices": [self._described(each) for each in self._choices]}
-        answer["usage"] = self.tally.usage()
-        header = self.tally.header()
-        return json_response(answer, {"x-cache": header} if header else None)
+    def choices(self) -> list[dict[str, Any]]:
+        return [self._described(each) for each in self._choices]
 
     def _take(self, delta: Delta) -> _Choice:
         choice = self._choices[self._first[delta.request_id] + delta.choice]

@@ -1,7 +1,8 @@
-"""Errors as OpenAI's clients read them. Owns the shape, and which error has which status; messages come with errors.
+"""Errors as OpenAI's clients read them. Owns which error has which status, and what is said of a body that does not fit
+the schema; other messages come with errors, and the shape is in `error_shape.py`.
 
 400 a wrong value or no JSON · 404 no such route or model · 413 too large · 422 a field of a wrong type · 429 too many
-requests of one's own · 503 loading, draining or full, with Retry-After · 500 ours.
+requests of one's own · 503 loading, draining, full or out of memory, with Retry-After · 500 ours.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,16 +19,21 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from pagemill.base.errors import CapacityError, ModelError, PagemillError, RequestError
+from pagemill.server.error_shape import error_body
 
 _LOG: Final = logging.getLogger(__name__)
-_TYPES: Final = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
+MEMORY_RETRY_S: Final = 1.0
+_UNIONS: Final = {
+    "prompt": "a text, token ids, or a list of either",
+    "stop": "a text or a list of texts",
+    "content": "a text or a list of parts",
+    "tool_choice": 'none, auto, required or {"type": "function", "function": {"name": …}}',
+    "ttl": "seconds, or a time such as 30m",
+    "schema": "a JSON schema",
+    "json": "a JSON schema",
+    "guided_json": "a JSON schema",
 }
+_ALTERNATIVE: Final = re.compile(r"(?:str|int|float|bool|(?:list|dict|literal)\[.*\]|[A-Z]\w*)", re.ASCII)
 
 
 class UnavailableError(PagemillError):
@@ -54,34 +61,31 @@ def status_of(error: BaseException) -> int:
         return status
     if isinstance(error, CapacityError):
         return 400 if error.retry_after_s is None else 503
+    if isinstance(error, MemoryError):
+        return 503
     return 400 if isinstance(error, ModelError) else 500
 
 
-def error_body(error: BaseException) -> dict[str, Any]:
+def body_of(error: BaseException) -> dict[str, Any]:
     """The error in OpenAI's shape. What is not ours to tell is not told."""
-    status = status_of(error)
     told = isinstance(error, PagemillError)
     message = str(error) if told else "internal error; the server's log has it"
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {
-        "error": {
-            "message": message,
-            "type": kind,
-            "param": getattr(error, "param", None),
-            "code": getattr(error, "code", None),
-        }
-    }
+    if isinstance(error, MemoryError):
+        message = "the server is out of memory; try again soon"
+    return error_body(message, status_of(error), getattr(error, "code", None), getattr(error, "param", None))
 
 
 def error_response(error: BaseException) -> Response:
     """The same as a response, with Retry-After where waiting helps."""
     headers = {}
     retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is None and isinstance(error, MemoryError):
+        retry_after_s = MEMORY_RETRY_S
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
     if status_of(error) >= 500 and not isinstance(error, PagemillError):
         _LOG.error("a request failed: %s", type(error).__name__, exc_info=error)
-    body = json.dumps(error_body(error)).encode()  # which escapes what is no Unicode text
+    body = json.dumps(body_of(error)).encode()  # which escapes what is no Unicode text
     return Response(body, status_of(error), headers, "application/json")
 
 
@@ -117,11 +121,25 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 def _of_validation(errors: Sequence[Any]) -> FieldError:
     """The first of pydantic's errors in a sentence. Values are not repeated: they may be a prompt."""
     first = errors[0]
-    location = [str(each) for each in first.get("loc", ())[1:]]
-    place = ".".join(location) or "body"
-    if first.get("type") == "json_invalid":
-        return FieldError("the body is not JSON; send a JSON object with content-type application/json")
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return FieldError(
-        f"{place[:200]}: {first.get('msg', 'wrong')}{more}", param=location[0][:200] if location else None, status=422
-    )
+    places = [_place_of(each.get("loc", ())) for each in errors]
+    place = places[0]
+    if first.get("type") == "json_invalid" or not place:
+        return FieldError(
+            "the body is no JSON object; send one, with content-type: application/json",
+            status=400 if first.get("type") == "json_invalid" else 422,
+        )
+    others = len(set(map(tuple, places))) - 1
+    more = f" (and {others} more)" if others else ""
+    said = first.get("msg", "wrong")
+    if len(place) < len(first["loc"]) - 1:  # one of several types, each with an error of its own
+        said = f"give {_UNIONS[place[-1]]}" if place[-1] in _UNIONS else "it has none of the types of this field"
+    return FieldError(f"{'.'.join(place)[:200]}: {said}{more}", param=place[0][:200], status=422)
+
+
+def _place_of(location: Sequence[Any]) -> list[str]:
+    """The names that lead to a field, without those that pydantic gives to the alternatives of its type."""
+    names = [str(each) for each in location[1:]]
+    for index, name in enumerate(names):
+        if index and _ALTERNATIVE.fullmatch(name):
+            return names[:index]
+    return names

@@ -16,7 +16,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from pagemill.engine.output import Delta
-from pagemill.server.errors import error_body, error_response
+from pagemill.server.errors import body_of, error_response
 from pagemill.server.json_bytes import event
 from pagemill.server.ports import Stream
 
@@ -59,7 +59,7 @@ class EventStream(Response):
                 failed = next((each.error for each in deltas if each.error is not None), None)
                 if failed is not None:
                     error_response(failed)  # logged as any other
-                    await self._send(send, event(error_body(failed)))
+                    await self._send(send, event(body_of(failed)))
                     break
                 is_scored = any(each.prompt_logprobs for each in deltas)
                 data = await asyncio.to_thread(writer.write, deltas) if is_scored else writer.write(deltas)

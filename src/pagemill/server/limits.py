@@ -33,8 +33,8 @@ class Limits:
     max_schema_bytes, max_schema_depth, max_regex_chars, max_regex_size, max_repeat: of what an answer must look like;
     max_regex_size is with its counted repetitions written out, max_repeat is of lengths in a schema. max_tools,
     max_tool_bytes: of tools, each. max_extra_bytes: of variables for the template, metadata and the like, each.
-    header_timeout_s, body_timeout_s: until a head, a body has come whole. write_timeout_s: until a client that reads
-    too slowly has made room. max_connections: open at a time.
+    header_timeout_s: until a TLS handshake is done, and then until a head has come whole. body_timeout_s: until a body
+    has. write_timeout_s: until a client that reads too slowly has made room. max_connections: open at a time.
     """
 
     max_body_bytes: int = 8 * 2**20

@@ -15,7 +15,8 @@ from typing import Any, Final
 import orjson
 
 from pagemill.base.errors import RequestError
-from pagemill.server.access_door import App, Message, Receive, Scope, Send, error_body, send_json
+from pagemill.server.access_door import App, Message, Receive, Scope, Send, send_json
+from pagemill.server.error_shape import error_body
 from pagemill.server.limits import Limits, check_commas, check_request, check_shape
 from pagemill.telemetry.metrics import Metrics
 

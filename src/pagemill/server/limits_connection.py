@@ -1,5 +1,5 @@
 """Cuts connections that are too slow: heads that do not come, answers that are not read, and too many of them. Owns the
-timers of one connection, below ASGI; bodies are timed in `limits_body.py`.
+timers of one connection, below ASGI; bodies are timed in `limits_body.py`, TLS handshakes in `limits_tls.py`.
 
 uvicorn itself waits for a head for ever and for a reader for ever (slowloris and its mirror image).
 """

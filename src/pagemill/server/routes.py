@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from pagemill.server.asking import check_fields
 from pagemill.server.chat import conversation_tokens
 from pagemill.server.errors import FieldError
 from pagemill.server.json_bytes import json_response
@@ -16,6 +17,7 @@ from pagemill.server.service import LOADING_RETRY_S, Service, service_of
 router = APIRouter()
 
 
+@router.head("/health", response_model=None, include_in_schema=False)
 @router.get("/health", response_model=None)
 async def health(request: Request) -> Response:
     """200 once the model is loaded and requests are taken; 503 with a status while it loads, drains or has failed."""
@@ -27,12 +29,14 @@ async def health(request: Request) -> Response:
     return answer
 
 
+@router.head("/version", response_model=None, include_in_schema=False)
 @router.get("/version", response_model=None)
 async def version(request: Request) -> Response:
     """The version of the program."""
     return json_response({"version": service_of(request).settings.version})
 
 
+@router.head("/v1/models", response_model=None, include_in_schema=False)
 @router.get("/v1/models", response_model=None)
 async def list_models(request: Request) -> Response:
     """The model under each of its names, also while it loads."""
@@ -40,6 +44,7 @@ async def list_models(request: Request) -> Response:
     return json_response({"object": "list", "data": [_card(service, name) for name in service.settings.served_names]})
 
 
+@router.head("/v1/models/{name:path}", response_model=None, include_in_schema=False)
 @router.get("/v1/models/{name:path}", response_model=None)
 async def show_model(name: str, request: Request) -> Response:
     """One model."""
@@ -53,6 +58,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     """Token ids of a text, or of a conversation through the model's template."""
     service = service_of(request)
     service.check_model(body.model)
+    check_fields(body, strict=service.settings.strict)
     service.check_ready()
     if (body.prompt is None) == (body.messages is None):
         raise FieldError("give either prompt or messages", param="prompt")
@@ -76,6 +82,7 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     """The text of token ids, control tokens included."""
     service = service_of(request)
     service.check_model(body.model)
+    check_fields(body, strict=service.settings.strict)
     service.check_ready()
     size = service.serving.facts.get("vocab_size", 0)
     if any(not 0 <= each < size for each in body.tokens):
@@ -83,6 +90,7 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     return json_response({"prompt": await service.serving.decode(body.tokens)})
 
 
+@router.head("/tokenizer_info", response_model=None, include_in_schema=False)
 @router.get("/tokenizer_info", response_model=None)
 async def tokenizer_info(request: Request) -> Response:
     """What clients need who tokenise by `/tokenize`, as vLLM names it: control tokens and the model's own template. An

@@ -275,10 +275,10 @@ def replay_manager(trace: Trace, policy: str, capacity: int) -> Replayed:
         if not 0 < num_blocks <= capacity:
             score.add(0, num_blocks)
             continue
-        tokens = array("i")
-        for each in request.blocks:
-            tokens.extend((each & _LOW_BITS, each >> 31, 0, 0))
-        num_tokens = len(tokens)
+        num_tokens = num_blocks * _MANAGER_BLOCK_TOKENS
+        tokens = array("i", bytes(4 * num_tokens))
+        tokens[::_MANAGER_BLOCK_TOKENS] = array("i", [each & _LOW_BITS for each in request.blocks])
+        tokens[1::_MANAGER_BLOCK_TOKENS] = array("i", [each >> 31 for each in request.blocks])
         found = manager.open(index, num_tokens, num_tokens, tokens)
         # The last token of a prompt is always computed: all of it found is one less.
         score.add((found.num_hit + 1) // _MANAGER_BLOCK_TOKENS, num_blocks)

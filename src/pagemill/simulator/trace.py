@@ -30,8 +30,10 @@ from pagemill.base.errors import ConfigError
 
 MOONCAKE_BLOCK_TOKENS = 512
 _LONGEST_WAIT_S = 60.0
-_MOST_BLOCKS = 1 << 24
+_MOST_BLOCKS = 1 << 20  # of a request
+_MOST_ACCESSES = 1 << 26  # of a trace
 _LARGEST = 1 << 53
+_LONGEST_LINE = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,9 @@ def read_trace(path: str | os.PathLike[str], *, session_gap_s: float = 60.0, see
     """
     file = Path(path).expanduser()
     try:
-        with _open(file) as lines:
-            first = lines.readline()
+        with _open(file) as opened:
+            lines = _lines(file.name, opened)
+            first = next(lines, "")
             if first.startswith("TIMESTAMP"):
                 return Trace(file.name, 0, tuple(_azure(file.name, chain([first], lines))))
             rows = _json_lines(file.name, chain([first], lines))
@@ -84,13 +87,9 @@ def read_trace(path: str | os.PathLike[str], *, session_gap_s: float = 60.0, see
                 return Trace(file.name, MOONCAKE_BLOCK_TOKENS, tuple(_mooncake(file.name, rows)))
             if "requests" in row:
                 return _sessions(file.name, rows, session_gap_s, seed)
-    except (OSError, EOFError, zlib.error) as error:
-        said = getattr(error, "strerror", None) or error
+    except OSError as error:
+        said = error.strerror or error
         raise ConfigError(f"the trace {file} cannot be read: {said}; give the path of a readable file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"the trace {file} is not text in UTF-8 (byte {error.start:,}); give a JSONL or CSV"
-        ) from None
     raise _wrong(
         file.name,
         number,
@@ -99,9 +98,30 @@ def read_trace(path: str | os.PathLike[str], *, session_gap_s: float = 60.0, see
 
 
 def _open(file: Path) -> IO[str]:
+    """The file's text; bytes that are not UTF-8 become lone surrogates, which `_lines` refuses."""
     if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+        return gzip.open(file, "rt", encoding="utf-8-sig", errors="surrogateescape")
+    return file.open(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _lines(name: str, file: IO[str]) -> Iterator[str]:
+    number = 1
+    while True:
+        try:
+            line = file.readline(_LONGEST_LINE)
+        except (OSError, EOFError, zlib.error) as error:
+            said = getattr(error, "strerror", None) or error
+            raise _wrong(name, number, f"cannot be read ({said}); give a whole file") from None
+        if not line:
+            return
+        if len(line) == _LONGEST_LINE:
+            raise _wrong(name, number, f"is longer than {_LONGEST_LINE:,} characters; give a trace, one request a line")
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            raise _wrong(name, number, "is not text in UTF-8; give a JSONL or CSV") from None
+        yield line
+        number += 1
 
 
 def _csv_rows(name: str, rows: Any) -> Iterator[list[str]]:
@@ -179,6 +199,7 @@ def _sessions(name: str, rows: Iterator[tuple[int, dict[str, Any]]], gap_s: floa
     block_tokens = 0
     numbers: dict[tuple[int, int], int] = {}
     found: list[Request] = []
+    num_accesses = 0
     for index, (line, row) in enumerate(rows):
         size = _count(name, line, "block_size", row.get("block_size"))
         if size == 0 or size != (block_tokens or size):
@@ -193,6 +214,9 @@ def _sessions(name: str, rows: Iterator[tuple[int, dict[str, Any]]], gap_s: floa
         for request in requests:
             waited_s, took_s, lengths, ids = _agent_request(name, line, size, request)
             now_s += waited_s
+            num_accesses += len(ids)
+            if num_accesses > _MOST_ACCESSES:
+                raise _wrong(name, line, f"brings the trace to more than {_MOST_ACCESSES:,} blocks; give a part of it")
             blocks = tuple(numbers.setdefault((index, each), len(numbers)) for each in ids)
             found.append(Request(now_s, *lengths, blocks))
             now_s += took_s
@@ -222,29 +246,33 @@ def _agent_request(
     if len(set(ids)) != len(ids):
         raise _wrong(name, line, "a request names a block twice; blocks of one prompt differ in their position")
     _check_blocks(name, line, len(ids), num_in, block_tokens)
-    waits = [_seconds(name, line, field, request[at] or 0.0) for at, field in ((4, "think_s"), (5, "api_s"))]
+    waits = [
+        0.0 if request[at] is None else _seconds(name, line, field, request[at])
+        for at, field in ((4, "think_s"), (5, "api_s"))
+    ]
     return min(waits[0], _LONGEST_WAIT_S), min(waits[1], _LONGEST_WAIT_S), (num_in, num_out), ids
 
 
 def _azure(name: str, lines: Iterator[str]) -> Iterator[Request]:
     first: datetime | None = None
-    rows = csv.reader(lines)
+    reader = csv.reader(lines)
+    rows = _csv_rows(name, reader)
     header = next(rows)
     if header[:3] != ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]:
         raise _wrong(name, 1, "the columns are not TIMESTAMP,ContextTokens,GeneratedTokens")
     latest: datetime | None = None
-    for row in _csv_rows(name, rows):
-        line = rows.line_num
+    for row in rows:
+        line = reader.line_num
         if not row:
             continue
         if len(row) != 3:
             raise _wrong(name, line, f"has {len(row)} columns instead of 3")
         try:
-            when = datetime.fromisoformat(row[0][:26])
-            lengths = int(row[1]), int(row[2])
+            lengths = tuple(_digits(each) for each in row[1:])
+            when = datetime.fromisoformat(row[0][:26])  # without the digits behind microseconds
         except ValueError:
             raise _wrong(name, line, f"{','.join(row)[:60]!r} is not a time and two counts of tokens") from None
-        if when.tzinfo is not None:
+        if when.tzinfo is not None or not (row[0][26:] or "0").isdigit():
             raise _wrong(name, line, "the time has a zone; give times of one zone, without it")
         if latest is not None and when < latest:
             raise _wrong(name, line, "the time is before that of the line above; sort the trace by time")
@@ -252,4 +280,10 @@ def _azure(name: str, lines: Iterator[str]) -> Iterator[Request]:
         for field, value in zip(header[1:], lengths, strict=True):
             _count(name, line, field, value)
         first = first or when
-        yield Request((when - first).total_seconds(), *lengths, ())
+        yield Request((when - first).total_seconds(), lengths[0], lengths[1], ())
+
+
+def _digits(text: str) -> int:
+    if not (text.isascii() and text.strip().lstrip("-").isdigit()):
+        raise ValueError(text)
+    return int(text)

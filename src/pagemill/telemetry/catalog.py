@@ -116,7 +116,7 @@ _METRICS: Final = (
     MetricSpec("pagemill:http_requests", "counter", "HTTP requests answered.", ("method", "status")),
     MetricSpec("pagemill:http_refused", "counter", "HTTP requests refused at the door, by reason.", ("reason",)),
     MetricSpec("pagemill:http_open_requests", "gauge", "HTTP requests being answered."),
-    MetricSpec("pagemill:http_connections_cut", "counter", "Connections cut for being too slow.", ("reason",)),
+    MetricSpec("pagemill:http_connections_cut", "counter", "Connections cut: too slow, or too many.", ("reason",)),
     MetricSpec("pagemill:spans", "counter", "Trace spans by what became of them.", ("result",)),
 )
 

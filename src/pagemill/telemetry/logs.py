@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ LEVELS: Final = ("debug", "info", "warning", "error")
 FIELDS: Final = "fields"  # key of `extra` that holds a dict for the line: log.info("…", extra={FIELDS: {…}})
 MAX_MESSAGE_CHARS: Final = 4096
 _MAX_FRAMES: Final = 40
+_BARE: Final = re.compile(r'[^\s"=]+')
 
 
 def configure_logging(level: str = "info", format: LogFormat = "text", stream: TextIO | None = None) -> None:
@@ -84,7 +86,7 @@ class TextFormatter(logging.Formatter):
         line = f"{_time_of(record)} {record.levelname.lower():7} {_one_line(_message_of(record))}"
         fields = getattr(record, FIELDS, None)
         if isinstance(fields, dict):
-            line += "".join(f" {name}={_one_line(str(value))}" for name, value in fields.items() if value is not None)
+            line += "".join(f" {name}={_as_value(str(value))}" for name, value in fields.items() if value is not None)
         if record.exc_info and record.exc_info[1] is not None:
             error = describe_error(record.exc_info[1], self._messages)
             line += "\n" + "\n".join([f"  {error['type']}: {error.get('message', '')}".rstrip(": "), *error["at"]])
@@ -109,10 +111,11 @@ def describe_error(error: BaseException, messages: bool = False) -> dict[str, An
 
 def _message_of(record: logging.LogRecord) -> str:
     """The message of our own loggers; of a library's, its template unless the level is DEBUG, without arguments, which
-    may be a client's text; of asyncio's, the first line, for those below quote errors."""
+    may be a client's text; of asyncio's, the first line without arguments of a callback, for what follows quotes
+    errors."""
     name = record.name.split(".")[0]
     if name == "asyncio":
-        return str(record.msg).partition("\n")[0][:MAX_MESSAGE_CHARS]
+        return str(record.msg).partition("\n")[0].partition("(")[0][:MAX_MESSAGE_CHARS]
     if name in ("pagemill", "uvicorn") or not record.args:
         try:
             return record.getMessage()[:MAX_MESSAGE_CHARS]
@@ -129,6 +132,12 @@ def _time_of(record: logging.LogRecord) -> str:
 def _one_line(text: str) -> str:
     """Control characters are shown as such, so that no value can begin a line of its own or colour a terminal."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def _as_value(text: str) -> str:
+    """In quotes where it could be taken for several fields, or for none."""
+    shown = _one_line(text)
+    return shown if _BARE.fullmatch(shown) else json.dumps(shown, ensure_ascii=False)
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -184,6 +184,7 @@ class EngineObserver:
             marks = delta.marks
             request.first_token_s = now_s if marks.first_token_s is None else marks.first_token_s
             self._metrics["vllm:time_to_first_token_seconds"].observe((request.first_token_s - marks.arrival_s,))
+            self._metrics["vllm:prompt_tokens"].add(request.num_prompt_tokens)
 
     def _saw_end(self, request: _Open, delta: DeltaLike, reason: str, now_s: float) -> None:
         request.num_ended += 1
@@ -210,7 +211,8 @@ class EngineObserver:
         if done.scheduled_s is not None:
             metrics["vllm:request_queue_time_seconds"].observe((done.scheduled_s - done.arrival_s,))
             metrics["vllm:request_inference_time_seconds"].observe((done.finished_s - done.scheduled_s,))
-            metrics["vllm:prompt_tokens"].add(done.num_prompt_tokens)
+            if done.first_token_s is None:
+                metrics["vllm:prompt_tokens"].add(done.num_prompt_tokens)
             by_source = metrics["vllm:prompt_tokens_by_source"]
             by_source.add(done.num_cached_tokens, "local_cache_hit")
             by_source.add(done.num_prompt_tokens - done.num_cached_tokens, "local_compute")

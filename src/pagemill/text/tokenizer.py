@@ -28,6 +28,7 @@ MAX_VOCAB = 2**21
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_WORD_AND_SPACE = re.compile("[a-z] ")
 _WORD_START = "▁"  # SentencePiece's mark for a space
 
 _T = TypeVar("_T")
@@ -71,7 +72,7 @@ class Tokenizer:
 
     vocab_size: ids are 0 .. vocab_size - 1. stop_ids: ids that end a text or a turn. special_ids: control tokens,
     which `decode` leaves out unless asked; special_texts: their spellings -> ids. unknown_bytes: bytes that the
-    vocabulary cannot spell; `encode` leaves them out, as the models' own tokenisers do.
+    vocabulary cannot spell; `encode` leaves them out, as the models' own tokenisers do. cuts_at_words: `remembered.py`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Tokenizer:
         special: dict[int, str],
         literal: dict[int, str],
         unknown_bytes: frozenset[int] = frozenset(),
+        cuts_at_words: bool = False,
     ) -> None:
         """special, literal: id -> text of control and of user-defined tokens. Raises ModelError on ids out of range."""
         self._library = library
@@ -97,6 +99,7 @@ class Tokenizer:
         self.special_ids = frozenset(special)
         self.special_texts = {text: token for token, text in special.items()}
         self.unknown_bytes = unknown_bytes
+        self.cuts_at_words = cuts_at_words
         self.stop_ids = frozenset(vocab.stop_ids) | (frozenset() if vocab.eos_id is None else {vocab.eos_id})
         _check_ids(vocab, self.vocab_size)
 
@@ -255,6 +258,7 @@ def _byte_level_bpe(vocab: VocabSpec, ids: dict[str, int]) -> Tokenizer:
         special=special,
         literal=literal,
         unknown_bytes=unknown,
+        cuts_at_words=not any(_WORD_AND_SPACE.search(text) for text in (*special.values(), *literal.values())),
     )
 
 

@@ -6,16 +6,18 @@ Each is a function that breaks the product by a patch; its name says what is wro
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from pagemill.base.params import CacheOptions
 from pagemill.base.transfer import Copy, Moves
-from pagemill.cache import prefix
 from pagemill.cache import sharing as sharing_module
 from pagemill.cache.block import Node
+from pagemill.cache.entry import Removed, Stored
+from pagemill.cache.keys import chain_keys
 from pagemill.cache.manager import CacheManager
+from pagemill.cache.policies.base import OneByOne
 from pagemill.cache.policies.lru import LRU
 from pagemill.cache.pool import BlockPool
 from pagemill.cache.prefix import Match, PrefixTree
@@ -116,9 +118,9 @@ def leaks_on_close(patch: pytest.MonkeyPatch) -> None:
 def frees_twice(patch: pytest.MonkeyPatch) -> None:
     drop = BlockPool._drop
 
-    def broken(self: BlockPool, block: int) -> None:
-        drop(self, block)
-        self._num_free += 1
+    def broken(self: BlockPool, blocks: list[int]) -> None:
+        drop(self, blocks)
+        self._num_free += len(blocks)
 
     patch.setattr(BlockPool, "_drop", broken)
 
@@ -128,26 +130,25 @@ def promises_too_much(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgets_events(patch: pytest.MonkeyPatch) -> None:
-    discard = SharedBlocks.discard
+    tell = SharedBlocks._tell
 
-    def broken(self: SharedBlocks, node: Node, *, evicted: bool = False) -> None:
-        told, self.on_event = self.on_event, None
-        discard(self, node, evicted=evicted)
-        self.on_event = told
+    def broken(self: SharedBlocks, event: Stored | Removed) -> None:
+        if isinstance(event, Stored):
+            tell(self, event)
 
-    patch.setattr(SharedBlocks, "discard", broken)
+    patch.setattr(SharedBlocks, "_tell", broken)
 
 
 def failure_changes_something(patch: pytest.MonkeyPatch) -> None:
     enter = SharedBlocks.enter
 
-    def broken(self: SharedBlocks, entry: object) -> array[int]:
+    def broken(self: SharedBlocks, entry: object, again: bool = False) -> array[int]:
         for block in list(self.tree.nodes):
             node = self.tree.nodes[block]
             if not self._pool.num_holders(block) and not node.children:
-                self.discard(node)
+                self.discard(node, "purge")
                 break
-        return enter(self, entry)  # type: ignore[arg-type]
+        return enter(self, entry, again)  # type: ignore[arg-type]
 
     patch.setattr(SharedBlocks, "enter", broken)
 
@@ -183,6 +184,7 @@ def evicts_the_latest(patch: pytest.MonkeyPatch) -> None:
         return idle[-1] if idle else None
 
     patch.setattr(LRU, "victim", broken)
+    patch.setattr(LRU, "evict", OneByOne.evict)
 
 
 def forgets_hits(patch: pytest.MonkeyPatch) -> None:
@@ -193,14 +195,14 @@ def forgets_hits(patch: pytest.MonkeyPatch) -> None:
 
 def stores_under_another_key(patch: pytest.MonkeyPatch) -> None:
     """The last token of a block is not part of its key."""
-    add = PrefixTree.add
-    patch.setattr(
-        PrefixTree,
-        "add",
-        lambda self, parent, block, tokens, key=None: add(
-            self, parent, block, tokens, prefix.child_key(parent.key, tokens[:-4])
-        ),
-    )
+    add = PrefixTree.add_run
+
+    def broken(
+        self: PrefixTree, parent: Node, blocks: Sequence[int], tokens: Sequence[bytes], keys: Sequence[bytes] = ()
+    ) -> list[Node]:
+        return add(self, parent, blocks, tokens, chain_keys(parent.key, [each[:-4] for each in tokens]))
+
+    patch.setattr(PrefixTree, "add_run", broken)
 
 
 BROKEN: list[Callable[[pytest.MonkeyPatch], None]] = [

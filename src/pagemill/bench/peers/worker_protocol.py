@@ -4,7 +4,8 @@ Owns the loop, the clock and the streams. Runs inside a peer's environment, so i
 an engine does with a request is the `run_*.py` script's own. What libraries print goes to stderr.
 
     {"do": "load", "model": path, "threads": 2, "options": {…}}   -> {"seconds": s, "versions": {…}, "alternatives": n}
-    {"do": "generate", "prompts": [[id, …], …], "tokens": n, "alternative": 0}   -> {"seconds": s, "tokens": [n, …]}
+    {"do": "generate", "prompts": [[id, …], …], "tokens": n, "alternative": 0}
+        -> {"seconds": s, "cpu_seconds": s of all its threads, "tokens": [n, …]}
 
 Any failure is answered by {"error": text}. The end of stdin ends the worker.
 """
@@ -69,6 +70,7 @@ def serve(load: Load) -> None:
 def _generate(subject: Subject, request: dict[str, Any]) -> dict[str, Any]:
     prompts, num_tokens, alternative = request["prompts"], request["tokens"], request["alternative"]
     subject.prepare(prompts, num_tokens, alternative)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     counts = subject.generate(prompts, num_tokens, alternative)
-    return {"seconds": time.perf_counter() - began, "tokens": counts}
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": counts}

@@ -19,51 +19,67 @@ _SHADOW_BLOCKS = 1024
 _MOST_SAMPLED_BITS = 8
 _HORIZON_PER_BLOCK = 8
 _LEAST_HORIZON = 2000
-_DEVIATIONS_TO_LEAD = 2.0
-_DEVIATIONS_TO_STAY = 0.0
+_BATCHES = 16  # in a horizon
+_DEVIATIONS_TO_LEAD = 1.5
+_MOST_LOST = 0.001  # of all uses
 
 
 class _Shadow:
     """A cache of sampled keys that one policy rules. Mutated by `use`."""
 
-    __slots__ = ("_free", "_keys", "_policy", "_slots")
+    __slots__ = ("_free", "_keys", "_num_keys", "_policy", "_slots")
 
     def __init__(self, policy: Policy, capacity: int) -> None:
         self._policy = policy
         self._slots: dict[bytes, int] = {}
-        self._keys: list[bytes] = []
+        self._keys: dict[int, bytes] = {}
+        self._num_keys = 0
         self._free = capacity
 
-    def use(self, key: bytes, info: BlockInfo) -> bool:
-        """True where it hits."""
-        slot = self._slots.get(key)
-        if slot is not None:
-            self._policy.touch(slot)
-            return True
-        self._policy.on_miss(key)
-        if self._free:
-            self._free -= 1
-            slot = len(self._keys)
-            self._keys.append(key)
-        else:
-            slot = self._policy.victim()
-            assert slot is not None, "nothing is locked in a shadow"
-            self._policy.remove(slot, True)
-            del self._slots[self._keys[slot]]
-            self._keys[slot] = key
-        self._slots[key] = slot
-        self._policy.insert(slot, key, info)
-        return False
+    def use(self, keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> int:
+        """Use the keys of a chain, the last one first. How many hit of those that come behind the last miss."""
+        slots, at, run = self._slots, 0, 0
+        while at < len(keys):
+            run, end = 0, at + 1
+            if keys[at] in slots:
+                while end < len(keys) and keys[end] in slots:
+                    end += 1
+                self._policy.touch_all([slots[key] for key in keys[at:end]])
+                run = end - at
+            else:
+                while end < len(keys) and keys[end] not in slots:
+                    end += 1
+                self._add(keys[at:end], infos[at:end])
+            at = end
+        return run
+
+    def _add(self, keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> None:
+        numbers = range(self._num_keys, self._num_keys + len(keys))
+        self._num_keys += len(keys)
+        self._slots.update(zip(keys, numbers, strict=True))
+        self._keys.update(zip(numbers, keys, strict=True))
+        num_free = min(self._free, len(keys))
+        for at in range(num_free):
+            self._policy.on_miss(keys[at])
+            self._policy.insert(numbers[at], keys[at], infos[at])
+        self._free -= num_free
+        if num_free < len(keys):
+            for gone in self._policy.replace(numbers[num_free:], keys[num_free:], infos[num_free:]):
+                del self._slots[self._keys.pop(gone)]
 
 
 class Adaptive(OneByOne):
     """The order of the candidate whose shadow hits most. Mutated by every call.
 
     The first candidate is the one to fall back on. Of another one it is counted, over the last uses (about eight times
-    the shadow's room), how many blocks more or less of each chain it hit. It leads when that comes to twice what chance
-    would make of such differences, and no longer than to more than nothing. A chain comes last block first, so that its
-    hits count from the last miss on: what lies behind a hole cannot be hit. A call costs what it costs in all the
-    candidates together.
+    the shadow's room), how many blocks more or less of each chain it hit. A chain comes last block first, so that its
+    hits count from the last miss on: what lies behind a hole cannot be hit.
+
+    It leads when that comes to one and a half times what chance would make of such differences, by those of chains and
+    by those of batches of them (batch means, as of simulations whose results depend on each other): a load that is over
+    before it is followed shows in a few batches. It leads until the sum is nothing, or until this cache itself, which
+    holds what earlier leaders left, has hit a thousandth of all uses less than the first candidate's shadow while it
+    did not follow that. A call costs what it costs in all the candidates together.
     """
 
     name = "adaptive"
@@ -81,16 +97,23 @@ class Adaptive(OneByOne):
         self._capacity = capacity
         bits = min(_MOST_SAMPLED_BITS, max(1, capacity // _SHADOW_BLOCKS).bit_length() - 1)
         self._mask = (1 << bits) - 1
-        room = max(1, capacity >> bits)
+        self._room = room = max(1, capacity >> bits)
         self._shadows = [_Shadow(maker(room), room) for maker in self._makers]
-        self._horizon = max(_LEAST_HORIZON, _HORIZON_PER_BLOCK * room)
-        self._decision_every = max(1, self._horizon // 16)
-        self._decay = 0.5 ** (self._decision_every / self._horizon)
-        self._num_sampled = 0
+        horizon = max(_LEAST_HORIZON, _HORIZON_PER_BLOCK * room)
+        self._decision_every = max(1, horizon // _BATCHES)
+        self._decay = 0.5 ** (self._decision_every / horizon)
+        self._num_sampled = self._num_decided = 0
+        # By candidate: blocks hit beyond the first one, in this batch and in all, and the sums of their squares.
+        self._batch = [0 for _ in self._makers]
         self._gains = [0.0 for _ in self._makers]
-        self._variances = [0.0 for _ in self._makers]
-        self._runs = [0 for _ in self._makers]
+        self._batch_squares = [0.0 for _ in self._makers]
+        self._chain_squares = [0.0 for _ in self._makers]
+        self._keys: list[bytes] = []  # of a chain that may go on
+        self._infos: list[BlockInfo] = []
         self._depth = 0
+        self._num_hits = 0  # of it, from the last miss on
+        self._balance = 0  # hits of this cache beyond those of the first shadow, where it did not follow that one
+        self._num_to_settle = 0  # uses until the first one's order has brought its blocks
 
     @property
     def leader(self) -> str:
@@ -103,15 +126,13 @@ class Adaptive(OneByOne):
     def insert(self, block: int, key: bytes, info: BlockInfo) -> None:
         for each in self._candidates:
             each.insert(block, key, info)
-        if not key[0] & self._mask:
-            self._blocks[block] = (key, info)
-            self._sample(key, info)
+        self._take_in(block, key, info)
 
     def touch(self, block: int) -> None:
         for each in self._candidates:
             each.touch(block)
         if block in self._blocks:
-            self._sample(*self._blocks[block])
+            self._sample(*self._blocks[block], hit=True)
 
     def lock(self, block: int) -> None:
         for each in self._candidates:
@@ -139,7 +160,30 @@ class Adaptive(OneByOne):
         sampled = self._blocks
         for block in blocks:
             if block in sampled:
-                self._sample(*sampled[block])
+                self._sample(*sampled[block], hit=True)
+
+    def replace(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> list[int]:
+        assert not any(map(self.__contains__, blocks)), "a block is known already"
+        victims: list[int] = []
+        at = 0
+        while at < len(blocks):
+            end = at
+            # The leader may change where a chain ends.
+            while end < len(blocks) - 1 and (keys[end][0] & self._mask or infos[end].depth < self._depth):
+                end += 1
+            leader = self._candidates[self._leader]
+            gone = leader.replace(blocks[at : end + 1], keys[at : end + 1], infos[at : end + 1])
+            for block, key, info, victim in zip(blocks[at:], keys[at:], infos[at:], gone, strict=False):
+                for each in self._candidates:
+                    if each is not leader:
+                        each.on_miss(key)
+                        each.remove(victim, True)
+                        each.insert(block, key, info)
+                self._blocks.pop(victim, None)
+                self._take_in(block, key, info)
+            victims += gone
+            at = end + 1
+        return victims
 
     def resize(self, capacity: int) -> None:
         """The shadows begin anew where the capacity has changed much."""
@@ -150,31 +194,50 @@ class Adaptive(OneByOne):
             self._begin(capacity)
             self._blocks = {block: each for block, each in self._blocks.items() if not each[0][0] & self._mask}
 
-    def _sample(self, key: bytes, info: BlockInfo) -> None:
+    def _take_in(self, block: int, key: bytes, info: BlockInfo) -> None:
+        if not key[0] & self._mask:
+            self._blocks[block] = (key, info)
+            self._sample(key, info, hit=False)
+
+    def _sample(self, key: bytes, info: BlockInfo, *, hit: bool) -> None:
         if info.depth >= self._depth:
-            self._count()
+            self._end_chain()
         self._depth = info.depth
-        runs = self._runs
-        for at, shadow in enumerate(self._shadows):
-            runs[at] = runs[at] + 1 if shadow.use(key, info) else 0
-        self._num_sampled += 1
-        if self._num_sampled % self._decision_every == 0:
+        self._keys.append(key)
+        self._infos.append(info)
+        self._num_hits = self._num_hits + 1 if hit else 0
+
+    def _end_chain(self) -> None:
+        """What each candidate would have hit of a chain beyond the first one, and what was hit."""
+        num_keys = len(self._keys)
+        hits = [shadow.use(self._keys, self._infos) for shadow in self._shadows]
+        for at, each in enumerate(hits):
+            self._batch[at] += each - hits[0]
+            self._chain_squares[at] += (each - hits[0]) ** 2
+        if self._leader:
+            self._num_to_settle = self._room
+        if self._num_to_settle > 0:
+            self._balance += self._num_hits - hits[0]
+            self._num_to_settle -= num_keys
+        self._keys.clear()
+        self._infos.clear()
+        self._num_hits = 0
+        self._num_sampled += num_keys
+        if self._num_sampled - self._num_decided >= self._decision_every:
+            self._num_decided = self._num_sampled
             self._decide()
 
-    def _count(self) -> None:
-        """A chain has ended: what each candidate hit of it beyond the first one."""
-        base = self._runs[0]
-        for at, run in enumerate(self._runs):
-            self._gains[at] += run - base
-            self._variances[at] += (run - base) ** 2
-            self._runs[at] = 0
-
     def _decide(self) -> None:
-        gains, variances = self._gains, self._variances
-        if gains[self._leader] <= _DEVIATIONS_TO_STAY * sqrt(variances[self._leader]):
+        gains = self._gains
+        for at, each in enumerate(self._batch):
+            gains[at] = gains[at] * self._decay + each
+            self._batch_squares[at] = self._batch_squares[at] * self._decay + each * each
+            self._chain_squares[at] *= self._decay
+            self._batch[at] = 0
+        allowed = _MOST_LOST * self._num_sampled
+        if gains[self._leader] <= 0 or self._balance < -allowed:
             self._leader = 0
         best = max(range(len(gains)), key=gains.__getitem__)
-        if gains[best] - gains[self._leader] > _DEVIATIONS_TO_LEAD * sqrt(variances[best]):
+        deviation = sqrt(max(self._batch_squares[best], self._chain_squares[best]))
+        if gains[best] - gains[self._leader] > _DEVIATIONS_TO_LEAD * deviation and self._balance >= -allowed / 2:
             self._leader = best
-        self._gains = [each * self._decay for each in gains]
-        self._variances = [each * self._decay for each in variances]

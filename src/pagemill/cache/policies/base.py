@@ -93,6 +93,15 @@ class Policy(Protocol):
         of this same run. Refused where nothing is unlocked."""
         ...
 
+    def admit(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> None:
+        """A run of blocks has been published, each behind the one before it, and is in use: `insert` and `lock` for
+        each. They count as used from the last to the first. Different blocks, none of them known."""
+        ...
+
+    def evict(self) -> int | None:
+        """The victim leaves: `remove` with evicted. None, and nothing has changed, where there is none."""
+        ...
+
     def resize(self, capacity: int) -> None:
         """The cache has room for `capacity` blocks (> 0) from now on. Blocks, locks and uses stay; O(n) at the most."""
         ...
@@ -118,3 +127,15 @@ class OneByOne:
             self.insert(block, key, info)
             victims.append(victim)
         return victims
+
+    def admit(self: Policy, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> None:
+        assert not any(map(self.__contains__, blocks)), "a block is known already"
+        for block, key, info in zip(reversed(blocks), reversed(keys), reversed(infos), strict=True):
+            self.insert(block, key, info)
+            self.lock(block)
+
+    def evict(self: Policy) -> int | None:
+        victim = self.victim()
+        if victim is not None:
+            self.remove(victim, True)
+        return victim

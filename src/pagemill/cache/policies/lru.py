@@ -73,5 +73,22 @@ class LRU(OneByOne):
             order[block] = None
         return victims
 
+    def admit(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> None:
+        lane = self._lane
+        assert lane.order.keys().isdisjoint(blocks), "a block is known already"
+        assert lane.is_plain or not any(map(lane.__contains__, blocks)), "a block is known already"
+        lane.order.update(dict.fromkeys(reversed(blocks)))
+        self._locked.update(blocks)
+
+    def evict(self) -> int | None:
+        lane, locked = self._lane, self._locked
+        if lane.is_plain:
+            for block in lane.order:
+                if block in locked:
+                    break
+                del lane.order[block]
+                return block
+        return super().evict()
+
     def resize(self, capacity: int) -> None:
         assert capacity > 0

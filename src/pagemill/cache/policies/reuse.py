@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import mul
 
 EPOCHS_PER_CAPACITY = 16
 _SAMPLED = 4096
@@ -123,14 +124,16 @@ class ReuseLearner:
         A hazard is the class's level times the shape over ages of all classes together; a class's level leans on that
         of its group.
         """
-        setting, shape = self._setting, self._shape()
-        observed, expected = self.by_class()
+        setting = self._setting
+        shape, observed, expected = self._seen()
+        by_group: dict[int, tuple[float, float]] = {}
+        for group, one, other in zip(self._groups, observed, expected, strict=True):
+            seen, wanted = by_group.get(group, (0, 0))
+            by_group[group] = (seen + one, wanted + other)
         table = []
         for kind, group in enumerate(self._groups):
-            peers = [each for each, other in enumerate(self._groups) if other == group]
-            level = (sum(observed[each] for each in peers) + setting.group_weight * self._levels[kind]) / (
-                sum(expected[each] for each in peers) + setting.group_weight
-            )
+            seen, wanted = by_group[group]
+            level = (seen + setting.group_weight * self._levels[kind]) / (wanted + setting.group_weight)
             level = (observed[kind] + setting.level_weight * level) / (expected[kind] + setting.level_weight)
             table.append(self._index([min(1.0, level * each) for each in shape]))
         decay = self._decay ** (epoch - self._decayed_at)
@@ -140,21 +143,18 @@ class ReuseLearner:
                 row[:] = [each * decay for each in row]
         return table
 
-    def by_class(self) -> tuple[list[float], list[float]]:
-        """Reuses seen of each class, and those that the shape over ages of all classes together would give."""
-        shape = self._shape()
-        expected = [sum(count * each for count, each in zip(row, shape, strict=True)) for row in self._reached]
-        return [sum(row) for row in self._hits], expected
-
-    def _shape(self) -> list[float]:
-        """The hazard of each bucket of age, all classes together."""
+    def _seen(self) -> tuple[list[float], list[float], list[float]]:
+        """The hazard of each bucket of age, all classes together; by class the reuses seen, and those that this shape
+        would give."""
         weight = self._setting.shape_weight
-        hits = [sum(column) for column in zip(*self._hits, strict=True)]
-        reached = [sum(column) for column in zip(*self._reached, strict=True)]
-        return [
+        hits = map(sum, zip(*self._hits, strict=True))
+        reached = map(sum, zip(*self._reached, strict=True))
+        shape = [
             (one + weight * prior) / (all_ + weight)
             for one, all_, prior in zip(hits, reached, self._prior, strict=True)
         ]
+        expected = [sum(map(mul, row, shape)) for row in self._reached]
+        return shape, [sum(row) for row in self._hits], expected
 
     def take_over(self, other: ReuseLearner, epoch: int) -> None:
         """Begin with another learner's counts, of the same classes: ages in capacities tell much at any capacity."""
@@ -165,13 +165,15 @@ class ReuseLearner:
     def _index(self, hazards: list[float]) -> list[float]:
         """For each bucket to start from: max over last buckets of expected hits / expected time."""
         found = []
+        pairs = list(zip(hazards, self._widths, strict=True))
         for start in range(self.num_buckets):
             alive, hits, time, best = 1.0, 0.0, 0.0, 0.0
-            for bucket in range(start, self.num_buckets):
-                hit = alive * hazards[bucket]
+            for hazard, width in pairs[start:]:
+                hit = alive * hazard
                 hits += hit
-                time += (alive - hit / 2) * self._widths[bucket]
+                time += (alive - hit / 2) * width
                 alive -= hit
-                best = max(best, hits / time)
+                if hits > best * time:
+                    best = hits / time
             found.append(best)
         return found

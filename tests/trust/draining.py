@@ -1,0 +1,170 @@
+"""R13: SIGTERM to a real `pagemill serve` with requests under way: none of them is lost, and nothing new is taken.
+
+A trial starts a server, sends requests of every form until some run, some wait and their number is known to the server,
+ends it, and asks on: on new connections, on one that was open before, on one whose request had come in part. A request
+that was under way must be answered whole; a new one must be refused, by 503 with Retry-After or by no connection; the
+process must end with 0 and say nothing on stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.fixtures.serve_process import ServeProcess
+from tests.trust.figures import Figure
+from tests.trust.serving import ANSWER_S, FORMS, Reply, ask, own_words, port_of, read_reply, request_bytes, tiny_model
+
+OPTIONS: Final = (
+    "--served-model-name", "tiny", "--packed-weights-cache", "off", "--kv-cache-memory-bytes", "4MiB",
+    "--max-num-seqs", "8", "--shutdown-timeout", "2m",
+    "--limit", "header_timeout_s=120", "--limit", "body_timeout_s=120",
+)  # fmt: skip
+NUM_UNDER_WAY: Final = 32
+PER_SHARD: Final = 5
+NUM_NEW: Final = 10  # on connections of their own
+NUM_KEPT: Final = 3  # on connections that were there before
+FRESH_S: Final = 0.6  # after which metrics are read anew
+_GAUGES: Final = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_FINISHED: Final = ("length", "stop", "tool_calls")
+
+
+@dataclass(slots=True)
+class Drain:
+    """What became of a drain's requests. Mutated by their answers."""
+
+    num_under_way: int = 0
+    lost: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
+    met: Counter[str] = field(default_factory=Counter)
+
+    def saw(self, form: str, stream: bool, reply: Reply) -> None:
+        """The answer of one that was under way."""
+        self.num_under_way += 1
+        if (wrong := _wrong_with(reply, stream)) != "":
+            self.lost.append(f"{form}, streamed: {stream}: {wrong}")
+
+    def refused(self, where: str, reply: Reply) -> None:
+        """The answer to a new request."""
+        if reply.status == 0:
+            self.met["new ones without a connection"] += 1
+        elif reply.status == 503 and reply.is_refusal:
+            self.met["new ones refused with 503"] += 1
+        else:
+            self.taken.append(f"{where}: status {reply.status}, {reply.body[:200]!r}")
+
+
+def _wrong_with(reply: Reply, stream: bool) -> str:
+    """Why an answer is not whole, "" where it is: every choice must tell how it ended."""
+    if reply.status != 200 or not reply.is_whole:
+        return f"status {reply.status}, whole: {reply.is_whole}, {reply.body[-200:]!r}"
+    if not stream:
+        ends = [each["finish_reason"] for each in reply.json["choices"]]
+        return "" if ends and set(ends) <= set(_FINISHED) else f"it ended with {ends}"
+    *events, done = reply.events
+    if done != "[DONE]" or any("error" in each for each in events):
+        return f"its stream ended with {events[-1:]} {done}"
+    indices = {each["index"] for event in events for each in event["choices"]}
+    ended = {each["index"] for event in events for each in event["choices"] if each["finish_reason"] in _FINISHED}
+    return "" if ended == indices else f"choices {indices - ended} did not end"
+
+
+def draw_requests(seed: int) -> list[tuple[str, bool, bytes]]:
+    """Form, whether it streams, and the request."""
+    draw, found = random.Random(seed), []
+    for number in range(NUM_UNDER_WAY):
+        form, stream = draw.choice(tuple(FORMS)), draw.random() < 0.5
+        path, body = own_words(form, number)
+        more: dict[str, Any] = {"temperature": 1, "max_tokens": draw.randint(300, 700), "stream": stream}
+        found.append((form, stream, request_bytes(path, {"model": "tiny", **body, **more})))
+    return found
+
+
+async def drain(process: ServeProcess, seed: int, result: Drain) -> None:
+    """Requests under way, the signal, and new requests."""
+    port, requests = port_of(process.url), draw_requests(seed)
+    kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(NUM_KEPT)]
+    kept[0][1].write(request_bytes("/health", None, method="GET"))
+    assert (await read_reply(kept[0][0])).status == 200
+    late = request_bytes("/v1/completions", {"prompt": "late", "max_tokens": 2})
+    kept[1][1].write(late[:-9])  # its head and a part of its body
+    open_ones = [await asyncio.open_connection("127.0.0.1", port) for _ in requests]
+    for (_, writer), (_, _, data) in zip(open_ones, requests, strict=True):
+        writer.write(data)
+    reading = [asyncio.create_task(read_reply(reader)) for reader, _ in open_ones]
+    running, waiting = await _all_taken(process, requests, reading)
+    result.met["ran"] += running
+    result.met["waited"] += waiting
+    process.process.terminate()
+    kept[1][1].write(late[-9:])
+    kept[2][1].write(late)
+    for _ in range(NUM_NEW):
+        result.refused("a new connection", await ask(port, "/v1/completions", {"prompt": "new", "max_tokens": 2}))
+    kept[0][1].write(late)
+    for name, (reader, _) in zip(("kept open", "sent in part", "open and unused"), kept, strict=True):
+        result.refused(f"a connection {name}", await read_reply(reader))
+    for (form, stream, _), reply in zip(requests, reading, strict=True):
+        result.saw(form, stream, await reply)
+    for _, writer in (*kept, *open_ones):
+        writer.close()
+
+
+def _num_choices(request: tuple[str, bool, bytes]) -> int:
+    body = FORMS[request[0]][1]
+    return int(body.get("n", 1)) * (len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1)
+
+
+async def _all_taken(
+    process: ServeProcess, requests: Sequence[tuple[str, bool, bytes]], reading: Sequence[asyncio.Task[Reply]]
+) -> tuple[int, int]:
+    """Wait until each request that is not answered is in the engine. Returns how many sequences run there and wait."""
+    async with asyncio.timeout(ANSWER_S):
+        while True:
+            left = sum(_num_choices(each) for each, task in zip(requests, reading, strict=True) if not task.done())
+            found = await asyncio.to_thread(_sequences, process)
+            if left and sum(found) >= left:
+                return found
+            await asyncio.sleep(FRESH_S)
+
+
+def _sequences(process: ServeProcess) -> tuple[int, int]:
+    with process.client() as client:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+    values = {each.name: int(each.value) for family in families for each in family.samples if each.name in _GAUGES}
+    return values[_GAUGES[0]], values[_GAUGES[1]]
+
+
+def count(model: str, seeds: range) -> list[Figure]:
+    """Drains of a server each."""
+    result, wrong = Drain(), []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as directory, ServeProcess(Path(directory), model, *OPTIONS) as process:
+            asyncio.run(drain(process, seed, result))
+            code = process.process.wait(ANSWER_S)
+            errors = process.err.read_text()
+            wrong += [f"seed {seed}: exit code {code}"] if code else []
+            wrong += [f"seed {seed}: {errors[-300:]!r} on stderr"] if errors else []
+    met = dict(result.met)
+    return [
+        Figure(
+            "R13", "lost by a drain", len(result.lost), result.num_under_way, "requests under way", met, result.lost
+        ),
+        Figure(
+            "R13", "taken by a server that drains, or ended wrongly", len(result.taken) + len(wrong),
+            len(seeds) * (NUM_NEW + NUM_KEPT) + len(seeds), "new requests and exits", {}, [*result.taken, *wrong],
+        ),
+    ]  # fmt: skip
+
+
+def shard(number: int) -> list[Figure]:
+    """A part of the release size."""
+    with tiny_model() as model:
+        return count(model, range(PER_SHARD * number, PER_SHARD * (number + 1)))
