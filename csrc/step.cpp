@@ -145,16 +145,10 @@ void Runner::run(const Step& step) {
     reserve(step.rows, step.num_logits, partials);
     used_rows_ = std::max(used_rows_, std::max(step.rows, step.num_logits));
     std::unique_ptr<std::atomic<int>[]> claims(new std::atomic<int>[model_.phases.size()]());
-    // A worker's counters lie on lines of its own.
-    ctx.shares_ld = padded(int(model_.phases.size()), 32);
-    std::unique_ptr<std::atomic<int>[]> shares(new std::atomic<int>[size_t(ctx.shares_ld) * size_t(pool_.size() + 1)]());
-    std::vector<Pace> paces(size_t(pool_.size()));
     ctx.model = &model_;
     ctx.step = &step;
     ctx.scratch = &scratch_;
     ctx.claims = claims.get();
-    ctx.shares = shares.get();
-    ctx.paces = paces.data();
     ctx.barrier = &pool_.barrier();
     ctx.threads = pool_.size();
     ctx.by_rows = step.rows >= 32 * pool_.size();
@@ -173,9 +167,6 @@ void Runner::run(const Step& step) {
         rest.step = &kept;
         rest.scratch = ctx.scratch;
         rest.claims = ctx.claims;
-        rest.shares = ctx.shares;
-        rest.shares_ld = ctx.shares_ld;
-        rest.paces = ctx.paces;
         rest.barrier = ctx.barrier;
         rest.threads = ctx.threads;
         rest.by_rows = kept.rows >= 32 * rest.threads;

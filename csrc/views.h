@@ -142,9 +142,6 @@ struct Model {
     KvArena kv;
 };
 
-// How long a worker took for 16 of its rows, in turns: one is read while the other is written.
-struct alignas(128) Pace { double seconds[2]; };
-
 struct StepContext {
     const Model* model = nullptr;
     const Step* step = nullptr;
@@ -152,9 +149,6 @@ struct StepContext {
     std::vector<AttentionTasks> task_lists;
     std::vector<int> phase_tasks;  // phase -> task list (attention phases)
     std::atomic<int>* claims = nullptr;  // one counter per phase
-    std::atomic<int>* shares = nullptr;  // [threads][shares_ld] one counter per phase: panels of a worker that are taken
-    int shares_ld = 0;
-    Pace* paces = nullptr;  // [threads]
     Barrier* barrier = nullptr;
     int threads = 1;
     bool by_rows = false;  // each thread keeps its rows through all products

@@ -4,15 +4,12 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-constexpr int kStolenFrom = 3;  // neighbours whose work is looked for
-
 struct Worker {
     const StepContext* ctx;
     const int id;
-    size_t phase = 0;
     TileState tile;
 
-    Worker(const StepContext& context, int worker) : ctx(&context), id(worker), tile_seconds_(size_t(context.threads), 1.0) { start_chain(); }
+    Worker(const StepContext& context, int worker) : ctx(&context), id(worker) {}
     void barrier() { ctx->barrier->wait(id); }
     // Where a thread keeps its own rows, nothing that it reads was written by another.
     void between_stages() { if (!ctx->by_rows) barrier(); }
@@ -23,54 +20,12 @@ struct Worker {
     int last_row() const { return row_before(id + 1); }
     uint16_t* panel() const { return ctx->scratch->panel + size_t(id) * ctx->scratch->panel_stride; }
 
-    // work(from, to) for all of [0, count), `grain` at a time: own ones, then those that neighbours have not come to. Cores
-    // that share their unit with other machines' are not equally fast. Once in a phase.
-    template <class Work> void deal(int count, int grain, const Work& work) const {
-        for (int turn = 0; turn < ctx->threads && turn <= kStolenFrom; turn++) {
-            const int owner = (id + turn) % ctx->threads;
-            const int from = int(int64_t(count) * owner / ctx->threads), to = int(int64_t(count) * (owner + 1) / ctx->threads);
-            std::atomic<int>& taken = ctx->shares[size_t(owner) * size_t(ctx->shares_ld) + phase];
-            while (from + taken.load(std::memory_order_relaxed) < to) {
-                const int at = from + taken.fetch_add(grain, std::memory_order_relaxed);
-                if (at < to) work(at, std::min(at + grain, to));
-            }
-        }
-    }
-
-    // A chain of stages in which a thread keeps its rows; the next is cut by how long each took for 16 rows of this one.
-    void start_chain() { started_ = std::chrono::steady_clock::now(); }
-    void end_chain() {
-        if (!ctx->by_rows) return barrier();
-        const int tiles = (last_row() - first_row() + 15) / 16;
-        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
-        ctx->paces[id].seconds[turn_] = tiles ? seconds / tiles : tile_seconds_[size_t(id)];
-        barrier();
-        double least = ctx->paces[0].seconds[turn_];
-        for (int other = 1; other < ctx->threads; other++) least = std::min(least, ctx->paces[other].seconds[turn_]);
-        for (int other = 0; other < ctx->threads; other++) {
-            const double seen = std::max(1e-9, std::min(ctx->paces[other].seconds[turn_], 3 * least));
-            double& known = tile_seconds_[size_t(other)];
-            known = chains_ ? 0.5 * (known + seen) : seen;
-        }
-        chains_++;
-        turn_ ^= 1;
-    }
-
 private:
     int row_before(int worker) const {
         const int rows = ctx->step->rows;
         if (!ctx->by_rows) return int(int64_t(rows) * worker / ctx->threads);
-        double before = 0, all = 0;
-        for (int other = 0; other < ctx->threads; other++) {
-            const double speed = 1 / tile_seconds_[size_t(other)];
-            all += speed;
-            if (other < worker) before += speed;
-        }
-        return worker == ctx->threads ? rows : std::min(rows, int((rows + 15) / 16 * (before / all) + 0.5) * 16);
+        return std::min(rows, int(int64_t((rows + 15) / 16) * worker / ctx->threads) * 16);
     }
-    std::vector<double> tile_seconds_;  // the same in all workers
-    std::chrono::steady_clock::time_point started_;
-    int turn_ = 0, chains_ = 0;
 };
 
 static int forms_of(const Model& model, const Phase& p) {
@@ -87,26 +42,16 @@ static void prepare_rows(const Phase& p, const float* src, int ld, int width, co
 
 // All matrices of a phase side by side into y [rows][ld].
 static void run_products(Worker& w, const Phase& p, int rows, float* y, int ld, bool accumulate, float scale, bool by_rows) {
-    const std::vector<Matrix>& matrices = w.ctx->model->matrices;
-    const Activations& act = w.ctx->scratch->act;
-    int panels = 0, column = 0;
+    const Model& model = *w.ctx->model;
+    int column = 0;
     for (int m : p.matrices) {
-        const Matrix& matrix = matrices[size_t(m)];
-        if (by_rows) run_product(act, w.first_row(), w.last_row(), matrix, 0, matrix.panels(), w.panel(), Output{y + column, ld, accumulate, scale});
+        const Matrix& matrix = model.matrices[size_t(m)];
+        const Output out{y + column, ld, accumulate, scale};
+        const Activations& act = w.ctx->scratch->act;
+        if (by_rows) run_product(act, w.first_row(), w.last_row(), matrix, 0, matrix.panels(), w.panel(), out);
+        else run_product(act, 0, rows, matrix, w.begin_of(matrix.panels()), w.end_of(matrix.panels()), w.panel(), out);
         column += matrix.n;
-        panels += matrix.panels();
     }
-    if (by_rows) return;
-    w.deal(panels, rows < 8 ? 2 : 1, [&](int from, int to) {
-        int first = 0, at = 0;
-        for (int m : p.matrices) {
-            const Matrix& matrix = matrices[size_t(m)];
-            const int p0 = std::max(from - first, 0), p1 = std::min(to - first, matrix.panels());
-            if (p0 < p1) run_product(act, 0, rows, matrix, p0, p1, w.panel(), Output{y + at, ld, accumulate, scale});
-            first += matrix.panels();
-            at += matrix.n;
-        }
-    });
 }
 
 static void run_embed(Worker& w, const Phase& p) {
@@ -136,7 +81,7 @@ static void run_attention_in(Worker& w, const Phase& p) {
     run_products(w, p, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
     w.between_stages();
     for (int row = r0; row < r1; row++) finish_heads(model, step, p, row, s.wide + size_t(row) * s.wide_ld);
-    w.end_chain();
+    w.barrier();
 }
 
 static void run_attention(Worker& w, const Phase& p, size_t phase_index) {
@@ -151,11 +96,10 @@ static void run_attention(Worker& w, const Phase& p, size_t phase_index) {
         claimed = next;
     }
     w.barrier();
-    if (const int merges = int(list.merges.size())) {
-        for (int i = w.begin_of(merges); i < w.end_of(merges); i++) run_merge(call, list.merges[size_t(i)], w.tile);
-        w.barrier();
-    }
-    w.start_chain();
+    if (list.merges.empty()) return;
+    const int merges = int(list.merges.size());
+    for (int i = w.begin_of(merges); i < w.end_of(merges); i++) run_merge(call, list.merges[size_t(i)], w.tile);
+    w.barrier();
 }
 
 // attention_out and mlp_out: x += scale * (W f(src) + bias), f the activation or nothing.
@@ -228,12 +172,11 @@ static void run_head(Worker& w, const Phase& p) {
     }
 }
 
-// The largest logit of each row: every worker looks through its columns, worker 0 compares the finds.
+// The largest logit of each row: every worker looks through the columns that it computed, worker 0 compares the finds.
 static void run_best(Worker& w) {
     const Step& step = *w.ctx->step;
     const int vocab = w.ctx->model->vocab, rows = step.num_logits;
     int32_t* peaks = w.ctx->scratch->peaks;
-    w.barrier();
     const int panels = (vocab + kPanel - 1) / kPanel;
     const int from = w.begin_of(panels) * kPanel, to = std::min(vocab, w.end_of(panels) * kPanel);
     for (int i = 0; i < rows; i++) peaks[w.id * rows + i] = from < to ? first_peak(step.logits + size_t(i) * size_t(vocab), from, to) : -1;
@@ -270,7 +213,6 @@ static void keep_logit_rows(Worker& w) {
 static void run_phase(Worker& w, size_t i) {
     const Scratch& s = *w.ctx->scratch;
     const Phase& p = w.ctx->model->phases[i];
-    w.phase = i;
     switch (p.kind) {
         case PhaseKind::embed: run_embed(w, p); break;
         case PhaseKind::attention_in: run_attention_in(w, p); break;

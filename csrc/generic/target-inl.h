@@ -1,7 +1,5 @@
 // Stamps every algorithm for one target. Included once by each file of targets/, after its vector type.
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
