@@ -45,7 +45,7 @@ test: $(VENV)/.dev ## run the tests
 	PAGEMILL_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --durations=10 --ignore=tests/trust $(ARGS)
 
 trust-ci: $(VENV)/.dev ## the tests that earn trust, at a size for every change
-	PAGEMILL_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/trust -n 2 --dist worksteal -q $(ARGS)
+	PAGEMILL_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/trust -n 2 --dist worksteal -q --durations=12 $(ARGS)
 
 trust: $(VENV)/.dev ## the same at release size (hours; goes on where it was stopped); writes docs/scorecard.md
 	$(BIN)/python scripts/trust.py $(ARGS)

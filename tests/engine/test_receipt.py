@@ -31,6 +31,13 @@ def test_the_rate_follows_steps_that_read_prompts_and_no_others() -> None:
     assert rate.receipt(50, Lookup(49, 40, 40)).saved_s == 40 * rate.seconds_per_token
 
 
+def test_a_slow_first_step_of_few_tokens_counts_for_little_beside_a_long_prompt() -> None:
+    rate = PrefillRate()
+    rate.saw(plan(40), 0.6)
+    rate.saw(plan(384), 0.192)
+    assert 0.0005 < rate.seconds_per_token < 0.001
+
+
 def test_a_receipt_reads_as_a_sentence_and_as_json() -> None:
     rate = PrefillRate()
     rate.saw(plan(100), 1.0)

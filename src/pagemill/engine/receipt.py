@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pagemill.base.step import StepPlan
 from pagemill.cache.receipt import Lookup, Reason
 
-MOST_WEIGHT = 0.2
+HALF_LIFE_TOKENS = 128  # a step counts half once so many prompt tokens were read after it
 FEWEST_TOKENS = 16  # a row, on average
 MOST_ROWS = 8
 
@@ -53,12 +53,19 @@ class Receipt:
 
 
 class PrefillRate:
-    """Seconds that a prompt token takes. Mutated by `saw`: a running mean over steps that read prompts."""
+    """Seconds that a prompt token takes. Mutated by `saw`: a running mean over prompt tokens, so that a long prompt
+    counts for more than the few tokens of a slow first step."""
 
-    __slots__ = ("seconds_per_token",)
+    __slots__ = ("_seconds", "_tokens")
 
     def __init__(self) -> None:
-        self.seconds_per_token = 0.0
+        self._seconds = 0.0
+        self._tokens = 0.0
+
+    @property
+    def seconds_per_token(self) -> float:
+        """0 while no step was seen."""
+        return self._seconds / self._tokens if self._tokens else 0.0
 
     def saw(self, step: StepPlan, seconds: float) -> None:
         """A step took so long; those that mostly decode tell nothing about prompts."""
@@ -67,9 +74,9 @@ class PrefillRate:
         num_tokens = step.num_tokens
         if num_tokens < FEWEST_TOKENS * len(step.sequences):
             return
-        measured = seconds / num_tokens
-        weight = MOST_WEIGHT if self.seconds_per_token else 1.0
-        self.seconds_per_token += weight * (measured - self.seconds_per_token)
+        kept = 0.5 ** (num_tokens / HALF_LIFE_TOKENS)
+        self._seconds = self._seconds * kept + seconds
+        self._tokens = self._tokens * kept + num_tokens
 
     def receipt(self, num_prompt_tokens: int, lookup: Lookup) -> Receipt:
         """The receipt of a look-up."""
