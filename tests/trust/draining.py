@@ -33,7 +33,7 @@ PER_SHARD: Final = 5
 NUM_NEW: Final = 10  # on connections of their own
 NUM_KEPT: Final = 3  # on connections that were there before
 FRESH_S: Final = 0.6  # after which metrics are read anew
-_GAUGES: Final = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_GAUGES: Final = ("vllm:num_requests_running", "vllm:num_requests_waiting", "pagemill:http_open_requests")
 _FINISHED: Final = ("length", "stop", "tool_calls")
 
 
@@ -100,7 +100,7 @@ async def drain(process: ServeProcess, seed: int, result: Drain) -> None:
     for (_, writer), (_, _, data) in zip(open_ones, requests, strict=True):
         writer.write(data)
     reading = [asyncio.create_task(read_reply(reader)) for reader, _ in open_ones]
-    running, waiting = await _all_taken(process, requests, reading)
+    running, waiting = await _all_taken(process, reading)
     result.met["ran"] += running
     result.met["waited"] += waiting
     process.process.terminate()
@@ -117,29 +117,24 @@ async def drain(process: ServeProcess, seed: int, result: Drain) -> None:
         writer.close()
 
 
-def _num_choices(request: tuple[str, bool, bytes]) -> int:
-    body = FORMS[request[0]][1]
-    return int(body.get("n", 1)) * (len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1)
-
-
-async def _all_taken(
-    process: ServeProcess, requests: Sequence[tuple[str, bool, bytes]], reading: Sequence[asyncio.Task[Reply]]
-) -> tuple[int, int]:
-    """Wait until each request that is not answered is in the engine. Returns how many sequences run there and wait."""
+async def _all_taken(process: ServeProcess, reading: Sequence[asyncio.Task[Reply]]) -> tuple[int, int]:
+    """Wait until each request that is not answered is past the door. Returns how many sequences run and wait."""
     async with asyncio.timeout(ANSWER_S):
         while True:
-            left = sum(_num_choices(each) for each, task in zip(requests, reading, strict=True) if not task.done())
-            found = await asyncio.to_thread(_sequences, process)
-            if left and sum(found) >= left:
-                return found
+            left = sum(not task.done() for task in reading)
+            assert left, "all were answered before the signal; ask for more tokens"
+            running, waiting, open_requests = await asyncio.to_thread(_gauges, process)
+            if running and open_requests >= left:
+                return running, waiting
             await asyncio.sleep(FRESH_S)
 
 
-def _sequences(process: ServeProcess) -> tuple[int, int]:
+def _gauges(process: ServeProcess) -> tuple[int, int, int]:
     with process.client() as client:
         families = text_string_to_metric_families(client.get("/metrics").text)
     values = {each.name: int(each.value) for family in families for each in family.samples if each.name in _GAUGES}
-    return values[_GAUGES[0]], values[_GAUGES[1]]
+    running, waiting, open_requests = (values[name] for name in _GAUGES)
+    return running, waiting, open_requests
 
 
 def count(model: str, seeds: range) -> list[Figure]:

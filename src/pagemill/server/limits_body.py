@@ -8,6 +8,7 @@ scope["state"]["json"].
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 from collections.abc import Callable
 from typing import Any, Final
@@ -19,6 +20,11 @@ from pagemill.server.access_door import App, Message, Receive, Scope, Send, send
 from pagemill.server.error_shape import error_body
 from pagemill.server.limits import Limits, check_commas, check_request, check_shape
 from pagemill.telemetry.metrics import Metrics
+
+# json finds out by itself in which of these a body is written. Python imports a codec when it is first asked for; a
+# request must not make it run code that was not loaded.
+for _encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+    codecs.lookup(_encoding)
 
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
