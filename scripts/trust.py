@@ -277,6 +277,7 @@ SCOPE = (
     "  of R15 run a server over sockets, with a tiny model.",
     "* S3: its figure is the chance that a probe of a prompt that another tenant has primed takes longer than one of a",
     "  fresh prompt (AUC), with a one-sided 95 % upper bound; the control is the victim's own probe, at 0.95 or more.",
+    "  A control below that is a failure of the row as well, though no prompt was told: its figure is under failures.",
     "* S5 compares usage, receipts, reasons, errors and ids in pairs of runs that differ only in what another",
     "  tenant writes; over HTTP, answers and headers too, but for ids and times. The dashboard is not in it.",
     "* S8 searches all writable memory of a process: pages, scratch memory, freed memory. Prompt texts and token ids",

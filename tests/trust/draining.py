@@ -118,13 +118,14 @@ async def drain(process: ServeProcess, seed: int, result: Drain) -> None:
 
 
 async def _all_taken(process: ServeProcess, reading: Sequence[asyncio.Task[Reply]]) -> tuple[int, int]:
-    """Wait until each request that is not answered is past the door. Returns how many sequences run and wait."""
+    """Wait until each request that is not answered is past the door and the engine has as many sequences. Returns how
+    many run there and wait. Past the door are also this question for metrics and the request that was sent in part."""
     async with asyncio.timeout(ANSWER_S):
         while True:
             left = sum(not task.done() for task in reading)
             assert left, "all were answered before the signal; ask for more tokens"
             running, waiting, open_requests = await asyncio.to_thread(_gauges, process)
-            if running and open_requests >= left:
+            if open_requests >= left + 2 and running + waiting >= left:
                 return running, waiting
             await asyncio.sleep(FRESH_S)
 

@@ -26,13 +26,12 @@ class Anyone:
 
 
 class Service:
-    """The model and the routes' settings. Mutated by `drain`. num_streams: answers under way."""
+    """The model and the routes' settings. Mutated by `drain`."""
 
     def __init__(self, serving: Serving, settings: ServerSettings) -> None:
         self.serving = serving
         self.settings = settings
         self.draining = False
-        self.num_streams = 0
         self.opened: Callable[[Sequence[str], Sequence[Ask], Visitor], None] | None = None
 
     @property
