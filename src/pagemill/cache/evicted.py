@@ -6,13 +6,12 @@ the tree or is remembered itself. That lets a purge find all that lay behind wha
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import islice, repeat
 
 from pagemill.cache.block import Node
 from pagemill.cache.keys import TOKEN_BYTES
-
-_SHARE_FORGOTTEN = 16
 
 
 class _Fan:
@@ -27,17 +26,15 @@ class _Fan:
 
 
 class EvictedBlocks:
-    """Blocks that left, the earliest first. Mutated by `add`, `forget`, `forget_behind`, `resize` and `clear`.
-
-    Bounded by `capacity`. Where more have left, the earliest sixteenth of that is forgotten at once.
-    """
+    """The last `capacity` blocks that left, the earliest first. Mutated by `add`, `forget`, `forget_behind`, `resize`
+    and `clear`."""
 
     __slots__ = ("_behind", "_blocks", "capacity")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        # By key: when it left, key of the block before it, its tokens.
-        self._blocks: dict[bytes, tuple[float, bytes, bytes]] = {}
+        # By key: when it left, key of the block before it, its tokens. A dict would be slow to give its first entries.
+        self._blocks: OrderedDict[bytes, tuple[float, bytes, bytes]] = OrderedDict()
         self._behind: dict[bytes, bytes | _Fan] = {}  # key of a block -> that of the one behind it, or of several
 
     def __len__(self) -> int:
@@ -64,7 +61,7 @@ class EvictedBlocks:
                 if behind.setdefault(parent, key) is not key:
                     self._fan_out(parent, key)
         if len(blocks) > self.capacity:
-            self._forget_earliest(max(len(blocks) - self.capacity, self.capacity // _SHARE_FORGOTTEN))
+            self._forget_earliest(len(blocks) - self.capacity)
 
     def _fan_out(self, parent: bytes, key: bytes) -> None:
         """Another block has left from behind one that has such a block already, or the same once more."""
