@@ -22,11 +22,16 @@ PM_INLINE float fpeak(F x) {
     return ffirst(fmax2(x, fswap<1>(x)));
 }
 
+// The nearest whole number, to even in the middle, for |x| < 2^22: in a sum with 1.5 * 2^23 no bit is left for a fraction.
+PM_INLINE F fround(F x) {
+    const F shift = fset(12582912.0f);
+    return fsub(fadd(x, shift), shift);
+}
+
 // 2^x, relative error below 3e-7. Clamped at 2^-100, so that products with it stay clear of denormals, and at 2^126.
 PM_INLINE F fexp2_below(F x) {  // for x <= 0
     x = fmax2(x, fset(-100.0f));
-    constexpr float shift = 12582912.0f;  // 1.5 * 2^23: added to it, a number is rounded to an integer
-    const F n = fsub(fadd(x, fset(shift)), fset(shift)), r = fsub(x, n);
+    const F n = fround(x), r = fsub(x, n);
     F p = fmla(r, fset(1.54035304e-4f), fset(1.33335581e-3f));
     p = fmla(r, p, fset(9.61812911e-3f));
     p = fmla(r, p, fset(5.55041087e-2f));

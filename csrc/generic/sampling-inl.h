@@ -37,8 +37,7 @@ struct Weigher {
         : largest(peak), rate(float(std::min(1.4426950408889634 / temperature, double(FLT_MAX)))), top(fset(largest)), factor(fset(rate)) {}
     bool certain() const { return largest == kInfinity; }  // then +inf weighs 1 and the rest nothing
     F finite(F x) const {
-        const F magic = fset(12582912.0f);  // 1.5 * 2^23
-        const F t = fmax2(fmul(fsub(x, top), factor), fset(kLeastExponent)), n = fsub(fadd(t, magic), magic), r = fsub(t, n);
+        const F t = fmax2(fmul(fsub(x, top), factor), fset(kLeastExponent)), n = fround(t), r = fsub(t, n);
         F p = fset(0.00132647087f);
         p = fadd(fmul(p, r), fset(0.00967151113f));
         p = fadd(fmul(p, r), fset(0.0555073395f));

@@ -49,10 +49,6 @@ template <int H> PM_INLINE F fswap(F x) {  // lane i of the result is lane i ^ H
     else return {x.b, x.a};
 }
 PM_INLINE float ffirst(F x) { return _mm256_cvtss_f32(x.a); }
-PM_INLINE F fround(F x) {
-    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
-}
 PM_INLINE __m256 scale2(__m256 x, __m256 n) {  // x * 2^n for whole n, result a normal number
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }

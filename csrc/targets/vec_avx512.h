@@ -43,7 +43,6 @@ template <int H> PM_INLINE F fswap(F a) {
     else return _mm512_shuffle_f32x4(a, a, 0x4e);
 }
 PM_INLINE float ffirst(F a) { return _mm512_cvtss_f32(a); }
-PM_INLINE F fround(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 PM_INLINE F fscale2(F a, F n) { return _mm512_scalef_ps(a, n); }
 // Lanes from..to-1 of a, the others of b.
 PM_INLINE F fselect(int from, int to, F a, F b) { return _mm512_mask_blend_ps(__mmask16(first(to) & ~first(from)), b, a); }

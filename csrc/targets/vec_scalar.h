@@ -38,7 +38,6 @@ PM_INLINE F fmax2(F a, F b) { PM_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i
 PM_INLINE F fabs1(F a) { PM_LANES a.v[i] = std::fabs(a.v[i]); return a; }
 template <int H> PM_INLINE F fswap(F a) { F r; PM_LANES r.v[i] = a.v[i ^ H]; return r; }
 PM_INLINE float ffirst(F a) { return a.v[0]; }
-PM_INLINE F fround(F a) { PM_LANES a.v[i] = std::nearbyintf(a.v[i]); return a; }
 PM_INLINE F fscale2(F a, F n) { PM_LANES a.v[i] = float_of(bits_of(a.v[i]) + (uint32_t(int(n.v[i])) << 23)); return a; }
 PM_INLINE F fselect(int from, int to, F a, F b) { PM_LANES if (i >= from && i < to) b.v[i] = a.v[i]; return b; }
 PM_INLINE F fload_f16(const uint16_t* p) { F r; PM_LANES r.v[i] = f16_to_f32(p[i]); return r; }
