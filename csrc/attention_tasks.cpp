@@ -11,12 +11,13 @@ constexpr int kWorthSharing = 2;             // (sequence, split) reads that a s
 
 class Builder {
 public:
-    Builder(const Step& step, const Phase& phase, int block_size, int threads, AttentionTasks& out)
+    Builder(const Step& step, const Phase& phase, int kv_group, int block_size, int threads, AttentionTasks& out)
         : step_(step), group_(phase.q_heads / phase.kv_heads), block_size_(block_size), threads_(threads), out_(out) {
         out_.group = group_;
         out_.kv_heads = phase.kv_heads;
         out_.head_dim = phase.head_dim;
         out_.window = phase.window;
+        out_.kv_group = kv_group;
         out_.rows.reserve(size_t(step.rows) * size_t(group_));
     }
 
@@ -39,7 +40,7 @@ private:
     int last_position(int seq) const { return step_.positions[step_.starts[seq + 1] - 1]; }
     int blocks_of(int seq) const { return last_position(seq) / block_size_ + 1; }
     int whole_splits(int seq) const { return int(int64_t(blocks_of(seq)) * block_size_ / kSplit); }
-    const int32_t* table(int seq) const { return step_.tables + size_t(seq) * size_t(step_.table_stride); }
+    const int32_t* table(int seq) const { return step_.table(out_.kv_group, seq); }
     int first_split(int position) const {
         return out_.window > 0 && position + 1 > out_.window ? (position + 1 - out_.window) / kSplit : 0;
     }
@@ -152,8 +153,8 @@ private:
 
 }  // namespace
 
-void build_attention_tasks(const Step& step, const Phase& phase, int block_size, int threads, AttentionTasks& out) {
-    Builder(step, phase, block_size, threads, out).build();
+void build_attention_tasks(const Step& step, const Phase& phase, int kv_group, int block_size, int threads, AttentionTasks& out) {
+    Builder(step, phase, kv_group, block_size, threads, out).build();
 }
 
 }  // namespace pagemill

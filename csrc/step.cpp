@@ -131,12 +131,12 @@ void Runner::run(const Step& step) {
         int found = -1;
         for (size_t j = 0; j < ctx.task_lists.size(); j++) {
             const AttentionTasks& list = ctx.task_lists[j];
-            if (list.kv_heads == p.kv_heads && list.group == p.q_heads / p.kv_heads && list.head_dim == p.head_dim && list.window == p.window) found = int(j);
+            if (list.kv_heads == p.kv_heads && list.group == p.q_heads / p.kv_heads && list.head_dim == p.head_dim && list.window == p.window && list.kv_group == model_.kv.layers[size_t(p.layer)].group) found = int(j);
         }
         if (found < 0) {
             found = int(ctx.task_lists.size());
             ctx.task_lists.emplace_back();
-            build_attention_tasks(step, p, model_.kv.pages_per_block * kPage, pool_.size(), ctx.task_lists.back());
+            build_attention_tasks(step, p, model_.kv.layers[size_t(p.layer)].group, model_.kv.pages_per_block * kPage, pool_.size(), ctx.task_lists.back());
             shared_splits_ += ctx.task_lists.back().shared_splits;
             partials = std::max(partials, ctx.task_lists.back().num_partials);
         }

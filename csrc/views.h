@@ -31,12 +31,20 @@ struct LayerKv {
     size_t offset = 0;      // within a block
     size_t page_bytes = 0;  // one page of one KV head; floats: keys [dim_pad][16], values [16][dim_pad]
     int kv_heads = 0, head_dim = 0, dim_pad = 0;
+    int group = 0;
+};
+
+// Layers that share blocks and a block table for each sequence. The first holds all that no window group does.
+struct KvGroup {
+    uint8_t* base = nullptr;
+    size_t block_bytes = 0;
+    int num_blocks = 0;
+    int window = 0;  // positions that its layers read, in blocks of a pool of their own; 0 = all
 };
 
 struct KvArena {
-    uint8_t* base = nullptr;
-    size_t block_bytes = 0;
-    int num_blocks = 0, pages_per_block = 1;
+    std::vector<KvGroup> groups = std::vector<KvGroup>(1);
+    int pages_per_block = 1;
     Codec codec = Codec::bf16;
     std::vector<LayerKv> layers;
 };
@@ -100,6 +108,7 @@ struct AttentionTask {
 };
 struct AttentionTasks {
     int group = 0, kv_heads = 0, head_dim = 0, window = 0;
+    int kv_group = 0;  // whose tables are read
     std::vector<AttentionRow> rows;
     std::vector<AttentionTask> tasks;
     std::vector<AttentionTask> merges;  // rows whose parts are merged at the end
@@ -112,8 +121,9 @@ struct Step {
     const int32_t* tokens = nullptr;     // [rows]
     const int32_t* positions = nullptr;  // [rows]
     const int32_t* starts = nullptr;     // [num_seqs + 1] first row of each sequence
-    const int32_t* tables = nullptr;     // [num_seqs][table_stride] block ids
+    const int32_t* tables = nullptr;     // [KV groups][num_seqs][table_stride] block ids; -1 where a window has passed
     int table_stride = 0;
+    const int32_t* table(int group, int seq) const { return tables + (size_t(group) * size_t(num_seqs) + size_t(seq)) * size_t(table_stride); }
     const int32_t* logit_rows = nullptr;  // [num_logits]
     float* logits = nullptr;              // [num_logits][vocab]
     int32_t* best = nullptr;              // [num_logits] index of the largest logit, the first NaN where there is one

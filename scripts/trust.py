@@ -125,7 +125,10 @@ TESTS = (
     ),
     Test("S1", "isolation matrix, a control for each negative", 1, "every cell", engines),
     Test("S2", "hits across tenants in random traffic", 25, "1,000,000 look-ups", seeds(crossing.count, 2)),
-    Test("S3", "another tenant's prompts told by time", 1, "1,600 probes an arm", lambda _: [timing.count(1600, 0.55)]),
+    Test(
+        "S3", "another tenant's prompts told by time", 1, "1,600 times the least of two probes, in each arm",
+        lambda _: [timing.count(1600, 0.55)],
+    ),
     Test(
         "S5", "what other tenants see, of an engine and over HTTP", 34, "1,000 pairs of worlds, and 34 of servers",
         lambda shard: [leaks.count(range(shard * 30, (shard + 1) * 30)), server_leaks.count(range(shard, shard + 1))],
@@ -275,9 +278,10 @@ SCOPE = (
     "  computes one request at a time: shared and forked, evicted, preempted, purged and pinned, resized.",
     "* R11 and R14 run the real scheduler, admission and cache on a virtual clock. R6, R9, R13, S12 and the second row",
     "  of R15 run a server over sockets, with a tiny model.",
-    "* S3: its figure is the chance that a probe of a prompt that another tenant has primed takes longer than one of a",
-    "  fresh prompt (AUC), with a one-sided 95 % upper bound; the control is the victim's own probe, at 0.95 or more.",
-    "  A control below that is a failure of the row as well, though no prompt was told: its figure is under failures.",
+    "* S3: its figure is the chance that probes of fresh prompts take longer than those of prompts that another tenant",
+    "  has primed (AUC), with a one-sided 95 % upper bound; a probe is the least time of two prompts. The control is",
+    "  the victim's own, 0.95 or more. One below that is a failure of the row as well, though no prompt was told: its",
+    "  figure is under failures.",
     "* S5 compares usage, receipts, reasons, errors and ids in pairs of runs that differ only in what another",
     "  tenant writes; over HTTP, answers and headers too, but for ids and times. The dashboard is not in it.",
     "* S8 searches all writable memory of a process: pages, scratch memory, freed memory. Prompt texts and token ids",
@@ -286,6 +290,8 @@ SCOPE = (
     "  server's limits on answers are low, so that a valid case cannot ask for minutes of work.",
     "* S11 counts a refusal as right when the engine has run no step and let nothing in, and neither tokeniser nor",
     "  template was asked, unless only they can tell.",
+    "* S12: each part asks in turns without and with slow sockets, whose timers are 10 s, and compares the 99th",
+    "  percentiles: beside slow sockets 1.2 times that without, at the most.",
 )
 
 

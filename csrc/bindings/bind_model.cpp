@@ -30,33 +30,46 @@ int NativeModel::add_matrix(int format, int n, int k, ConstBytes packed, nb::obj
 }
 
 void NativeModel::set_kv(Bytes arena, size_t block_bytes, int num_blocks, int pages_per_block, int codec,
-                         const std::vector<std::tuple<size_t, size_t, int, int, int>>& layers) {
+                         const std::vector<std::tuple<size_t, size_t, int, int, int>>& layers, const std::vector<WindowGroup>& windows) {
     require(codec >= 0 && codec <= int(Codec::int8), "unknown KV codec");
-    require(num_blocks > 0 && pages_per_block > 0 && block_bytes > 0, "KV geometry out of range");
-    require(arena.size() / block_bytes >= size_t(num_blocks), "arena is smaller than its blocks");
+    require(num_blocks > 0 && pages_per_block > 0 && (block_bytes > 0 || !windows.empty()), "KV geometry out of range");
+    require(block_bytes == 0 || arena.size() / block_bytes >= size_t(num_blocks), "arena is smaller than its blocks");
     const bool bytes = Codec(codec) == Codec::int8;
     const size_t value = bytes ? 1 : codec == 0 ? 4 : 2, scales = bytes ? 2 * kPage * 2 : 0;
     KvArena kv;
-    kv.base = arena.data();
-    kv.block_bytes = block_bytes;
-    kv.num_blocks = num_blocks;
+    kv.groups[0] = {arena.data(), block_bytes, num_blocks, 0};
+    std::vector<nb::object> arenas{nb::cast(arena)};
+    std::vector<int> group_of(layers.size(), 0);
+    for (const auto& [memory, bytes, count, window, members] : windows) {
+        require(bytes > 0 && count > 0 && window > 0, "window group out of range");
+        require(memory.size() / bytes >= size_t(count), "arena of a window group is smaller than its blocks");
+        for (int layer : members) {
+            require(layer >= 0 && layer < int(layers.size()) && group_of[size_t(layer)] == 0, "a layer is in one window group");
+            group_of[size_t(layer)] = int(kv.groups.size());
+        }
+        kv.groups.push_back({memory.data(), bytes, count, window});
+        arenas.push_back(nb::cast(memory));
+    }
     kv.pages_per_block = pages_per_block;
     kv.codec = Codec(codec);
     for (const auto& [offset, page, heads, dim, pad] : layers) {
         require(dim > 0 && dim <= 256 && pad >= dim && pad % 16 == 0 && heads > 0, "KV layer geometry out of range");
         require(page == 2 * size_t(kPage) * size_t(pad) * value + scales, "KV page has the wrong size");
-        require(offset + page * size_t(heads) * size_t(pages_per_block) <= block_bytes, "KV layer lies outside its block");
-        kv.layers.push_back({offset, page, heads, dim, pad});
+        const int group = group_of[kv.layers.size()];
+        require(offset + page * size_t(heads) * size_t(pages_per_block) <= kv.groups[size_t(group)].block_bytes, "KV layer lies outside its block");
+        kv.layers.push_back({offset, page, heads, dim, pad, group});
     }
     const auto same = [](const LayerKv& a, const LayerKv& b) {
-        return std::tie(a.offset, a.page_bytes, a.kv_heads, a.head_dim, a.dim_pad) == std::tie(b.offset, b.page_bytes, b.kv_heads, b.head_dim, b.dim_pad);
+        return std::tie(a.offset, a.page_bytes, a.kv_heads, a.head_dim, a.dim_pad, a.group) == std::tie(b.offset, b.page_bytes, b.kv_heads, b.head_dim, b.dim_pad, b.group);
     };
+    const auto alike = [](const KvGroup& a, const KvGroup& b) { return a.block_bytes == b.block_bytes && a.window == b.window; };
     const KvArena& old = model_.kv;
-    require(model_.phases.empty() || (kv.codec == old.codec && kv.block_bytes == old.block_bytes && kv.pages_per_block == old.pages_per_block &&
+    require(model_.phases.empty() || (kv.codec == old.codec && kv.pages_per_block == old.pages_per_block &&
+                                      std::equal(kv.groups.begin(), kv.groups.end(), old.groups.begin(), old.groups.end(), alike) &&
                                       std::equal(kv.layers.begin(), kv.layers.end(), old.layers.begin(), old.layers.end(), same)),
             "the KV geometry of a model with phases cannot change");
     model_.kv = kv;
-    arena_ = nb::cast(arena);
+    arenas_ = std::move(arenas);
 }
 
 void NativeModel::add_phase(const PhaseArguments& a) {
@@ -79,7 +92,7 @@ void NativeModel::step(Ints tokens, Ints positions, Ints starts, Ints2 tables, I
     s.logits = logits.data();
     s.best = best.data();
     require(s.rows > 0 && int(positions.size()) == s.rows, "tokens and positions differ in length, or are empty");
-    require(int(tables.shape(0)) == s.num_seqs, "one block table for each sequence");
+    require(tables.shape(0) == model_.kv.groups.size() * size_t(s.num_seqs), "one block table for each sequence and KV group");
     require(int(logits.shape(0)) == s.num_logits && int(logits.shape(1)) == model_.vocab, "logits have the wrong shape");
     require(int(best.size()) == s.num_logits, "one best token for each row of logits");
     check_step(s);
@@ -121,7 +134,12 @@ void NativeModel::check_phase(const PhaseArguments& a) const {
                         (p.rotary_dim > 0 && p.rotary_dim <= p.head_dim && p.rotary_dim % 2 == 0 && a.table_width == p.rotary_dim && a.table_rows >= model_.max_positions),
                     "rope table has the wrong shape");
             break;
-        case PhaseKind::attention: require(p.matrices.empty() && p.window >= 0, "attention has no matrices"); break;
+        case PhaseKind::attention: {
+            require(p.matrices.empty() && p.window >= 0, "attention has no matrices");
+            const int kept = model_.kv.groups[size_t(model_.kv.layers[size_t(p.layer)].group)].window;
+            require(kept == 0 || (p.window > 0 && p.window <= kept), "a layer reads more than its window group keeps");
+            break;
+        }
         case PhaseKind::attention_out: require(n == model_.hidden && p.matrices.size() == 1, "output product has the wrong shape"); break;
         case PhaseKind::mlp_in: require(!p.matrices.empty() && k == model_.hidden, "MLP input has the wrong shape"); break;
         case PhaseKind::mlp_out: {
@@ -137,7 +155,7 @@ void NativeModel::check_phase(const PhaseArguments& a) const {
 
 void NativeModel::check_step(Step& s) const {
     require(s.num_seqs > 0 && s.starts[0] == 0 && s.starts[s.num_seqs] == s.rows, "starts do not cover the rows");
-    require(model_.kv.base != nullptr || model_.kv.layers.empty(), "no KV arena");
+    require(model_.kv.groups[0].num_blocks > 0, "no KV arena");
     const int block = model_.kv.pages_per_block * kPage;
     s.row_seq.resize(size_t(s.rows));
     for (int seq = 0; seq < s.num_seqs; seq++) {
@@ -151,9 +169,11 @@ void NativeModel::check_step(Step& s) const {
         }
         const int blocks = s.positions[to - 1] / block + 1;
         require(blocks <= s.table_stride, "block table is too short");
-        for (int b = 0; b < blocks; b++) {
-            const int id = s.tables[size_t(seq) * size_t(s.table_stride) + size_t(b)];
-            require(id >= 0 && id < model_.kv.num_blocks, "block id out of range");
+        for (size_t g = 0; g < model_.kv.groups.size(); g++) {
+            const KvGroup& group = model_.kv.groups[g];
+            const int first = group.window > 0 ? std::max(s.positions[from] + 1 - group.window, 0) / block : 0;
+            const int32_t* table = s.table(int(g), seq);
+            for (int b = first; b < blocks; b++) require(table[b] >= 0 && table[b] < group.num_blocks, "block id out of range");
         }
     }
     for (int i = 0; i < s.num_logits; i++) require(s.logit_rows[i] >= 0 && s.logit_rows[i] < s.rows, "logit row out of range");
@@ -180,7 +200,8 @@ void bind_model(nb::module_& m) {
     nb::class_<NativeModel>(m, "NativeModel")
         .def(nb::init<const std::string&, int, int, int, int>(), "target"_a, "threads"_a, "hidden"_a, "vocab"_a, "max_positions"_a)
         .def("add_matrix", &NativeModel::add_matrix, "format"_a, "n"_a, "k"_a, "packed"_a, "bias"_a.none())
-        .def("set_kv", &NativeModel::set_kv, "arena"_a, "block_bytes"_a, "num_blocks"_a, "pages_per_block"_a, "codec"_a, "layers"_a)
+        .def("set_kv", &NativeModel::set_kv, "arena"_a, "block_bytes"_a, "num_blocks"_a, "pages_per_block"_a, "codec"_a, "layers"_a,
+             "windows"_a = std::vector<WindowGroup>())
         .def("step", &NativeModel::step, "tokens"_a, "positions"_a, "starts"_a, "tables"_a, "logit_rows"_a, "logits"_a, "best"_a)
         .def_prop_ro("target", &NativeModel::target)
         .def_prop_ro("threads", &NativeModel::threads)

@@ -11,12 +11,14 @@ struct PhaseArguments {
     int position_rows = 0, position_width = 0;
 };
 
+using WindowGroup = std::tuple<Bytes, size_t, int, int, std::vector<int>>;  // arena, block bytes, blocks, window, layers
+
 class NativeModel {
 public:
     NativeModel(const std::string& target, int threads, int hidden, int vocab, int max_positions);
     int add_matrix(int format, int n, int k, ConstBytes packed, nb::object bias);
     void set_kv(Bytes arena, size_t block_bytes, int num_blocks, int pages_per_block, int codec,
-                const std::vector<std::tuple<size_t, size_t, int, int, int>>& layers);
+                const std::vector<std::tuple<size_t, size_t, int, int, int>>& layers, const std::vector<WindowGroup>& windows);
     void add_phase(const PhaseArguments& a);
     void step(Ints tokens, Ints positions, Ints starts, Ints2 tables, Ints logit_rows, Floats2 logits, MutableInts best);
     void wipe_activations() { runner_->wipe_activations(); }
@@ -35,7 +37,7 @@ private:
     Model model_;
     std::unique_ptr<Runner> runner_;
     std::vector<nb::object> kept_;
-    nb::object arena_;
+    std::vector<nb::object> arenas_;
 };
 
 }  // namespace pagemill

@@ -23,8 +23,9 @@ struct AttentionCall {
         return partials + size_t(at.partial + task.kv_head * at.num_parts + part) * (16 + size_t(kv().dim_pad));
     }
     HeadPages pages(const AttentionTask& task) const {
-        return {arena->base + kv().offset + size_t(task.kv_head) * size_t(arena->pages_per_block) * kv().page_bytes, arena->block_bytes,
-                kv().page_bytes, step->tables + size_t(task.seq) * size_t(step->table_stride), arena->pages_per_block};
+        const KvGroup& group = arena->groups[size_t(kv().group)];
+        return {group.base + kv().offset + size_t(task.kv_head) * size_t(arena->pages_per_block) * kv().page_bytes, group.block_bytes,
+                kv().page_bytes, step->table(kv().group, task.seq), arena->pages_per_block};
     }
     size_t value_offset() const {
         return size_t(kPage) * size_t(kv().dim_pad) * (arena->codec == Codec::int8 ? 1 : arena->codec == Codec::f32 ? 4 : 2);
@@ -105,12 +106,14 @@ static void look_ahead(const AttentionCall& call, const AttentionTask& task, int
     const bool same = split + 1 < task.split_to;
     if (!same && !next) return;
     const AttentionTask& upcoming = same ? task : *next;
-    const int from = (same ? split + 1 : upcoming.split_from) * kSplitPages;
+    const int first = call.step->positions[call.row(upcoming, 0).row] + 1 - call.phase->window;  // a window's table begins there
+    const int base = (same ? split + 1 : upcoming.split_from) * kSplitPages;
+    const int from = call.phase->window > 0 ? std::max(base, first / kPage) : base;
     const int last = call.step->positions[call.row(upcoming, upcoming.num_rows - 1).row] / kPage + 1;
     ahead.pages = call.pages(upcoming);
     ahead.value_offset = call.value_offset();
     ahead.key_page = ahead.value_page = from;
-    ahead.end = last < from + kSplitPages ? last : from + kSplitPages;
+    ahead.end = last < base + kSplitPages ? last : base + kSplitPages;
     // A short split asks for a long one faster.
     const int own = call.step->positions[call.row(task, task.num_rows - 1).row] / kPage + 1 - split * kSplitPages;
     ahead.per_page = own >= kSplitPages || own <= 0 ? 1 : (ahead.end - from + own - 1) / own;

@@ -89,8 +89,9 @@ static void write_head_int8(uint8_t* page, const LayerKv& kv, int slot, const fl
 static void write_kv_row(const KvArena& arena, const Step& step, int layer, int row, const float* k, const float* v) {
     const LayerKv& kv = arena.layers[size_t(layer)];
     const int position = step.positions[row], page = position / kPage;
-    const int block = step.tables[size_t(step.row_seq[size_t(row)]) * size_t(step.table_stride) + size_t(page / arena.pages_per_block)];
-    uint8_t* at = arena.base + size_t(block) * arena.block_bytes + kv.offset + size_t(page % arena.pages_per_block) * kv.page_bytes;
+    const KvGroup& group = arena.groups[size_t(kv.group)];
+    const int block = step.table(kv.group, step.row_seq[size_t(row)])[page / arena.pages_per_block];
+    uint8_t* at = group.base + size_t(block) * group.block_bytes + kv.offset + size_t(page % arena.pages_per_block) * kv.page_bytes;
     for (int h = 0; h < kv.kv_heads; h++, at += size_t(arena.pages_per_block) * kv.page_bytes) {
         const float *kh = k + size_t(h) * size_t(kv.head_dim), *vh = v + size_t(h) * size_t(kv.head_dim);
         if (arena.codec == Codec::int8) write_head_int8(at, kv, position % kPage, kh, vh);

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ from pagemill.cache.keys import Fingerprint
 from pagemill.cache.manager import CacheManager
 from pagemill.cache.policies.registry import make_policy
 from pagemill.cache.tenancy import Tenancy, quota_blocks
+from pagemill.cache.windows import WindowSpec
 from pagemill.decoding.grammar import GrammarCompiler
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.engine import Engine
@@ -32,7 +33,7 @@ from pagemill.models.checkpoint import Checkpoint, open_checkpoint
 from pagemill.models.hub import Progress, resolve
 from pagemill.models.registry import build_plan
 from pagemill.planner.machine import kernel_threads, this_machine, thread_notice
-from pagemill.planner.memory import blocks_that_fit
+from pagemill.planner.memory import blocks_that_fit, window_pages
 from pagemill.text.tokenizer import Tokenizer, build_tokenizer
 
 LoadProgress = Progress
@@ -88,6 +89,7 @@ def assemble(
     kv_spec = kv_spec_for(checkpoint, codec, config.block_size)
     weight_bytes = loaded_weight_bytes(checkpoint, config.weights)
     num_blocks = blocks_that_fit(config, kv_spec, max_model_len, weight_bytes, machine.free_bytes)
+    kv_spec = replace(kv_spec, window_pages=window_pages(config, kv_spec, max_model_len, num_blocks))
     check_quotas(config, num_blocks)
     num_threads = kernel_threads(config, machine)
     if (notice := thread_notice(num_threads, machine)) is not None:
@@ -99,6 +101,7 @@ def assemble(
         kv_codec=codec,
         block_size=config.block_size,
         num_blocks=num_blocks,
+        window_pages=kv_spec.window_pages,
         max_model_len=max_model_len,
         num_threads=num_threads,
         executor=config.executor,
@@ -163,7 +166,7 @@ def sharing_of(config: EngineConfig, kv_spec: KVSpec, spec: ModelSpec, weights_i
         compute_dtype=arithmetic_of(target),
         numerics=numerics_id(target if native else config.executor),
         codec=kv_spec.codec,
-        positions=repr(spec.rope),
+        positions=repr(spec.rope) if spec.window is None else repr((spec.rope, spec.window, spec.window_layers)),
         block_size=kv_spec.block_size,
     )
     return SharingConfig(
@@ -172,6 +175,10 @@ def sharing_of(config: EngineConfig, kv_spec: KVSpec, spec: ModelSpec, weights_i
         page_bytes=kv_spec.block_bytes,
         known_tenants_only=config.known_tenants_only == "on",
         wipes=config.kv_cache_wiping == "on",
+        windows=tuple(
+            WindowSpec(window, num_pages, config.max_num_batched_tokens)
+            for window, num_pages in zip(kv_spec.windows, kv_spec.window_pages, strict=bool(kv_spec.window_pages))
+        ),
     )
 
 

@@ -22,6 +22,7 @@ from tests.fixtures.fake_executor import mix
 
 SIZE = 4
 OWN = CacheOptions()
+ALL = 999
 
 
 class Mill:
@@ -70,12 +71,11 @@ class Mill:
             self.cache.moved(moves[0])
         self.cache.verify()
 
-    def compute(self, seq_id: int, most: int = 999) -> None:
-        self.move()
+    def compute(self, seq_id: int, most: int = ALL) -> None:
         text, start = self.texts[seq_id], self.cache.num_committed(seq_id)
-        end = min(start + most, len(text))
-        tables = [self.cache.block_table(seq_id)]
-        tables += [self.cache.window_table(seq_id, index) for index in range(len(self.specs))]
+        end = min(start + most, len(text), *(start + each.chunk for each in self.specs if each.chunk is not None))
+        tables = [self.cache.block_table(seq_id), *self.cache.window_tables(self.cache.blocks_of(seq_id), end)]
+        self.move()
         values, value = [], 0
         for token in text:
             value = mix(value, token)
@@ -90,6 +90,8 @@ class Mill:
                 store[table[position // SIZE]][position % SIZE] = values[position]
         self.cache.commit(seq_id, end)
         self.cache.verify()
+        if end < len(text) and most == ALL:
+            self.compute(seq_id)
 
     def run(self, tokens: list[int], options: CacheOptions = OWN) -> Lookup:
         """Open, compute and close a text."""
@@ -217,6 +219,55 @@ def test_pages_that_run_short_refuse_a_text_and_change_nothing() -> None:
     assert mill.open(list(range(100, 112))) is not None, "what the first reads no more can go"
 
 
+def test_pages_for_a_prompt_are_taken_chunk_by_chunk() -> None:
+    mill = Mill(40, WindowSpec(8, 4, chunk=4))
+    mill.open(list(range(100)), CacheOptions(bypass=True))
+    assert mill.num_pages() == 0
+    most = 0
+    while mill.cache.num_committed(1) < 100:
+        mill.compute(1, 4)
+        most = max(most, mill.num_pages())
+    assert most == 2, "what the next token reads"
+    assert mill.resize_text(1, 130)
+    mill.compute(1)
+
+
+def test_what_one_may_come_to_hold_is_refused_to_others() -> None:
+    mill = Mill(60, WindowSpec(8, 7, chunk=4))
+    assert WindowSpec(8, 7, chunk=4).most_pages(SIZE) == 4
+    assert mill.open(list(range(60))) is not None
+    assert mill.open(list(range(100, 160))) is None
+    assert mill.open(list(range(100, 112))) is not None, "three blocks hold three pages"
+    last = mill.next_id
+    assert not mill.resize_text(last, 13)
+    mill.compute(1)
+    assert mill.resize_text(last, 13), "behind its window the first needs no more than what is left of it"
+    mill.compute(last)
+
+
+def test_a_part_of_a_block_that_cannot_be_copied_is_not_hit_and_the_rest_as_far_as_pages_are_there() -> None:
+    mill = Mill(60, WindowSpec(3, 4, chunk=2))
+    mill.run(list(range(18)))
+    blocks = [node.block for node in mill.shared.chain_of(OWN, array("i", range(18)))]
+    mill.windows.groups[0].drop(blocks[3])
+    assert mill.open(list(range(100, 112)), CacheOptions(bypass=True)) is not None
+    lookup = mill.open([*range(18), 7, 7, 7, 7, 7, 7])
+    assert lookup is not None
+    assert lookup.num_hit == 12, "18 would take a page for the copy, and 16 reads what is not kept"
+    mill.compute(mill.next_id)
+
+
+def test_a_copy_that_waits_holds_the_page_that_it_reads() -> None:
+    mill = Mill(60, WindowSpec(3, 5, chunk=2))
+    mill.run(list(range(18)))
+    assert mill.open([*range(17), 7, 7]) is not None
+    group = mill.windows.groups[0]
+    assert (group.num_reserved, group.num_available) == (2, 2)
+    mill.move()
+    assert group.num_available == 3
+    mill.compute(mill.next_id)
+
+
 def test_a_smaller_cache_moves_blocks_and_not_their_pages() -> None:
     mill = Mill(30, WindowSpec(8, 20))
     mill.run(list(range(1000, 1040)))
@@ -236,7 +287,16 @@ def test_a_smaller_cache_moves_blocks_and_not_their_pages() -> None:
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
-@pytest.mark.parametrize("specs", [(WindowSpec(6, 14),), (WindowSpec(1, 12), WindowSpec(9, 16))], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "specs",
+    [
+        (WindowSpec(6, 14),),
+        (WindowSpec(1, 12), WindowSpec(9, 16)),
+        (WindowSpec(6, 8, chunk=3),),
+        (WindowSpec(1, 9, chunk=7), WindowSpec(9, 11, chunk=7)),
+    ],
+    ids=["one", "two", "one, in chunks", "two, in chunks"],
+)
 def test_random_operations_never_read_what_is_not_there(policy: str, specs: tuple[WindowSpec, ...]) -> None:
     num_cut = num_hit = num_refused = 0
     for seed in range(16):
@@ -254,7 +314,7 @@ def test_random_operations_never_read_what_is_not_there(policy: str, specs: tupl
                 num_hit += lookup is not None and lookup.num_hit > 0
                 num_cut += lookup is not None and lookup.miss is not None and lookup.miss.reason == "window not kept"
             elif kind < 0.6:
-                mill.compute(draw.choice(live), draw.choice((1, 5, 99)))
+                mill.compute(draw.choice(live), draw.choice((1, 5, ALL)))
             elif kind < 0.72:
                 seq_id = draw.choice(live)
                 mill.resize_text(seq_id, draw.randint(1, len(mill.texts[seq_id]) + 5))
@@ -290,6 +350,12 @@ def test_a_rebuild_leaves_no_page() -> None:
     mill.cache.verify()
     assert mill.num_pages() == 0
     assert mill.run(list(range(30))).num_hit == 0
+
+
+def test_pages_beyond_what_was_reserved_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WindowSpec, "most_pages", lambda self, size: 1)
+    with pytest.raises(IntegrityError, match="holds more pages of 6 than it may"):
+        Mill(40, WindowSpec(6, 14, chunk=8)).run(list(range(30)))
 
 
 @pytest.mark.parametrize("broken", ["drops_what_is_read", "hits_without_its_window", "forgets_to_copy"])

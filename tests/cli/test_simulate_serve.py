@@ -48,6 +48,20 @@ def test_the_table_names_what_was_served(capsys: pytest.CaptureFixture[str], cos
     assert printed[2].split()[:4] == ["400", "lru", "5", "0"]
 
 
+def test_requests_that_are_not_finished_by_their_deadline_are_counted(
+    capsys: pytest.CaptureFixture[str], cost_model: str
+) -> None:
+    options = ["--requests", "40", "--streams", "2", "--pace", "0.01", "--deadline", "8", "--json"]
+    assert main(arguments(cost_model, *options)) == 0
+    report = json.loads(capsys.readouterr().out)
+    [row] = report["rows"]
+    assert report["deadline_s"] == 8
+    assert row["num_expired"] == row["num_failed"] == 40 - row["num_finished"]
+    assert row["num_finished"] > 0
+    assert row["num_expired"] > 0
+    assert row["finished_per_s"] == pytest.approx(row["num_finished"] / row["seconds"])
+
+
 def test_a_model_that_is_not_there_is_measured_and_kept(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +92,8 @@ def test_a_cache_too_small_to_measure_in_is_told(
         (["--plot", "p.png"], "--plot belongs to hit curves"),
         (["--manager"], "--manager belongs to hit curves"),
         (["--requests", "0"], "--requests is 0"),
+        (["--deadline", "0"], "--deadline is 0"),
+        (["--deadline", "nan"], "--deadline is nan"),
         (["--pace", "0"], "pace is 0"),
         (["--streams", "0"], "max_num_seqs is 0"),
         (["--policy", "none such"], "none such"),

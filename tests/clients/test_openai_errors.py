@@ -70,7 +70,7 @@ def test_wrong_values_are_bad_requests(client: Any, fields: dict[str, Any], stre
 
 @pytest.mark.parametrize("fields", [{"messages": []}, {"messages": "hello"}, {"max_tokens": "many"}, {"n": 1.5}])
 def test_wrong_types_are_told_by_their_field(client: Any, fields: dict[str, Any]) -> None:
-    with pytest.raises((openai.UnprocessableEntityError, openai.BadRequestError)) as caught:
+    with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{**SHORT, **fields})
     assert caught.value.param == next(iter(fields))
 

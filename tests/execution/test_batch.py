@@ -85,3 +85,31 @@ def test_a_table_shorter_than_its_sequence_is_refused_and_the_next_step_is_whole
         builder.build([row(1, 0, [1], [6]), row(2, BLOCK, range(count), [7])])
     rows = [row(1, 1, [2], [6]), row(2, BLOCK, range(count), [7, 8])]
     check(builder.build(rows), rows)
+
+
+def windowed(seq_id: int, start: int, count: int, table: Sequence[int], *pages: Sequence[int]) -> SequenceStep:
+    return row(seq_id, start, range(count), table)._replace(window_tables=tuple(array("i", each) for each in pages))
+
+
+def test_tables_of_window_groups_stand_beside_those_of_blocks() -> None:
+    builder = BatchBuilder(BLOCK, num_windows=2)
+    for _ in range(2):
+        rows = [windowed(1, 9, 1, [4, 5, 6], [-1, 1, 2], [0, 3, 9]), windowed(2, 0, 3, [7], [5], [6])]
+        batch = builder.build(rows)
+        check(batch, rows)
+        assert batch.window_tables is not None
+        assert batch.window_tables.shape == (2, *batch.tables.shape)
+        assert batch.window_tables[:, 0, :3].tolist() == [[-1, 1, 2], [0, 3, 9]]
+        assert batch.window_tables[:, 1, :1].tolist() == [[5], [6]]
+        assert (batch.window_tables[:, 0, 3:] == -1).all()
+        assert (batch.window_tables[:, 1, 1:] == -1).all(), "nothing of the step before"
+
+
+@pytest.mark.parametrize("pages", [[], [[1, 2]], [[1, 2], [1]], [[1, 2], [1, 2], [1, 2]]])
+def test_tables_of_window_groups_that_are_missing_are_our_mistake(pages: list[list[int]]) -> None:
+    with pytest.raises(IntegrityError, match=r"sequence 8 brings .* tables of window groups for 2"):
+        BatchBuilder(BLOCK, num_windows=2).build([windowed(8, 5, 1, [3, 4], *pages)])
+
+
+def test_without_window_groups_there_are_no_tables_of_them() -> None:
+    assert BatchBuilder(BLOCK).build([row(1, 0, [1, 2], [3])]).window_tables is None

@@ -15,7 +15,7 @@ from pagemill.models.checkpoint import open_checkpoint
 from tests.fixtures.golden import VARIANTS, Golden, Variant
 from tests.fixtures.greedy import num_blocks_for, run
 from tests.fixtures.rope_cases import CASES, load_golden
-from tests.fixtures.tiny import gpt2_config, llama_config
+from tests.fixtures.tiny import gpt2_config, llama_config, mistral_config, qwen2_config
 
 pytest.importorskip("torch", reason="torch is not installed; `make parity` installs it")
 pytest.importorskip("transformers", reason="transformers is not installed; `make parity` installs it")
@@ -41,6 +41,9 @@ FRESH = {
             seed=104,
         ),
         Variant("deep", llama_config(layers=6, q_heads=8, kv_heads=2, head_dim=32, vocab=128), seed=105),
+        Variant("mistral", mistral_config(window=40, layers=3, vocab=120), seed=107),
+        Variant("mistral-whole", mistral_config(window=None, vocab=110), seed=108),
+        Variant("qwen2", qwen2_config(window=40, first=2, layers=4, vocab=120), seed=109),
         Variant("gpt2-heads-4", gpt2_config(hidden=96, heads=4, layers=3, ffn=200, vocab=111), seed=106),
     )
 }

@@ -210,11 +210,11 @@ def test_results_of_calls_can_be_sent_back(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("fields", "status", "said"),
     [
-        ({"messages": []}, 422, "messages"),
+        ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user"}]}, 400, "content"),
-        ({"messages": [{"role": "king", "content": "x"}]}, 422, "role"),
-        ({"messages": [{"role": "user", "content": 5}]}, 422, "content"),
-        ({"messages": "hello"}, 422, "messages"),
+        ({"messages": [{"role": "king", "content": "x"}]}, 400, "role"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "content"),
+        ({"messages": "hello"}, 400, "messages"),
         ({"tool_choice": "required"}, 400, "tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, 400, "none of the"),
         ({"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}}, 400, "one of"),

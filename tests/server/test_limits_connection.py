@@ -18,7 +18,7 @@ import httpx
 import pytest
 import uvicorn
 
-from pagemill.server import limits_connection
+from pagemill.server import limits_connection, limits_tls
 from pagemill.server.access_door import Receive, Scope, Send, send_json
 from pagemill.server.access_listen import TlsOptions
 from pagemill.server.limits import Limits
@@ -69,6 +69,10 @@ class Small:
                 if self.cut("read") or self._server.should_exit:
                     break
             self.gone.set()
+            return
+        if scope["path"] == "/some":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x" * 60_000, "more_body": False})
             return
         if scope["path"] == "/wait":
             await receive()
@@ -226,6 +230,26 @@ def test_a_client_that_does_not_read_is_cut(small: Small) -> None:
     assert small.cut("read") == 1
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("more", [b"", b"connection: close\r\n"], ids=["kept alive", "closed behind the answer"])
+def test_a_client_that_leaves_less_unread_than_a_buffer_holds_is_cut_too(
+    loop: Loop, more: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    monkeypatch.setattr(limits_tls, "_SEND_BUFFER_BYTES", 4096)
+    small = Small(loop=loop)
+    try:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", small.port))
+            client.sendall(b"GET /some HTTP/1.1\r\nhost: a\r\n" + more + b"\r\n")
+            wait_until(lambda: small.cut("read") == 1)
+            wait_until(lambda: small.num_connections == 0)
+    finally:
+        small.stop()
+
+
 def test_a_long_answer_is_not_cut(small: Small) -> None:
     with httpx.Client(trust_env=False) as client:
         assert client.post(f"http://127.0.0.1:{small.port}/slow").status_code == 200
@@ -352,6 +376,30 @@ def test_a_handshake_that_does_not_come_is_cut(secret: Small, said: bytes) -> No
     wait_until(lambda: secret.num_connections == 0)
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_tls_client_that_says_goodbye_and_does_not_read_is_cut(
+    certificate: tuple[Path, Path], loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    monkeypatch.setattr(limits_tls, "_SEND_BUFFER_BYTES", 4096)
+    small = Small(replace(LIMITS, header_timeout_s=20.0), tls_of(certificate), loop)
+    try:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", small.port))
+            with trusting(certificate).wrap_socket(client, server_hostname="127.0.0.1") as connection:
+                connection.sendall(b"GET /some HTTP/1.1\r\nhost: a\r\n\r\n")
+                time.sleep(0.3)
+                connection.setblocking(False)
+                with pytest.raises(ssl.SSLError):  # it has said so, and what comes is not its answer
+                    connection.unwrap()
+                wait_until(lambda: small.cut("read") == 1)
+                wait_until(lambda: small.num_connections == 0)
+    finally:
+        small.stop()
+
+
 def test_a_head_that_does_not_come_behind_a_handshake_is_cut(secret: Small, certificate: tuple[Path, Path]) -> None:
     with trusting(certificate).wrap_socket(secret.connect(), server_hostname="127.0.0.1") as connection:
         connection.sendall(HEAD)
@@ -371,6 +419,58 @@ def test_who_speaks_no_tls_is_left_and_nobody_else(secret: Small, certificate: t
     assert secret.num_answered == 0
     with httpx.Client(verify=trusting(certificate), trust_env=False) as client:
         assert client.post(f"https://127.0.0.1:{secret.port}/v1/x").status_code == 200
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_tls_connections_beyond_the_limit_are_told_to_come_back(certificate: tuple[Path, Path], loop: Loop) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    small = Small(replace(LIMITS, max_connections=20, header_timeout_s=20.0), tls_of(certificate), loop)
+    inside = [small.connect() for _ in range(20)]
+    try:
+        wait_until(lambda: small.num_connections == 20)
+        with httpx.Client(verify=trusting(certificate), trust_env=False) as client:
+            for _ in range(3):
+                answer = client.post(f"https://127.0.0.1:{small.port}/v1/x", content=b"x" * 1000)
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert small.cut("too many") == 3
+        assert small.num_answered == 0
+        inside.pop().close()
+        wait_until(lambda: small.num_connections == 19)
+        with httpx.Client(verify=trusting(certificate), trust_env=False) as client:
+            assert client.post(f"https://127.0.0.1:{small.port}/v1/x").status_code == 200
+    finally:
+        for each in inside:
+            each.close()
+        small.stop()
+
+
+def test_a_flood_beyond_the_limit_costs_a_few_handshakes_at_a_time(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits_tls, "_REFUSAL_S", 20.0)
+    small = Small(replace(LIMITS, max_connections=1, header_timeout_s=20.0), tls_of(certificate))
+    inside = [small.connect()]
+    try:
+        wait_until(lambda: small.num_connections == 1)
+        inside += [small.connect() for _ in range(100)]
+        wait_until(lambda: small.cut("too many") == 100)
+        for each in inside:
+            each.settimeout(0.0)
+        wait_until(lambda: sum(map(has_ended, inside)) == 100 - limits_tls._MOST_REFUSED)
+    finally:
+        for each in inside:
+            each.close()
+        small.stop()
+
+
+def has_ended(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

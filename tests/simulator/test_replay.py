@@ -112,6 +112,11 @@ def test_the_cache_manager_with_lru_hits_what_the_bare_policy_hits() -> None:
     assert replay_manager(trace, "lru", 700).num_hits == replay_lru(trace, 700).num_hits
 
 
+def test_the_cache_manager_counts_what_it_evicts() -> None:
+    done = replay_manager(trace_of("abc", "de", "abf"), "lru", 4)
+    assert (done.num_hits, done.num_evictions) == (2, 2), "c makes room for e, e for f"
+
+
 def test_the_cache_manager_refuses_nothing_of_a_request_longer_than_the_cache() -> None:
     done = replay_manager(trace_of("abcdef", "ab", "ab"), "lru", 3)
     assert (done.num_hits, done.num_accesses) == (2, 10)

@@ -108,7 +108,21 @@ def test_a_long_prompt_makes_those_who_decode_wait_no_more_than_allowed() -> Non
     assert unbounded.seconds / bounded.seconds >= 0.9
 
 
-@pytest.mark.parametrize(("num_input", "num_output", "least"), [(256, 64, 0.93), (64, 64, 0.95), (1000, 64, 0.85)])
+@pytest.mark.parametrize("read_s", [2.5e-7, 5e-7])
+def test_a_prompt_whose_tokens_cost_more_and_more_keeps_to_the_same_bound(read_s: float) -> None:
+    """Attention of a chunk behind thousands of tokens costs several times what the chunk itself does."""
+    cost = StepCost(base_s=0.009, row_s=0.0007, token_s=0.0003, read_s=read_s)
+    streams = [(0.0, 16, 600) for _ in range(32)]
+    trace = lengths(*streams, (2.0, 4096, 1))
+    settings = ServeSettings(num_blocks=2000, max_num_batched_tokens=8192, max_num_seqs=33)
+    bounded = serve(trace, cost, settings)
+    unbounded = serve(trace, cost, replace(settings, mixed_step_percent=None))
+    alone_s = percentiles(serve(lengths(*streams), cost, settings).gaps_s)["p50"]
+    assert percentiles(bounded.gaps_s)["p99"] <= 2.0 * alone_s
+    assert unbounded.seconds / bounded.seconds >= 0.9
+
+
+@pytest.mark.parametrize(("num_input", "num_output", "least"), [(256, 64, 0.93), (64, 64, 0.95), (1000, 64, 0.88)])
 def test_prompts_in_small_chunks_cost_little_of_the_throughput_of_many_users(
     num_input: int, num_output: int, least: float
 ) -> None:
@@ -162,3 +176,38 @@ def test_ten_times_the_load_costs_little_of_the_throughput() -> None:
     peak, flooded = (served_to_two(loads(1.5, rate, 10.0)).describe() for rate in (10.0, 100.0))
     assert flooded["num_refused"] > 10 * peak["num_refused"]
     assert flooded["generated_tokens_per_s"] >= 0.9 * peak["generated_tokens_per_s"]
+
+
+def asked_for(seconds: float, times: float) -> tuple[Trace, float]:
+    """Mixed requests at random times, so many times as many as COST serves; and how many a second it serves."""
+    rng = random.Random(3)
+    sizes = [(rng.choice([64, 128, 256, 512]), rng.choice([16, 32, 64])) for _ in range(2000)]
+    settings = ServeSettings(num_blocks=8000, max_num_seqs=32)
+    peak = serve(lengths(*((0.0, *each) for each in sizes[:200])), COST, settings).describe()["finished_per_s"]
+    time_s = 0.0
+    requests: list[tuple[float, int, int]] = []
+    while time_s < seconds:
+        requests.append((time_s, *sizes[len(requests)]))
+        time_s += rng.expovariate(times * peak)
+    return lengths(*requests), peak
+
+
+@pytest.mark.parametrize("times", [1.5, 3.0])
+def test_beyond_what_can_be_served_most_of_the_time_goes_to_answers_that_come_within_their_deadline(
+    times: float,
+) -> None:
+    """In the order of arrival alone .57 and .27 of what can be served came in time."""
+    trace, peak = asked_for(30.0, times)
+    settings = ServeSettings(num_blocks=8000, max_num_seqs=32, deadline_s=8.0)
+    served = serve(trace, COST, settings)
+    assert served.num_expired > (times - 1) / times * 0.4 * served.num_requests, "it is no overload"
+    assert served.num_expired == served.num_failed
+    assert served.num_finished / served.seconds >= 0.95 * peak
+    assert max(served.e2e_s["default"]) <= 8.0 + 0.2, "a step more at the most"
+    assert serve(trace, COST, settings) == served
+
+
+def test_within_what_can_be_served_deadlines_that_all_can_meet_change_nothing() -> None:
+    trace, _ = asked_for(20.0, 0.7)
+    settings = ServeSettings(num_blocks=8000, max_num_seqs=32)
+    assert serve(trace, COST, replace(settings, deadline_s=20.0)) == serve(trace, COST, settings)

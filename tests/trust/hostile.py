@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ LINKS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+DEADLINE = re.compile(r"'deadline_s': \d")  # in a case's body: it asks for 504 where its answer comes later
+
 
 @dataclass(slots=True)
 class Tally:
@@ -77,6 +80,9 @@ class Tally:
         if answer is None:
             self.num_hangs += 1
             self.wrong.append(f"no whole answer within {HANG_S:g} s: {told:.400}")
+            return
+        if answer.status_code == 504 and DEADLINE.search(told):
+            self.statuses["504 at its deadline"] += 1
             return
         self.statuses[f"{answer.status_code // 100}xx"] += 1
         if answer.status_code >= 500:

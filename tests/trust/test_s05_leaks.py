@@ -10,7 +10,7 @@ from tests.contracts.cache import broken
 from tests.trust import leaks, server_leaks
 from tests.trust.figures import Figure
 
-PAIRS = 30
+PAIRS = 20
 
 
 @pytest.mark.parametrize("part", range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 import pytest
@@ -23,4 +24,16 @@ def test_normal_clients_are_answered_beside_slow_ones_which_are_cut(
     publish(figure)
     for kind in slow_sockets.KINDS:
         assert figure.also[f"{kind} cut"] >= slow_sockets.NUM_SLOW // 3 - slow_sockets.NUM_READERS, figure
-    assert figure.also["unread cut"] >= 1
+    assert figure.also["unread cut"] == slow_sockets.NUM_READERS
+
+
+def test_a_server_that_waits_for_readers_is_counted(tiny: str) -> None:
+    setting = slow_sockets.Setting(write_timeout_s=600.0, num_slow=10, patience_s=2.0)
+    [figure] = slow_sockets.count(tiny, num_rounds=1, num_questions=8, setting=setting)
+    assert figure.replays[0] == "a client that does not read was not cut"
+
+
+def test_times_beside_slow_sockets_are_compared_at_the_99th_percentile() -> None:
+    alone = array("d", [1.0] * 98 + [2.0] * 2)
+    assert slow_sockets.compared(alone, array("d", [1.0] * 98 + [2.3] * 2)).num_failures == 0
+    assert slow_sockets.compared(alone, array("d", [1.0] * 98 + [2.5] * 2)).num_failures == 1

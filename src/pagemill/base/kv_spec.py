@@ -25,6 +25,12 @@ def padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+def pages_in_reach(window: int, chunk: int, block_size: int) -> int:
+    """Pages of a window group that a sequence holds at a time, at most: those of a window that ends before a chunk, and
+    of the chunk, wherever they begin."""
+    return (window + chunk + block_size - 3) // block_size + 1
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKV:
     """What one layer keeps of a token position: a key and a value of `head_dim` numbers for each KV head.
@@ -44,6 +50,18 @@ class LayerKV:
 
 
 @dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers that share blocks. layers: their numbers in the model, in order. spec: of these layers alone. window:
+    positions that they read, None for all. num_pages: blocks of a window group, which are its pages; 0 for the first
+    group, whose number is the cache's."""
+
+    layers: tuple[int, ...]
+    spec: KVSpec
+    window: int | None = None
+    num_pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class KVSpec:
     """Layers + block size (positions, a multiple of 16) + resident codec.
 
@@ -51,17 +69,40 @@ class KVSpec:
     `[16][head_dim]`, head_dim padded to 16; int8: keys u8 (value + 128) `[head_dim/4][16][4]`, values s8
     `[4][head_dim][4]`, f16 scales `[16]` of keys, then of values. Page of (layer l, head h, page j of the block)
     starts at `layer_offset(l) + (h * pages_per_block + j) * page_bytes(l)`.
+
+    window_pages: how many pages each window group has, by `windows`; layers of one window are then a group with blocks
+    of its own, which hold these layers alone. Empty: a block holds all layers.
     """
 
     layers: tuple[LayerKV, ...]
     block_size: int = 16
     codec: str = "bf16"
+    window_pages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.codec not in KV_VALUE_BYTES:
             raise ConfigError(f"unknown KV cache dtype {self.codec!r}; choose one of {', '.join(KV_VALUE_BYTES)}")
         if self.block_size <= 0 or self.block_size % PAGE_POSITIONS or self.block_size > 1024:
             raise ConfigError(f"block size is {self.block_size}; give a multiple of {PAGE_POSITIONS} up to 1024")
+
+        assert not self.window_pages or (len(self.window_pages) == len(self.windows) and min(self.window_pages) > 0)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The windows that layers read, ascending, each once."""
+        return tuple(sorted({layer.window for layer in self.layers if layer.window is not None}))
+
+    @property
+    def groups(self) -> tuple[KVGroup, ...]:
+        """The group of full attention, which names texts and may be without layers, then one for each window."""
+        windows = self.windows if self.window_pages else ()
+
+        def group(window: int | None, num_pages: int) -> KVGroup:
+            own = [i for i, layer in enumerate(self.layers) if (layer.window if windows else None) == window]
+            spec = KVSpec(tuple(self.layers[i] for i in own), self.block_size, self.codec)
+            return KVGroup(tuple(own), spec, window, num_pages)
+
+        return (group(None, 0), *map(group, windows, self.window_pages))
 
     @property
     def pages_per_block(self) -> int:
@@ -78,13 +119,25 @@ class KVSpec:
         return self.layers[layer].num_kv_heads * self.pages_per_block * self.page_bytes(layer)
 
     def layer_offset(self, layer: int) -> int:
-        """Where a layer begins within a block, in bytes."""
+        """Where a layer begins within a block of all layers, in bytes."""
         return sum(self.layer_bytes(i) for i in range(layer))
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block, all layers."""
         return sum(self.layer_bytes(i) for i in range(len(self.layers)))
+
+    def blocks_in(self, memory_bytes: int) -> int:
+        """Blocks that fit in so much memory beside the pages of window groups, whose number stays. Raises ConfigError
+        where all layers are in window groups, so that another number of blocks is no other size."""
+        full, *windows = self.groups
+        if not full.layers:
+            raise ConfigError(
+                "every layer of this model reads a window, and their pages keep their number while it runs; load the "
+                "model again with another kv_cache_memory_bytes"
+            )
+        taken = sum(group.num_pages * group.spec.block_bytes for group in windows)
+        return max(memory_bytes - taken, 0) // full.spec.block_bytes
 
     @property
     def bytes_per_token(self) -> int:

@@ -36,7 +36,11 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Sizes and constants of a decoder-only model. Counts start with num_, `ffn_dim` is the MLP's inner width."""
+    """Sizes and constants of a decoder-only model. Counts start with num_, `ffn_dim` is the MLP's inner width.
+
+    window: positions that a layer reads, its own included; None for all. window_layers: numbers of the layers that read
+    it; None where all do. attention_bias: of q, k and v; output_bias: of o, None for the same as these.
+    """
 
     family: str
     name: str
@@ -54,6 +58,12 @@ class ModelSpec:
     window: int | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
+    window_layers: tuple[int, ...] | None = None
+    output_bias: bool | None = None
+
+    def window_of(self, layer: int) -> int | None:
+        """Positions that a layer reads, None for all."""
+        return self.window if self.window_layers is None or layer in self.window_layers else None
 
 
 @dataclass(frozen=True, slots=True)

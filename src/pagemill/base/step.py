@@ -24,6 +24,7 @@ class SequenceStep(NamedTuple):
     one. choice, seed: keys of the random numbers. num_generated: tokens generated before this step (for min_tokens).
     forbid: token ids that must not be chosen in this step. history: the text so far, prompt and then generated ids (an
     `array('i')` of the engine's), where the parameters read it (`SamplingParams.reads_history`), else empty.
+    window_tables: a table like block_table for each window group, of pages; -1 where they are not held.
     """
 
     seq_id: int
@@ -37,6 +38,7 @@ class SequenceStep(NamedTuple):
     num_generated: int = 0
     forbid: tuple[int, ...] = ()
     history: Sequence[int] = ()
+    window_tables: tuple[Sequence[int], ...] = ()
 
     @property
     def end(self) -> int:

@@ -22,13 +22,15 @@ class Moves:
     """Moves of one step, in this order: `wipes` names blocks whose bytes become zero, then `copies` are made.
 
     Both may be carried out again if a step failed midway: nothing has been computed into their targets until then.
+    windows: the same of the pages of each window group, empty where there are none.
     """
 
     wipes: tuple[int, ...] = ()
     copies: tuple[Copy, ...] = ()
+    windows: tuple[Moves, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.wipes or self.copies)
+        return bool(self.wipes or self.copies) or any(self.windows)
 
 
 NO_MOVES = Moves()

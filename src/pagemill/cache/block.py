@@ -7,6 +7,17 @@ from pagemill.cache.policies.base import Policy
 DEFAULT_PRIORITY = 50
 
 
+class GoneNodes:
+    """Several blocks that left from behind one. Mutated by EvictedBlocks. latest: by first token, the one that left
+    last unless that is forgotten."""
+
+    __slots__ = ("by_tokens", "latest")
+
+    def __init__(self) -> None:
+        self.by_tokens: dict[bytes, Node] = {}
+        self.latest: dict[bytes, Node] = {}
+
+
 class Node:
     """A block with known tokens, or the root of a namespace (block -1). Mutated by PrefixTree and the manager.
 
@@ -18,12 +29,13 @@ class Node:
     that ends, on the cache's clock, None for never. shelf: the policy that it stands in, as `handle`: its block, or the
     block that it had before a smaller size moved it. alive: False once it is taken
     out of the tree; whoever still holds the block may read it, and nothing is published behind it. num_sequences: of a
-    root, how many are open below it.
+    root, how many are open below it. gone: what left from directly behind it and is remembered; left_s: when it left
+    itself, None unless that is remembered.
     """
 
     __slots__ = (
-        "account", "alive", "below", "block", "depth", "expires_s", "handle", "key", "num_sequences", "order",
-        "parent", "priority", "shelf", "tokens",
+        "account", "alive", "below", "block", "depth", "expires_s", "gone", "handle", "key", "left_s",
+        "num_sequences", "order", "parent", "priority", "shelf", "tokens",
     )  # fmt: skip
 
     def __init__(self, block: int, key: bytes, tokens: bytes, parent: Node | None, depth: int) -> None:
@@ -38,6 +50,8 @@ class Node:
         self.priority = DEFAULT_PRIORITY
         self.expires_s: float | None = None
         self.shelf: Policy | None = None
+        self.gone: Node | GoneNodes | None = None
+        self.left_s: float | None = None
         self.alive = True
 
     @property

@@ -7,8 +7,7 @@ the manager: blocks in use, under a lease, or with published blocks behind them,
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 
 from pagemill.cache.block import DEFAULT_PRIORITY, Node
@@ -199,22 +198,16 @@ class Shelves:
                     break
         return best
 
-    def evictor(self, partitions: Sequence[int]) -> Callable[[], int | None]:
-        """What evicts a block each time that it is called: that which `victim` names leaves its order; None where there
-        is none. The caller clears its node's `shelf`. Good until something is inserted."""
-        levels = self._levels.get(partitions[0], ())
-        if len(partitions) == 1 and len(levels) == 1 and not self._moved:
-            return self._policies[partitions[0], levels[0]].evict
-        return partial(self._evict, partitions)
-
-    def _evict(self, partitions: Sequence[int]) -> int | None:
-        found = self._first(partitions)
-        if found is None:
-            return None
-        policy, handle = found
-        policy.remove(handle, True)
-        node = self._moved.pop(handle, None)
-        return handle if node is None else node.block
+    def evict_run(self, nodes: Sequence[Node]) -> int:
+        """The node of the victim and nodes that it keeps locked leave their order: `Policy.evict_run`, all on one
+        shelf. Returns how many have left; the caller clears their `shelf`."""
+        shelf, moved = nodes[0].shelf, self._moved
+        assert shelf is not None
+        handles = [node.handle for node in nodes]
+        count = shelf.evict_run(handles)
+        for handle in handles[:count] if moved else ():
+            moved.pop(handle, None)
+        return count
 
     def expire_at(self, node: Node, when_s: float | None) -> None:
         """Remember when the node's priority ends; None: it does not."""

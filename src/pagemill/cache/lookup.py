@@ -15,11 +15,11 @@ from pagemill.base.params import CacheOptions
 from pagemill.cache.block import Node
 from pagemill.cache.entry import Entry
 from pagemill.cache.evicted import EvictedBlocks
-from pagemill.cache.keys import TOKEN_BYTES, Fingerprint, chain_keys, child_key
+from pagemill.cache.keys import TOKEN_BYTES, Fingerprint, chain_keys
 from pagemill.cache.pool import BlockPool
 from pagemill.cache.prefix import Match, PrefixTree, common_tokens
 from pagemill.cache.receipt import Lookup, Miss, RecentKeys
-from pagemill.cache.tenancy import Tenancy
+from pagemill.cache.tenancy import Account, Tenancy
 from pagemill.cache.windows import Windows
 
 
@@ -30,7 +30,7 @@ class Lookups:
     bounded by four times the cache, and a key is of one namespace, so that no reason tells of another.
     """
 
-    __slots__ = ("_pool", "_tenancy", "_tree", "_windows", "evicted", "failed")
+    __slots__ = ("_last", "_pool", "_tenancy", "_tree", "_windows", "evicted", "failed")
 
     def __init__(
         self, pool: BlockPool, tree: PrefixTree, tenancy: Tenancy, windows: Windows | None, num_keys: int
@@ -41,30 +41,40 @@ class Lookups:
         self._windows = windows
         self.evicted = EvictedBlocks(num_keys)
         self.failed = RecentKeys(num_keys)
+        self._last: tuple[CacheOptions, Fingerprint, Account, Node] | None = None
 
-    def find(self, options: CacheOptions, fingerprint: Fingerprint, tokens: array[int], num_tokens: int) -> Entry:
-        """How a sequence whose known tokens are the first `num_tokens` of `tokens` would enter now.
+    def find(
+        self,
+        options: CacheOptions,
+        fingerprint: Fingerprint,
+        tokens: array[int],
+        num_tokens: int,
+        *,
+        whole: bool = False,
+    ) -> Entry:
+        """How a sequence whose known tokens are the first `num_tokens` of `tokens` would enter now. whole: with hits of
+        whole blocks alone.
 
         Raises IntegrityError where the tree names a block that the pool does not have for it.
         """
-        namespace = self._tenancy.namespace(options.tenant, options.salt, options.public)
-        account = self._tenancy.account(namespace)
         pool, size = self._pool, self._tree.block_size
         count = -(-num_tokens // size)
         for root in self._tree.drop_empty_roots():
-            self.forget([root.key])
-        root = self._tree.root(namespace, fingerprint)
+            self.forget([root])
+        account, root = self._place(options, fingerprint)
         room = self._tenancy.room(account, pool.num_free, pool.num_cached)
         spare = self._tenancy.available(account, pool.num_free, pool.num_cached)
         most = num_tokens - 1
         if options.bypass or most < 1:
             nothing = Match(root, [])
             if self._windows is not None:
-                pages = self._windows.num_available()
+                pages = count + self._windows.left(0, count, 0)
                 spare, room = min(spare, pages), min(room, pages)
             return Entry(account, nothing, root, [], None, 0, max(most, 0), 0, count, spare, room, b"", options)
         data = tokens[:num_tokens].tobytes()
         match = self._tree.find(root, data, most)
+        if whole:
+            match = Match(root, match.nodes)
         found = self._tree.num_tokens(match)
         kept = found if self._windows is None else self._cut(match, found)
         if kept < found:
@@ -75,21 +85,36 @@ class Lookups:
         revived = pool.num_idle(shared)
         spare, room = spare - revived, room - revived
         num_new = count - len(shared)
-        if self._windows is not None:
-            pages = self._windows.num_available(shared if match.tail is None else [*shared, match.tail.block])
-            spare, room = min(spare, pages), min(room, pages)
         tail, num_tail = match.tail, match.num_tail_tokens
         if tail is not None and not pool.num_holders(tail.block):
             if spare - 1 >= num_new:
                 spare, room = spare - 1, room - 1
             elif spare >= num_new:  # the source would have to go to make room for its own copy
+                if self._windows is not None:
+                    return self.find(options, fingerprint, tokens, num_tokens, whole=True)
                 tail, num_tail = None, 0
         num_hit = len(shared) * size + num_tail
+        if self._windows is not None:
+            pages = num_new + self._windows.left(num_hit, count, tail is not None)
+            if tail is not None and pages < num_new:
+                return self.find(options, fingerprint, tokens, num_tokens, whole=True)
+            spare, room = min(spare, pages), min(room, pages)
         node = match.nodes[-1] if match.nodes else root
         return Entry(
             account, match, node, shared, tail, num_tail, most, num_hit, num_new, spare, room, data, options,
             window_cut=kept < found,
         )  # fmt: skip
+
+    def _place(self, options: CacheOptions, fingerprint: Fingerprint) -> tuple[Account, Node]:
+        """Whose blocks a request's are, and where its text begins. Many requests in turn have the same options."""
+        if self._last is not None:
+            last, of, account, root = self._last
+            if last is options and of is fingerprint and root.alive:
+                return account, root
+        namespace = self._tenancy.namespace(options.tenant, options.salt, options.public)
+        account, root = self._tenancy.account(namespace), self._tree.root(namespace, fingerprint)
+        self._last = (options, fingerprint, account, root)
+        return account, root
 
     def _cut(self, match: Match, num_tokens: int) -> int:
         """So many tokens of a match as every window group allows."""
@@ -132,11 +157,13 @@ class Lookups:
         start = len(entry.shared) * self._tree.block_size * TOKEN_BYTES
         rest = entry.data[start : min(start + self._tree.block_size * TOKEN_BYTES, entry.num_asked * TOKEN_BYTES)]
         num_tail = at - len(entry.shared) * self._tree.block_size
-        when = self.evicted.when(missing[0]) if missing else None
-        if when is None and (last := self.evicted.latest(node.key, rest[:TOKEN_BYTES])):
-            when = last[1] if common_tokens(last[0], rest) > num_tail else None
-        if when is not None:
-            return Miss("evicted", at, max(now_s - when, 0.0), policy)
+        left = self.evicted.find(node, rest) if missing else None
+        if left is None:
+            left = self.evicted.latest(node, rest[:TOKEN_BYTES])
+            if left is not None and common_tokens(left.tokens, rest) <= num_tail:
+                left = None
+        if left is not None and left.left_s is not None:
+            return Miss("evicted", at, max(now_s - left.left_s, 0.0), policy)
         if self._seen_in_other_format(entry, fingerprint):
             return Miss("other format", at)
         tail = entry.match.tail
@@ -154,11 +181,11 @@ class Lookups:
             other = self._tree.find(root, entry.data, most)
             if len(other.nodes) * size + other.num_tail_tokens > entry.num_hit:
                 return True
-            key, end = root.key, (entry.num_hit // size + 1) * size * TOKEN_BYTES
-            for at in range(0, end, size * TOKEN_BYTES):
-                key = child_key(key, entry.data[at : at + size * TOKEN_BYTES])
-            if end <= most * TOKEN_BYTES and self.evicted.when(key) is not None:
-                return True
+            end = (entry.num_hit // size + 1) * size
+            if end <= most:
+                edges, _ = self._edges(array("i", entry.data[: end * TOKEN_BYTES]))
+                if len(self._known_chain(root, edges)) > len(edges):
+                    return True
         return False
 
     def fail(self, key: bytes, now_s: float) -> None:
@@ -167,34 +194,53 @@ class Lookups:
 
     def left(self, node: Node) -> None:
         """A block left, and not for want of room: what lay behind it is not remembered without it."""
-        if len(self.evicted):
-            self.evicted.forget_behind(node.key)
+        self.evicted.forget_behind(node)
 
-    def forget(self, keys: Iterable[bytes]) -> None:
+    def forget(self, nodes: Iterable[Node]) -> None:
         """Nothing of these blocks is remembered, nor of what lay behind them, as after a purge."""
-        for key in keys:
-            self.failed.forget(key)
-            self.evicted.forget(key)
+        for node in nodes:
+            self.failed.forget(node.key)
+            self.evicted.forget(node)
+
+    def _known_chain(self, root: Node, edges: Iterable[bytes]) -> list[Node]:
+        """`root`, and behind it the blocks with these tokens that are there or remembered, as far as they go."""
+        chain = [root]
+        for own in edges:
+            node = chain[-1].child(own) or self.evicted.find(chain[-1], own)
+            if node is None:
+                break
+            chain.append(node)
+        return chain
 
     def forget_prefix(self, root: Node, tokens: array[int]) -> None:
         """Nothing is remembered of blocks that hold the last of these tokens, behind all others, or any behind it."""
-        size, data = self._tree.block_size * TOKEN_BYTES, tokens.tobytes()
-        *whole, rest = [data[at : at + size] for at in range(0, len(data) + 1, size)]
-        [key] = chain_keys(root.key, whole)[-1:] or [root.key]
-        self.forget([key] if not rest else [each for each, own in self.evicted.behind(key) if own.startswith(rest)])
+        edges, rest = self._edges(tokens)
+        chain = self._known_chain(root, edges)
+        last = chain[-1:] if len(chain) > len(edges) else []
+        if rest:
+            self.forget([each for node in last for each in self.evicted.behind(node) if each.tokens.startswith(rest)])
+        else:
+            self.failed.forget([root.key, *chain_keys(root.key, edges)][-1])
+            self.forget(last)
 
     def forget_text(self, root: Node, tokens: array[int]) -> None:
         """Nothing is remembered of blocks of this text that no other goes on from."""
+        edges, rest = self._edges(tokens)
+        size = self._tree.block_size * TOKEN_BYTES
+        chain = self._known_chain(root, edges)
+        for key in chain_keys(root.key, edges)[len(chain) - 1 :]:
+            self.failed.forget(key)
+        for node, following in zip(reversed(chain), reversed([*edges, rest][: len(chain)]), strict=True):
+            ends = [each for each in self.evicted.behind(node) if len(each.tokens) < size]
+            self.forget([each for each in ends if following.startswith(each.tokens)])
+            if node.left_s is not None and not self.evicted.behind(node):
+                self.forget([node])
+
+    def _edges(self, tokens: array[int]) -> tuple[list[bytes], bytes]:
+        """Packed tokens of the whole blocks of a text, and what is left behind them."""
         size, data = self._tree.block_size * TOKEN_BYTES, tokens.tobytes()
-        whole = [data[at : at + size] for at in range(0, len(data) - size + 1, size)]
-        keys = [root.key, *chain_keys(root.key, whole)]
-        live = {node.key for node in self._tree.find(root, data, len(tokens)).nodes}
-        for at in range(len(keys) - 1, -1, -1):
-            rest = data[at * size :]
-            tails = [key for key, own in self.evicted.behind(keys[at]) if len(own) < size and rest.startswith(own)]
-            self.forget([key for key in tails if not self.evicted.behind(key)])
-            if at and keys[at] not in live and not self.evicted.behind(keys[at]):
-                self.forget(keys[at : at + 1])
+        *whole, rest = [data[at : at + size] for at in range(0, len(data) + 1, size)]
+        return whole, rest
 
     def resize(self, num_keys: int) -> None:
         """Remember so many keys of each kind at the most."""

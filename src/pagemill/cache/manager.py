@@ -190,16 +190,12 @@ class CacheManager:
         sequence = self._sequences[seq_id]
         growth = -(-num_tokens // self.block_size) - len(sequence.table)
         if growth > 0:
-            return self.mode != "contiguous" and growth <= self._available(sequence)
-        if num_tokens >= sequence.committed:
+            return self.mode != "contiguous" and self._can_take(sequence, growth)
+        if num_tokens >= sequence.committed or self._publisher is None:
             return True
-        if self._publisher is None:
-            return True
-        if self.shared is not None and self.shared.windows is not None:
-            kept = self.shared.windows.longest(sequence.table, num_tokens)
-            need = self.blocks_for(num_tokens) - kept // self.block_size if kept < num_tokens else 0
-            return need + self._publisher.must_copy(sequence, kept) <= self._available(sequence)
-        return not self._publisher.must_copy(sequence, num_tokens) or self._available(sequence) > 0
+        if sequence.first_read:
+            return self._publisher.can_rewind(sequence, num_tokens)
+        return not self._publisher.must_copy(sequence, num_tokens) or self._can_take(sequence, 1)
 
     def resize(self, seq_id: int, num_tokens: int) -> None:
         """Set a sequence's history to `num_tokens`: growth for the next tokens, rollback and truncation alike.
@@ -249,22 +245,19 @@ class CacheManager:
                 f"the sequence needs {num_tokens} positions and {len(table) * self.block_size} were reserved; "
                 f"raise max_model_len or set kv_cache to paged"
             )
+        growth = count - len(table)
         if self.shared is not None:
-            assert sequence.account is not None
-            grown = self.shared.allocate(sequence.account, count - len(table))
-            if self.shared.windows is not None:
-                self.shared.windows.grow(grown)
+            self.shared.grow(sequence, growth)
         else:
-            grown = self._pool.allocate(count - len(table))
-        table.extend(grown)
-        self._num_owned += len(grown)
+            table.extend(self._pool.allocate(growth))
+        self._num_owned += growth
 
     def grow(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
         """`resize` to at least what has been committed, where `can_resize`, in one go. False, and nothing is changed,
         where blocks are short. sequence: from `blocks_of`."""
         growth = -(-num_tokens // self.block_size) - len(sequence.table)
         if growth > 0:
-            if self.mode == "contiguous" or growth > self._available(sequence):
+            if self.mode == "contiguous" or not self._can_take(sequence, growth):
                 return False
             self._grow(sequence, num_tokens, len(sequence.table) + growth)
         self._num_positions += num_tokens - sequence.history
@@ -285,8 +278,8 @@ class CacheManager:
         if num_tokens >= sequence.publish_at:
             assert self._publisher is not None
             self._publisher.publish(sequence)
-        if sequence.first_read and self.shared is not None and self.shared.windows is not None:
-            self.shared.windows.move_on(sequence)
+        if sequence.first_read and self.shared is not None:
+            self.shared.move_on(sequence)
 
     def publish_tail(self, seq_id: int) -> None:
         """Let what a running sequence has committed be found to its last token, as its siblings wish. What it writes
@@ -337,12 +330,9 @@ class CacheManager:
         """True where both sequences' blocks are counted for one tenant."""
         return self._sequences[seq_id].account is self._sequences[other].account
 
-    def _available(self, sequence: SequenceBlocks) -> int:
-        """Blocks that the sequence could take now."""
-        if self.shared is None:
-            return self._pool.num_free
-        assert sequence.account is not None
-        return self.shared.available(sequence.account)
+    def _can_take(self, sequence: SequenceBlocks, count: int) -> bool:
+        """True where the sequence could have so many more blocks now."""
+        return count <= self._pool.num_free if self.shared is None else self.shared.can_take(sequence, count)
 
     def _release(self, blocks: array[int]) -> None:
         if self.shared is None:
@@ -401,6 +391,11 @@ class CacheManager:
     def moves(self) -> Moves:
         """Wipes and copies that the data plane makes before it computes; the same until `moved`."""
         return NO_MOVES if self.shared is None else self.shared.moves()
+
+    def window_tables(self, sequence: SequenceBlocks, num_tokens: int) -> tuple[array[int], ...]:
+        """Tables of the window groups for a step that computes a sequence up to so many tokens, with the pages that it
+        needs; empty without groups. sequence: from `blocks_of`."""
+        return self.shared.reach(sequence, num_tokens) if sequence.first_read and self.shared is not None else ()
 
     def window_table(self, seq_id: int, group: int) -> array[int]:
         """Pages of a sequence's blocks in a window group, in order; -1 for those that it reads no more."""

@@ -92,6 +92,11 @@ class BlockPool:
         """How many hold the block: 0 is free."""
         return self._refs[block]
 
+    @property
+    def holders(self) -> Sequence[int]:
+        """`num_holders` of each block: to be read, not kept."""
+        return self._refs
+
     def num_idle(self, blocks: Iterable[int]) -> int:
         """How many of the blocks nobody holds."""
         refs = self._refs
@@ -163,46 +168,41 @@ class BlockPool:
         """
         dropped = []
         refs, held, published = self._refs, self._held, self.published
-        for index in range(len(blocks) - 1, -1, -1):
-            block = blocks[index]
+        for block in reversed(blocks):
             left = refs[block] - 1
-            if left < 0:
-                for undone in blocks[index + 1 :]:
-                    refs[undone] += 1
-                raise IntegrityError(f"block {block} of the KV cache was freed twice; nothing was freed this time")
             refs[block] = left
-            if not left:
+            if left < 1:
                 dropped.append(block)
+        if any(map(refs.__getitem__, dropped)):
+            [freed, *_] = [block for block in dropped if refs[block]]
+            for block in blocks:
+                refs[block] += 1
+            raise IntegrityError(f"block {freed} of the KV cache was freed twice; nothing was freed this time")
         self.num_references -= len(blocks)
         self._num_active -= len(dropped)
-        cached, free = [], []
         for block in dropped:
             held[block] = 0
-            if published[block]:
-                cached.append(block)
-            else:
-                free.append(block)
+        cached = [block for block in dropped if published[block]]
+        free = [block for block in dropped if not published[block]] if len(cached) < len(dropped) else []
         self._num_cached += len(cached)
         self._drop(free)
         return cached, free
 
-    def publish(self, blocks: Iterable[int]) -> None:
+    def publish(self, blocks: Sequence[int]) -> None:
         """Held blocks can be found from now on, and stay cached when their last holder leaves."""
-        refs, published = self._refs, self.published
+        published = self.published
+        assert all(map(self._refs.__getitem__, blocks)), f"one of the blocks {blocks} is not held"
         for block in blocks:
-            assert refs[block] > 0, f"block {block} is not held"
             published[block] = 1
 
-    def unpublish(self, blocks: Iterable[int]) -> None:
+    def unpublish(self, blocks: Sequence[int]) -> None:
         """Published blocks can no longer be found; those without a holder become free, the last of them first in line
         for the next allocation."""
         refs, published = self._refs, self.published
-        idle = []
+        assert all(map(published.__getitem__, blocks)), f"one of the blocks {blocks} is not published"
         for block in blocks:
-            assert published[block], f"block {block} is not published"
             published[block] = 0
-            if not refs[block]:
-                idle.append(block)
+        idle = [block for block in blocks if not refs[block]]
         self._num_cached -= len(idle)
         self._drop(idle)
 
@@ -317,7 +317,10 @@ class BlockPool:
     def _drop(self, blocks: list[int]) -> None:
         """The one place where pages' contents stop being anybody's, hence where a wipe of the pages belongs."""
         if self._wipes:
-            self.dirty.update(dict.fromkeys(blocks))
+            if self.dirty:
+                self.dirty.update(dict.fromkeys(blocks))
+            else:  # one that has been emptied has to grow anew
+                self.dirty = dict.fromkeys(blocks)
         self._free += blocks
         self._num_free += len(blocks)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from pagemill.base.errors import IntegrityError
@@ -148,10 +149,9 @@ class PrefixTree:
     def _nearest(self, node: Node, rest: bytes) -> tuple[Node, int]:
         order = self._order(node)
         place = bisect_left(order, rest)
-        best, most = order[max(place - 1, 0)], -1
+        best, most = order[0], 0
         for each in order[max(place - 1, 0) : place + 1]:
-            count = common_tokens(each, rest)
-            if count > most:
+            if each.startswith(rest[:TOKEN_BYTES]) and (count := common_tokens(each, rest)) > most:
                 best, most = each, count
         return node.children[best], most
 
@@ -218,6 +218,17 @@ class PrefixTree:
         del self.nodes[node.block]
         node.alive = False
         return parent
+
+    def remove_run(self, nodes: Sequence[Node]) -> Node:
+        """Take out a leaf and nodes above it, each with the one before it as its only child; they stand in no order any
+        more. Returns the parent of the last."""
+        known = self.nodes
+        for node, parent in pairwise(nodes):
+            parent.below = parent.order = node.shelf = None
+            node.alive = False
+            del known[node.block]
+        nodes[-1].shelf = None
+        return self.remove(nodes[-1])
 
     def is_child(self, node: Node) -> bool:
         """True where the node's parent leads to it."""

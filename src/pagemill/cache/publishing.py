@@ -57,11 +57,12 @@ class Publisher:
         """Tokens of the sequence's blocks first .. end-1, packed."""
         at = first - sequence.first_missing
         known = sequence.edges[at : at + end - first] if at >= 0 else ()
-        if len(known) == end - first:
+        first += len(known)
+        if first == end:
             return known
         assert sequence.tokens is not None
         data, step = sequence.tokens[first * self._size : end * self._size].tobytes(), self._size * TOKEN_BYTES
-        return [data[at : at + step] for at in range(0, len(data), step)]
+        return [*known, *[data[at : at + step] for at in range(0, len(data), step)]]
 
     def _publish_from(self, sequence: SequenceBlocks, node: Node, index: int, edges: Ordered[bytes]) -> None:
         """Publish the blocks from `index` on behind `node`, whose tokens are `edges`."""
@@ -131,6 +132,17 @@ class Publisher:
             shared.release([source])
         if sequence.tokens is not None:
             sequence.publish_at = (whole + 1) * size
+
+    def can_rewind(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
+        """True where a sequence that holds pages of window groups can go back to so many tokens: from where they still
+        have what it reads, the rest is to be computed again."""
+        windows, account = self._shared.windows, sequence.account
+        assert windows is not None
+        assert account is not None
+        kept, count = windows.longest(sequence.table, num_tokens), -(-num_tokens // self._size)
+        copies = int(self.must_copy(sequence, kept))
+        need = count - kept // self._size if kept < num_tokens else 0
+        return need + copies <= self._shared.available(account) and windows.fits(sequence, kept, count, copies)
 
     def must_copy(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
         """True where the block that `num_tokens` ends in is published and others hold or follow it."""

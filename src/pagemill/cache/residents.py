@@ -70,8 +70,7 @@ class ResidentBlocks:
 
     def available(self, account: Account) -> int:
         """Blocks that the account could take now."""
-        count = self.tenancy.available(account, self._pool.num_free, self._pool.num_cached)
-        return count if self.windows is None else min(count, self.windows.num_available())
+        return self.tenancy.available(account, self._pool.num_free, self._pool.num_cached)
 
     # Blocks in and out
 
@@ -114,7 +113,7 @@ class ResidentBlocks:
                 self.shelves.unlock(node)
         for block in free:
             accounts[owner[block]].used -= 1
-        above = [(accounts[index], count) for index, count in Counter(map(owner.__getitem__, cached)).items()]
+        above = self._by_account(cached)
         for account, count in above:
             account.cached += count
         for block in free if self._copies else ():
@@ -122,6 +121,13 @@ class ResidentBlocks:
                 self.release([self._copies.pop(block).source])
         for account, _ in above:  # its cap may have been lowered while these were in use
             self._keep_cap(account)
+
+    def _by_account(self, blocks: Sequence[int]) -> list[tuple[Account, int]]:
+        """How many of the blocks are whose."""
+        accounts = self.tenancy.accounts
+        if len(accounts) == 1:
+            return [(accounts[0], len(blocks))]
+        return [(accounts[index], count) for index, count in Counter(map(self._owner.__getitem__, blocks)).items()]
 
     # Publication
 
@@ -145,6 +151,8 @@ class ResidentBlocks:
         shorter = self.tree.beginning_of(parent, tokens[0])
         was_leaf = not parent.below
         nodes = self.tree.add_run(parent, blocks, tokens, keys)
+        if parent.gone is not None:
+            self.lookups.evicted.came_back(nodes)
         self._pool.publish(blocks)
         if account.index:
             for node in nodes:
@@ -195,32 +203,43 @@ class ResidentBlocks:
         left."""
         self._version += 1
         partitions = [0 if each is None else each.partition for each in givers]
-        nodes, remove, num_holders = self.tree.nodes, self.tree.remove, self._pool.num_holders
-        evict, listening = self.shelves.evictor(partitions), self.on_event is not None or self.listener is not None
         gone: list[Node] = []
         try:
-            for _ in range(count):
-                block = evict()
+            while len(gone) < count:
+                block = self.shelves.victim(partitions)
                 if block is None:
                     raise IntegrityError(
                         "no cached block can be evicted although the accounts say so; report this as a bug"
                     )
-                node = nodes[block]
-                parent = remove(node)
-                node.shelf = None
-                gone.append(node)
-                if parent.shelf is not None and not parent.below and not num_holders(parent.block):
-                    parent.shelf.unlock(parent.handle)
-                if listening:
-                    self._tell(Removed(node.key, True))
+                run = self._leaving(self.tree.nodes[block], count - len(gone))
+                num_left = self.shelves.evict_run(run)
+                if num_left < len(run):
+                    del run[num_left:]
+                    self.tree.remove_run(run)
+                else:
+                    parent = self.tree.remove_run(run)
+                    if parent.shelf is not None and not parent.below and not self._pool.num_holders(parent.block):
+                        self.shelves.unlock(parent)
+                gone += run
         finally:
             self._evicted(gone, reason)
+
+    def _leaving(self, node: Node, most: int) -> list[Node]:
+        """A leaf that nobody holds, and those before it in its chain that have no other reason to stay: each in the
+        order of the same policy, with the one behind it as its only child."""
+        run, shelf, holders = [node], node.shelf, self._pool.holders
+        for _ in range(most - 1):
+            parent = node.parent
+            if parent is None or parent.shelf is not shelf or parent.below is not node or holders[parent.block]:
+                break
+            run.append(parent)
+            node = parent
+        return run
 
     def _evicted(self, nodes: list[Node], reason: Departure) -> None:
         """These are in no order and no tree any more."""
         blocks = [node.block for node in nodes]
-        for index, count in Counter(map(self._owner.__getitem__, blocks)).items():
-            account = self.tenancy.accounts[index]
+        for account, count in self._by_account(blocks):
             account.cached -= count
             account.used -= count
         self._pool.unpublish(blocks)
@@ -229,6 +248,9 @@ class ResidentBlocks:
         if self.windows is not None:
             for node in nodes:
                 self.windows.drop(node.block)
+        if self.on_event is not None or self.listener is not None:
+            for node in nodes:
+                self._tell(Removed(node.key, True))
 
     def _tell(self, event: Stored | Removed) -> None:
         for told in (self.on_event, self.listener):

@@ -25,7 +25,8 @@ class SequenceBlocks:
     tokens: the caller's, of which positions below `committed` are final; None where nothing is to be published. node:
     of its last published whole block, or the root. publish_at: length at which the next block is full. tail: node of
     the beginning of its part-filled block, where that was published. root: where its text begins. first_read: by window
-    group, index of the first block that it holds a page of. missing: keys of the prompt's blocks from index
+    group, index of the first block that it holds a page of; num_paged: that behind the last one; reserved: by window
+    group, pages that it may come to hold. missing: keys of the prompt's blocks from index
     first_missing on; edges: their tokens, packed.
     """
 
@@ -40,6 +41,8 @@ class SequenceBlocks:
     retain: tuple[Retain, ...] = ()
     root: Node | None = None
     first_read: list[int] = field(default_factory=list)
+    num_paged: int = 0
+    reserved: list[int] = field(default_factory=list)
     missing: Ordered[bytes] = ()
     edges: Ordered[bytes] = ()
     first_missing: int = 0

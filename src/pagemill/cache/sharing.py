@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pagemill.base.errors import CapacityError, IntegrityError, RequestError
 from pagemill.base.params import CacheOptions
@@ -21,6 +22,9 @@ from pagemill.cache.pool import BlockPool
 from pagemill.cache.residents import KEYS_PER_BLOCK, ResidentBlocks
 from pagemill.cache.tenancy import Account
 from pagemill.cache.verification import verify_blocks
+
+if TYPE_CHECKING:
+    from pagemill.cache.sequences import SequenceBlocks
 
 
 class SharedBlocks(ResidentBlocks):
@@ -65,7 +69,7 @@ class SharedBlocks(ResidentBlocks):
         for account in self.tenancy.drop_idle():
             for namespace, fingerprint, root in self.tree.roots_of(account.tenant, public=account.public):
                 self.tree.forget_root(namespace, fingerprint)
-                self.lookups.forget([root.key])
+                self.lookups.forget([root])
             self.secrets.forget(account.tenant, public=account.public)
 
     @property
@@ -116,6 +120,42 @@ class SharedBlocks(ResidentBlocks):
         self.num_asked[again] += lookup.num_asked
         self.num_hit[again] += lookup.num_hit
         return Entered(table, lookup, missing, edges)
+
+    def can_take(self, sequence: SequenceBlocks, count: int) -> bool:
+        """True where the sequence could have so many more blocks now."""
+        assert sequence.account is not None
+        return count <= self.available(sequence.account) and self._has_pages(sequence, count)
+
+    def _has_pages(self, sequence: SequenceBlocks, count: int) -> bool:
+        """The same, of pages of window groups."""
+        windows = self.windows
+        return windows is None or windows.fits(sequence, sequence.committed, len(sequence.table) + count)
+
+    def grow(self, sequence: SequenceBlocks, count: int) -> None:
+        """Give the sequence so many more blocks. Raises CapacityError, and changes nothing, where that cannot be."""
+        assert sequence.account is not None
+        if not self._has_pages(sequence, count):
+            raise CapacityError(
+                f"{count} blocks of the KV cache need pages of layers that read a window, and too few are free; raise "
+                f"kv_cache_memory_bytes or run fewer sequences (max_num_seqs)",
+                retry_after_s=1.0,
+            )
+        sequence.table.extend(self.allocate(sequence.account, count))
+        if self.windows is not None:
+            self.windows.grow(sequence)
+
+    def reach(self, sequence: SequenceBlocks, num_tokens: int) -> tuple[array[int], ...]:
+        """Take the pages of window groups for a step that computes the sequence up to so many tokens. Returns its
+        tables of pages, by group."""
+        windows = self.windows
+        assert windows is not None
+        self._version += windows.reach(sequence, num_tokens)
+        return tuple(windows.table(sequence, index) for index in range(len(windows.groups)))
+
+    def move_on(self, sequence: SequenceBlocks) -> None:
+        """The sequence has committed more, and lets go of pages that its next token does not read."""
+        assert self.windows is not None
+        self._version += self.windows.move_on(sequence)
 
     def set_quota(self, tenant: str, floor: int, cap: int | None) -> None:
         """A tenant's floor and cap in blocks; its cached blocks beyond the cap go at once, those in use as they end."""
@@ -186,7 +226,7 @@ class SharedBlocks(ResidentBlocks):
         for each in nodes:
             if each.alive:  # the end of a lease may have let it go already
                 self.discard(each, "purge")
-        self.lookups.forget([node.key, *(each.key for each in nodes)])
+        self.lookups.forget([node, *nodes])
         self._let_go()
         return len(nodes)
 
@@ -251,10 +291,10 @@ class SharedBlocks(ResidentBlocks):
 
     def moves(self) -> Moves:
         """Wipes and copies that must come before the next step computes; the same until `moved`."""
-        dirty = self._pool.dirty
-        if not dirty and not self._copies:
+        dirty, windows = self._pool.dirty, () if self.windows is None else self.windows.moves()
+        if not dirty and not self._copies and not windows:
             return NO_MOVES
-        return Moves(tuple(dirty), tuple(self._copies.values()))
+        return Moves(tuple(dirty), tuple(self._copies.values()), windows)
 
     def moved(self, moves: Moves) -> None:
         """The data plane has carried out `moves`."""
@@ -265,6 +305,9 @@ class SharedBlocks(ResidentBlocks):
             if self._copies.get(copy.target) is copy:
                 del self._copies[copy.target]
                 self.release([copy.source])
+        if self.windows is not None and moves.windows:
+            self._version += 1
+            self.windows.moved(moves.windows)
 
     def copy_on_write(self, account: Account, source: int, num_positions: int) -> int:
         """A fresh block that will begin with the first positions of `source`, whose holder moves on to it. Raises

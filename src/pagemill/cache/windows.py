@@ -3,10 +3,12 @@
 A block has its page of full attention for as long as it is in use. In a window group it has a page of its own, from
 another pool, which goes earlier: a sequence holds those that its next token reads, and lets go of the others as it
 moves on. What is let go of stays while the block can be found and room lasts; the least recently let go leaves first.
+Pages for what is to be computed are taken step by step, out of what was reserved when the sequence entered or grew.
 
     blocks of a sequence    0   1   2   3   4   5 | next token
     full attention          x   x   x   x   x   x
     window of two blocks        .       x   x   x          x held, . kept for others, else dropped
+    reserved                            x   x   x  (x)     as many as it can come to hold at a time
 
 So a text can be hit up to a length n only where each group still has what token n reads: positions n - window + 1 on.
 """
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pagemill.base.errors import IntegrityError
+from pagemill.base.kv_spec import pages_in_reach
 from pagemill.base.transfer import Copy, Moves
 from pagemill.cache.pool import BlockPool
 
@@ -29,25 +32,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WindowSpec:
-    """A KV group whose token p reads positions p - window + 1 .. p, and how many pages it has."""
+    """A KV group whose token p reads positions p - window + 1 .. p, and how many pages it has.
+
+    chunk: most tokens of a sequence in a step. None: a sequence has pages for all of its blocks from the first that its
+    next token reads.
+    """
 
     window: int
     num_pages: int
+    chunk: int | None = None
+
+    def most_pages(self, size: int) -> int | None:
+        """Pages that a sequence holds at a time, at most, in blocks of so many positions; None without a bound."""
+        return None if self.chunk is None else pages_in_reach(self.window, self.chunk, size)
 
 
 class WindowGroup:
     """Pages of one group by block. Mutated by every method that is not a question.
 
     pages: block -> page. Every page is held by sequences or idle, which only a block that can be found is.
+    num_reserved: pages that sequences may come to hold, each counted for itself.
     """
 
-    __slots__ = ("_holders", "_idle", "_is_published", "_pool", "_size", "copies", "pages", "window")
+    __slots__ = (
+        "_holders", "_idle", "_is_published", "_most", "_pool", "_size", "copies", "num_reserved", "pages", "window",
+    )  # fmt: skip
 
     def __init__(self, spec: WindowSpec, size: int, wipes: bool, is_published: Callable[[int], bool]) -> None:
         self.window = spec.window
         self.pages: dict[int, int] = {}
         self.copies: dict[int, tuple[Copy, int]] = {}  # by target page, with the block that is read
+        self.num_reserved = 0
         self._size = size
+        self._most = spec.most_pages(size)
         self._pool = BlockPool(spec.num_pages, wipes=wipes)
         self._holders: Counter[int] = Counter()
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -55,12 +72,12 @@ class WindowGroup:
 
     @property
     def num_available(self) -> int:
-        """Pages that can be taken now."""
-        return self._pool.num_free + len(self._idle)
+        """Pages that can be reserved now: of what is not, a copy that waits to be made holds its source."""
+        return self._pool.num_blocks - self.num_reserved - len(self.copies)
 
-    def num_idle(self, blocks: Iterable[int]) -> int:
-        """How many of the blocks have a page that nobody holds."""
-        return sum(1 for block in blocks if block in self._idle)
+    def to_reserve(self, num_blocks: int) -> int:
+        """Pages that a sequence may come to hold which has so many blocks from the first that it reads."""
+        return num_blocks if self._most is None else min(num_blocks, self._most)
 
     def first_read(self, position: int) -> int:
         """Index of the first block that the token at `position` reads."""
@@ -136,7 +153,7 @@ class WindowGroup:
         for page in moves.wipes:
             self._pool.dirty.pop(page, None)
         for copy in moves.copies:
-            if copy.target in self.copies:
+            if copy.target in self.copies and self.copies[copy.target][0] is copy:
                 self.leave([self.copies.pop(copy.target)[1]])
 
     def renumber(self, moved: Mapping[int, int]) -> None:
@@ -148,14 +165,19 @@ class WindowGroup:
 
     def clear(self) -> None:
         """No block has a page."""
-        self.pages, self.copies = {}, {}
+        self.pages, self.copies, self.num_reserved = {}, {}, 0
         self._holders.clear()
         self._idle.clear()
         self._pool.reset()
 
-    def verify(self, held: Counter[int]) -> None:
+    def verify(self, held: Counter[int], num_reserved: int) -> None:
         """held: by block, how many sequences read it. Raises IntegrityError where pages are other than that."""
         self._pool.verify()
+        if num_reserved != self.num_reserved or self.num_available < 0:
+            raise IntegrityError(
+                f"{self.num_reserved} of {self._pool.num_blocks} pages of a window of {self.window} are reserved, "
+                f"beside {len(self.copies)} copies, and not {num_reserved}"
+            )
         held = held + Counter(block for _, block in self.copies.values())
         if held != self._holders or len(set(self.pages.values())) != len(self.pages):
             raise IntegrityError(f"pages of a window of {self.window} are held {self._holders}, not {held}")
@@ -167,17 +189,21 @@ class WindowGroup:
 
 
 class Windows:
-    """The window groups of a cache, and what sequences hold in them. Mutates the `first_read` of sequences.
+    """The window groups of a cache, and what sequences hold in them. Mutates `first_read`, `num_paged` and `reserved`
+    of sequences.
 
-    Every method that takes pages must find them available: `num_available` says how many blocks' worth there are.
+    Whoever enters, grows or goes back must find the pages for it: `left` and `fits` say so. What is taken then
+    (`reach`) is there.
     """
 
-    __slots__ = ("groups",)
+    __slots__ = ("_is_lazy", "_size", "groups")
 
     def __init__(
         self, specs: Sequence[WindowSpec], size: int, wipes: bool, is_published: Callable[[int], bool]
     ) -> None:
         self.groups = [WindowGroup(spec, size, wipes, is_published) for spec in specs]
+        self._size = size
+        self._is_lazy = all(spec.chunk is not None for spec in specs)
 
     @classmethod
     def make(
@@ -206,35 +232,70 @@ class Windows:
             most = least
         return 0
 
-    def num_available(self, hits: Sequence[int] = ()) -> int:
-        """Blocks that pages can be taken for in every group, once these hits are held."""
-        return min(group.num_available - group.num_idle(hits) for group in self.groups)
+    def left(self, num_tokens: int, count: int, num_copies: int) -> int:
+        """Pages that are left in every group once a sequence has entered that has computed `num_tokens` of its `count`
+        blocks, some of it by copies; below 0 where it cannot."""
+        return min(
+            group.num_available - group.to_reserve(count - group.first_read(num_tokens)) - num_copies
+            for group in self.groups
+        )
+
+    def fits(self, sequence: SequenceBlocks, num_tokens: int, count: int, num_copies: int = 0) -> bool:
+        """True where a sequence may have `count` blocks, with `num_tokens` computed."""
+        for group, reserved, before in zip(self.groups, sequence.reserved, sequence.first_read, strict=True):
+            first = min(group.first_read(num_tokens), before)
+            if group.to_reserve(count - first) - reserved + num_copies > group.num_available:
+                return False
+        return True
 
     def enter(self, sequence: SequenceBlocks, num_shared: int, tail: int | None, num_tail: int) -> None:
-        """A sequence holds what its next token reads of its hits, and has pages for its own blocks; the first of these
-        begins with `num_tail` positions of block `tail`."""
+        """A sequence holds what its next token reads of its hits, and may take pages for its own blocks; the first of
+        these begins with `num_tail` positions of block `tail`."""
         table = sequence.table
         sequence.first_read = [group.first_read(sequence.committed) for group in self.groups]
+        sequence.reserved = [0] * len(self.groups)
+        sequence.num_paged = num_shared
         for group, first in zip(self.groups, sequence.first_read, strict=True):
             group.hold(table[first:num_shared])
             if tail is not None:
                 group.hold([tail])
-            group.take(table[num_shared:])
-            if tail is not None:
+        self._reserve(sequence, len(table))
+        self.reach(sequence, 0 if self._is_lazy else len(table) * self._size)
+        if tail is not None:
+            self.reach(sequence, num_shared * self._size + num_tail)
+            for group in self.groups:
                 group.copy(tail, table[num_shared], num_tail)
                 group.leave([tail])
 
-    def grow(self, blocks: Sequence[int]) -> None:
-        """A sequence has taken these blocks."""
-        for group in self.groups:
-            group.take(blocks)
+    def grow(self, sequence: SequenceBlocks) -> None:
+        """A sequence has taken more blocks."""
+        self._reserve(sequence, len(sequence.table))
+        self.reach(sequence, 0 if self._is_lazy else len(sequence.table) * self._size)
 
-    def move_on(self, sequence: SequenceBlocks) -> None:
-        """The sequence has committed more: it lets go of what its next token does not read."""
+    def reach(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
+        """The sequence has pages for its first `num_tokens` positions, as far as it reads them. Returns whether it took
+        any."""
+        end = -(-num_tokens // self._size)
+        if end <= sequence.num_paged:
+            return False
+        for group in self.groups:
+            group.take(sequence.table[sequence.num_paged : end])
+        sequence.num_paged = end
+        return True
+
+    def move_on(self, sequence: SequenceBlocks) -> bool:
+        """The sequence has committed more: it lets go of what its next token does not read. Returns whether it did."""
+        has_moved = False
         for index, group in enumerate(self.groups):
             before = sequence.first_read[index]
-            first = sequence.first_read[index] = max(group.first_read(sequence.committed), before)
-            group.leave(sequence.table[before:first])
+            first = group.first_read(sequence.committed)
+            if first > before:
+                sequence.first_read[index] = first
+                group.leave(sequence.table[before:first])
+                has_moved = True
+        if has_moved:
+            self._reserve(sequence, len(sequence.table))
+        return has_moved
 
     def roll_back(self, sequence: SequenceBlocks, num_tokens: int, count: int) -> None:
         """The sequence goes back to `num_tokens` tokens, for which all that it reads is there, and `count` blocks."""
@@ -242,7 +303,16 @@ class Windows:
             before = sequence.first_read[index]
             first = sequence.first_read[index] = min(group.first_read(num_tokens), before)
             group.hold(sequence.table[first : min(before, count)])
-            group.leave(sequence.table[max(before, count) :])
+            group.leave(sequence.table[max(before, count) : sequence.num_paged])
+        sequence.num_paged = min(sequence.num_paged, count)
+        self._reserve(sequence, count)
+
+    def _reserve(self, sequence: SequenceBlocks, count: int) -> None:
+        """What a sequence of `count` blocks may come to hold."""
+        for index, group in enumerate(self.groups):
+            reserved = group.to_reserve(count - sequence.first_read[index])
+            group.num_reserved += reserved - sequence.reserved[index]
+            sequence.reserved[index] = reserved
 
     def exchange(self, own: int, there: int) -> None:
         """The sequence that wrote `own` reads `there` instead, a block of equal contents."""
@@ -261,18 +331,33 @@ class Windows:
         for group in self.groups:
             group.drop(block)
 
+    def moves(self) -> tuple[Moves, ...]:
+        """Wipes and copies of pages of every group that come before the next step computes; empty where there are
+        none."""
+        found = tuple(group.moves() for group in self.groups)
+        return found if any(found) else ()
+
+    def moved(self, moves: Sequence[Moves]) -> None:
+        """These were made."""
+        for group, each in zip(self.groups, moves, strict=bool(moves)):
+            group.moved(each)
+
     def verify(self, sequences: Sequence[SequenceBlocks]) -> None:
         """Pages are held as sequences read. Raises IntegrityError."""
         for index, group in enumerate(self.groups):
             held: Counter[int] = Counter()
             for sequence in sequences:
                 first = sequence.first_read[index]
-                held.update(sequence.table[first:])
-                if first > group.first_read(sequence.committed):
+                held.update(sequence.table[first : sequence.num_paged])
+                if first > group.first_read(sequence.committed) or sequence.num_paged * self._size < sequence.committed:
                     raise IntegrityError(f"a sequence lost what it reads in a window of {group.window}: {sequence}")
-            group.verify(held)
+                if sequence.num_paged - first > sequence.reserved[index]:
+                    raise IntegrityError(f"a sequence holds more pages of {group.window} than it may: {sequence}")
+            group.verify(held, sum(sequence.reserved[index] for sequence in sequences))
 
     def table(self, sequence: SequenceBlocks, index: int) -> array[int]:
-        """Pages of a sequence's blocks in a group, in order; -1 for those that it reads no more."""
-        pages, first = self.groups[index].pages, sequence.first_read[index]
-        return array("i", (-1 if i < first else pages[block] for i, block in enumerate(sequence.table)))
+        """Pages of a sequence's blocks in a group, in order; -1 for those that it reads no more, or has not reached."""
+        pages, first, end = self.groups[index].pages, sequence.first_read[index], sequence.num_paged
+        table = array("i", [-1]) * len(sequence.table)
+        table[first:end] = array("i", [pages[block] for block in sequence.table[first:end]])
+        return table

@@ -21,6 +21,10 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "pace": (Annotated[float, _option("Factor of the times between requests.")], 1.0),
     "requests": (Annotated[int, _option("Only the first so many requests.")], 1000),
     "streams": (Annotated[int, _option("Sequences that run at the same time.")], 64),
+    "deadline": (
+        Annotated[float | None, _option("Seconds after its arrival at which a request that is not finished fails.")],
+        None,
+    ),
     "cost_model": (
         Annotated[str | None, _option("What steps take: a file, written with what is measured if not there.", "FILE")],
         None,

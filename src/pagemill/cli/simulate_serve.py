@@ -45,19 +45,23 @@ def serve_trace(
     for flag, given in (("--plot", plot is not None), ("--manager", manager)):
         if given:
             raise ConfigError(f"{flag} belongs to hit curves, which --serve does not make; leave one of them out")
-    pace, most_requests, streams, cost_model = (
-        served[name] for name in ("pace", "requests", "streams", "cost_model")
-    )  # fmt: skip
+    pace, most_requests, streams, deadline_s, cost_model = (
+        served[name] for name in ("pace", "requests", "streams", "deadline", "cost_model")
+    )
     names, sizes = policy_names(policies), block_sizes(blocks)
     if most_requests < 1:
         raise ConfigError(f"--requests is {most_requests}; give at least 1")
+    if deadline_s is not None and not 0 < deadline_s < 1e9:
+        raise ConfigError(f"--deadline is {deadline_s:g}; give seconds above 0")
     loaded = load_trace(trace, session_gap, seed)
     loaded = Trace(loaded.name, loaded.block_tokens, loaded.requests[:most_requests])
     cost = _cost(None if cost_model is None else Path(cost_model).expanduser())
     rows: list[dict[str, Any]] = []
     for size in sizes:
         for name in names:
-            settings = ServeSettings(num_blocks=size, policy=name, max_num_seqs=streams, pace=pace)
+            settings = ServeSettings(
+                num_blocks=size, policy=name, max_num_seqs=streams, pace=pace, deadline_s=deadline_s
+            )
             began_s = time.perf_counter()
             with _progress(f"{name}, {size:,} blocks") as report_requests:
                 day = serve(loaded, cost, settings, report_requests)
@@ -71,6 +75,7 @@ def serve_trace(
         "seed": seed,
         "pace": pace,
         "streams": streams,
+        "deadline_s": deadline_s,
         "cost_model": cost.describe(),
         "rows": rows,
     }

@@ -3,7 +3,8 @@
 A long prompt read at once makes everybody who decodes wait for it; read in small chunks it reuses less of each pass
 over the weights (Sarathi, arXiv 2308.16369). How large a chunk may be depends on machine, model, number of streams and
 their length, so it is measured: seconds of steps that only decode, by number of rows, and seconds that a prompt token
-adds. Steps are cut differently from run to run, answers are not: no bit depends on how a prompt was cut.
+adds, more of them the more text stands before it. Steps are cut differently from run to run, answers are not: no bit
+depends on how a prompt was cut.
 
 The measure is a step in which all decode that have a place, those too whose prompts wait: what they will make every
 step take once they are in. Measured by those few that decode already, steps would stay short and prompts enter so
@@ -14,11 +15,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-SHORTEST_S = 0.04  # no step is held below this: 25 tokens a second is faster than people read
-SMALLEST_CHUNK = 16
+SHORTEST_S = 0.032  # no step is held below this: 31 tokens a second is faster than people read
+TILE_ROWS = 16
+SMALLEST_CHUNK = 4
 UNKNOWN_CHUNK = 128  # where nothing is known of steps that only decode
 PROBE_STEPS = 64
 _WEIGHT = 0.2
+_FAR = 1024  # positions by which the cost of a prompt token's place is counted
+_TOLERANCE = 0.05  # of a step's length, by which it may be longer for the sake of a whole tile
 _ROWS_OF_BASE = 12  # as many decode rows as cost what an empty step does, where nothing nearer is known
 
 
@@ -29,19 +33,20 @@ class StepBudget:
     decodes alone; None for no bound.
     """
 
-    __slots__ = ("_alone_s", "_known", "_num_mixed", "_stretch", "_token_s", "most")
+    __slots__ = ("_alone_s", "_far_s", "_known", "_num_mixed", "_stretch", "_token_s", "most")
 
     def __init__(self, most: int, percent: int | None) -> None:
         self.most = most
         self._stretch = None if percent is None else percent / 100
         self._alone_s: dict[int, float] = {}  # of as many decode rows as the class begins with
         self._known: list[int] = []  # its keys, sorted
-        self._token_s = 0.0
+        self._token_s = 0.0  # of a prompt token, and what _FAR positions before it add
+        self._far_s = 0.0
         self._num_mixed = PROBE_STEPS  # steps since one that decoded alone; the first of all does
 
-    def for_prompts(self, num_decoding: int, num_reading: int = 0) -> int:
+    def for_prompts(self, num_decoding: int, num_reading: int = 0, position: int = 0) -> int:
         """Prompt tokens for a step in which so many sequences decode and so many others, with a place to run, are to
-        have their prompts read. Now and then none, to see what decoding takes."""
+        have their prompts read, from such a position on. Now and then none, to see what decoding takes."""
         left = self.most - num_decoding
         if self._stretch is None or not num_decoding or left <= 0:
             return max(left, 0)
@@ -53,10 +58,13 @@ class StepBudget:
         together_s = self.alone_s(num_decoding + num_reading)
         seconds = max(self._stretch * max(alone_s, together_s), SHORTEST_S) - alone_s
         # Where no prompt was read yet, a token of one is taken to cost a decode row, which is more than it does.
-        chunk = max(int(seconds / (self._token_s or _row_s(alone_s, num_decoding))), SMALLEST_CHUNK)
-        rows = (chunk + num_decoding) // SMALLEST_CHUNK * SMALLEST_CHUNK  # kernels work in tiles of rows
-        whole = rows - num_decoding
-        return min(left, whole if whole >= SMALLEST_CHUNK else chunk)
+        token_s = self._token_at(position) or _row_s(alone_s, num_decoding)
+        token_s = self._token_at(position + seconds / token_s / 2) or token_s  # in the middle of the chunk
+        chunk = max(int(seconds / token_s), SMALLEST_CHUNK)
+        whole = (chunk + num_decoding) // TILE_ROWS * TILE_ROWS - num_decoding  # kernels work in tiles of rows
+        if num_reading > num_decoding and (whole + TILE_ROWS - chunk) * token_s <= _TOLERANCE * (seconds + alone_s):
+            whole += TILE_ROWS  # most have their prompts before them: what is short is throughput
+        return min(left, whole if whole >= TILE_ROWS else chunk)
 
     def alone_s(self, num_decoding: int) -> float:
         """Seconds of a step that only decodes so many rows, 0 where no such step was seen."""
@@ -68,8 +76,8 @@ class StepBudget:
             rows = min(self._known[max(place - 1, 0) : place + 1], key=lambda near: abs(near - rows))
         return _row_s(self._alone_s[rows], rows) * (num_decoding + _ROWS_OF_BASE)
 
-    def saw(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
-        """A step with so many decode rows and prompt tokens took so long."""
+    def saw(self, num_decoding: int, num_prompt_tokens: int, seconds: float, positions: float = 0.0) -> None:
+        """A step with so many decode rows and prompt tokens took so long. positions: of those tokens, summed up."""
         if self._stretch is None:
             return
         if not num_prompt_tokens:
@@ -91,9 +99,21 @@ class StepBudget:
             return
         if num_decoding:
             seconds -= self.alone_s(num_decoding)
-        elif num_prompt_tokens < SMALLEST_CHUNK:
+        elif num_prompt_tokens < TILE_ROWS:
             return
-        self._token_s = _towards(self._token_s, max(seconds, 0.0) / num_prompt_tokens)
+        self._learn(max(seconds, 0.0) / num_prompt_tokens, positions / num_prompt_tokens / _FAR)
+
+    def _token_at(self, position: float) -> float:
+        """Seconds of a prompt token at a position, 0 where none was seen."""
+        return self._token_s + self._far_s * position / _FAR
+
+    def _learn(self, seen_s: float, far: float) -> None:
+        """A prompt token took so long, so far from its text's beginning. What was expected moves towards it, each part
+        by as much as it counts there (Kaczmarz' projection)."""
+        known_s = self._token_s + self._far_s * far
+        error_s = (_towards(known_s, seen_s) - known_s) / (1 + far * far)
+        self._token_s = max(self._token_s + error_s, 0.0)
+        self._far_s = max(self._far_s + error_s * far, 0.0)
 
 
 def _class_of(num_rows: int) -> int:

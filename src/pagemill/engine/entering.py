@@ -19,10 +19,12 @@ from pagemill.cache.manager import CacheManager
 from pagemill.cache.prefix import common_tokens
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.fairness import Share, Shares
+from pagemill.engine.lateness import Pace, deadline_of
 from pagemill.engine.request import Sequence, tenant_of
 
 LOOKAHEAD = 8  # of a tenant's queue
 MOST_PASSED = 8  # how often one may be passed by those behind it
+MOST_POSTPONED = 64  # of a tenant's queue at a time
 WORTH_WAITING = 64  # tokens
 _RETRY_PLANS = 8
 _RECOUNT = 8  # choices after which hits are counted anew
@@ -41,22 +43,28 @@ class Choice:
 
 
 class Entering:
-    """Chooses who enters. Mutated by `choose`, `enters` and `changed`. running: the scheduler's own list."""
+    """Chooses who enters. Mutated by `choose`, `displaced`, `enters` and `changed`. running: the scheduler's own list.
+    pace: by which those are found who will be late. now_s: the moment of the plan that is made."""
 
     __slots__ = (
-        "_blocked_room", "_cache", "_common", "_found", "_limits", "_num_choices", "_num_plans", "_running", "_shares",
+        "_blocked_room", "_cache", "_common", "_found", "_limits", "_num_choices", "_num_plans", "_pace", "_running",
+        "_shares", "now_s",
     )  # fmt: skip
 
-    def __init__(self, limits: EngineLimits, cache: CacheManager, shares: Shares, running: list[Sequence]) -> None:
+    def __init__(
+        self, limits: EngineLimits, cache: CacheManager, shares: Shares, pace: Pace, running: list[Sequence]
+    ) -> None:
         self._limits = limits
         self._cache = cache
         self._shares = shares
+        self._pace = pace
         self._running = running
         self._blocked_room: int | None = None  # blocks that were to be had when they did not suffice
         self._num_plans = 0
         self._common: dict[tuple[int, int], int] = {}
         self._found: dict[int, int] = {}  # blocks of a waiting sequence that were there when last counted
         self._num_choices = 0
+        self.now_s = 0.0
 
     def changed(self) -> None:
         """Somebody came or went: what did not fit may fit now."""
@@ -124,6 +132,7 @@ class Entering:
         found: Sequence | None = None
         most = -1
         best: Sequence | None = None
+        self._postpone_late(share, reading)
         for sequence in share.queue.first(LOOKAHEAD):
             if self._awaits(sequence, reading):
                 continue
@@ -138,6 +147,26 @@ class Entering:
             if (count := self._num_found(sequence)) > most:
                 best, most = sequence, count
         return best
+
+    def _postpone_late(self, share: Share, reading: Ordered[Sequence]) -> None:
+        """Of those who may come next, whoever cannot end by its deadline any more goes behind all others."""
+        for _ in range(MOST_POSTPONED):
+            late = next((each for each in share.queue.first(LOOKAHEAD) if self._will_be_late(each, reading)), None)
+            if late is None:
+                return
+            share.queue.postpone(late)
+
+    def _will_be_late(self, sequence: Sequence, reading: Ordered[Sequence]) -> bool:
+        """True where a sequence that has not run would end after its deadline if it entered now."""
+        if sequence.request.params.deadline_s is None or sequence.is_late or sequence.rank:
+            return False
+        deadline_s = deadline_of(sequence)
+        assert deadline_s is not None
+        left_s, num_ahead = deadline_s - self.now_s, sum(map(_num_unread, reading))
+        if self._pace.seconds(sequence, num_ahead + len(sequence.tokens)) <= left_s:
+            return False
+        num_found = min(self._num_found(sequence) * self._cache.block_size, len(sequence.tokens) - 1)
+        return self._pace.seconds(sequence, num_ahead + len(sequence.tokens) - num_found) > left_s
 
     def enters(self, share: Share, entering: Sequence) -> None:
         """`entering` leaves the queue to run: those in front of it have been passed once more."""
@@ -248,6 +277,12 @@ class Entering:
             return 0
         size = self._cache.block_size
         return int(-(-sequence.request.longest // size) > -(-len(sequence.tokens) // size))
+
+
+def _num_unread(sequence: Sequence) -> int:
+    """Known tokens of a running sequence that are not computed."""
+    assert sequence.blocks is not None
+    return len(sequence.tokens) - sequence.blocks.committed
 
 
 def _same_namespace(one: CacheOptions, other: CacheOptions) -> bool:

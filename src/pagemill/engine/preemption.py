@@ -52,8 +52,11 @@ def _num_kept(
 ) -> int:
     """Positions that the victim keeps where to drop its tail costs less than to send it back, else 0."""
     size, held = cache.block_size, len(cache.block_table(victim.seq_id))
-    if cache.mode != "paged" or (cache.shared is not None and not victim.request.cache.bypass):
+    shared = cache.shared
+    if cache.mode != "paged" or (shared is not None and not victim.request.cache.bypass):
         return 0  # what it computed stays to be found, and the cache drops what it needs of it, tail first
+    if shared is not None and shared.windows is not None:
+        return 0  # what a shorter text would read of its windows it has let go of
     stats = cache.stats()
     there = len(cache.block_table(needy.seq_id)) + stats.num_free_blocks + stats.num_cached_blocks
     short = cache.blocks_for(num_tokens) - there

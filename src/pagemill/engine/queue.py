@@ -8,15 +8,17 @@ from pagemill.engine.request import Sequence
 
 PRIORITY_S = 10.0  # seconds of waiting that one unit of priority is worth
 
-# Whether it ran before (those first), its rank or moment of urgency, its number; the sequence is never compared.
+# 0 where it ran before, 2 where it will be late, else 1; its rank or moment of urgency; its number. The sequence is
+# never compared.
 _Entry = tuple[int, float, int, Sequence]
 
 
 class TenantQueue:
-    """Waiting sequences of one tenant. Mutated by `add` and `remove`.
+    """Waiting sequences of one tenant. Mutated by `add`, `remove` and `postpone`.
 
     Those that ran before and gave way come first, in the order of their first entry; then the others by arrival, where
     a unit of priority counts as `PRIORITY_S` seconds of waiting. So a low priority is a long wait and no endless one.
+    Last come those that cannot end by their deadlines any more, in the same order.
     """
 
     __slots__ = ("_entries",)
@@ -42,6 +44,12 @@ class TenantQueue:
         assert self._entries[place][3] is sequence
         del self._entries[place]
 
+    def postpone(self, sequence: Sequence) -> None:
+        """A waiting sequence will be late: it goes behind those that will not."""
+        self.remove(sequence)
+        sequence.is_late = True
+        self.add(sequence)
+
     def first(self, count: int) -> list[Sequence]:
         """The `count` that come first, or all."""
         return [entry[3] for entry in self._entries[:count]]
@@ -51,4 +59,9 @@ def _entry(sequence: Sequence) -> _Entry:
     if sequence.rank:
         return 0, float(sequence.rank), sequence.seq_id, sequence
     request = sequence.request
-    return 1, request.arrival_s + PRIORITY_S * request.params.priority, sequence.seq_id, sequence
+    return (
+        2 if sequence.is_late else 1,
+        request.arrival_s + PRIORITY_S * request.params.priority,
+        sequence.seq_id,
+        sequence,
+    )

@@ -60,7 +60,8 @@ class Sequence:
     in the cache. first: choice 0 of the same request, whose prompt the others wait for and share. rank: its place
     in the order of first entries, from 1, never changed; 0 before. num_passed: how many later ones entered before it.
     reads_history: of its parameters, which say so at some cost. blocks: what the cache holds for it while it runs.
-    num_faults: how often the cache was dropped for what went wrong at this sequence.
+    num_faults: how often the cache was dropped for what went wrong at this sequence. is_late: it was found, waiting, to
+    be unable to end by its deadline.
     """
 
     seq_id: int
@@ -77,6 +78,7 @@ class Sequence:
     reads_history: bool = False
     blocks: SequenceBlocks | None = None
     num_faults: int = 0
+    is_late: bool = False
 
     @property
     def num_generated(self) -> int:

@@ -26,6 +26,7 @@ from pagemill.engine.budget import StepBudget
 from pagemill.engine.deadlines import Deadlines
 from pagemill.engine.entering import Choice, Entering
 from pagemill.engine.fairness import Shares
+from pagemill.engine.lateness import Pace
 from pagemill.engine.preemption import choose_victim
 from pagemill.engine.queue import TenantQueue
 from pagemill.engine.request import Sequence, tenant_of
@@ -51,7 +52,7 @@ class Scheduler:
 
     __slots__ = (
         "_backlog", "_budget", "_cache", "_deadlines", "_entering", "_limits", "_next_rank", "_now_s", "_num_queued",
-        "_num_waiting", "num_expired", "num_preemptions", "num_tails_dropped", "running", "shares", "suspect",
+        "_num_waiting", "_pace", "num_expired", "num_preemptions", "num_tails_dropped", "running", "shares", "suspect",
     )  # fmt: skip
 
     def __init__(self, limits: EngineLimits, cache: CacheManager) -> None:
@@ -59,7 +60,8 @@ class Scheduler:
         self._cache = cache
         self.shares = Shares()
         self.running: list[Sequence] = []
-        self._entering = Entering(limits, cache, self.shares, self.running)
+        self._pace = Pace()
+        self._entering = Entering(limits, cache, self.shares, self._pace, self.running)
         self._budget = StepBudget(limits.max_num_batched_tokens, limits.mixed_step_percent)
         self._backlog = Backlog(limits.max_queued_requests)
         self._deadlines = Deadlines()
@@ -104,6 +106,7 @@ class Scheduler:
         share = self.shares.active[tenant_of(sequence)]
         if sequence.status == "running":
             self._leave(sequence)
+            self._pace.ended(sequence, self._now_s)
             if sequence.first is None:
                 self._backlog.finished(self._now_s, len(self.running))
         else:
@@ -124,7 +127,8 @@ class Scheduler:
 
         No more run than a step has tokens, so that each that decodes has its row.
         """
-        self._now_s, self.suspect = now_s, None
+        self._now_s = self._entering.now_s = now_s
+        self.suspect = None
         self._cache.advance(now_s)
         failed: list[tuple[Sequence, PagemillError]] = []
         for sequence, error in self._deadlines.due(now_s):
@@ -141,9 +145,12 @@ class Scheduler:
         short = self._grow_running(failed, rows, steps, prompts)
         num_decoding = len(rows)
         num_places = min(self._limits.max_num_seqs, len(self.running) + self._num_waiting)
-        left = self._budget.for_prompts(num_decoding, num_places - num_decoding)
+        left = self._left(num_decoding, num_places, prompts)
         if self._num_waiting and left and not short:
+            num_prompts = len(prompts)
             self._let_in(prompts, left, failed)
+            if len(prompts) > num_prompts:
+                left = min(left, self._left(num_decoding, num_places, prompts))
         if prompts and left:
             self._read_prompts(prompts, left, rows, steps)
         return Schedule(StepPlan(tuple(steps), self._cache.moves()), tuple(rows), tuple(failed), num_decoding)
@@ -151,7 +158,10 @@ class Scheduler:
     def ran(self, schedule: Schedule, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens was computed and took so long: tenants are charged, and the budget learns."""
         num_decoding = schedule.num_decoding
-        self._budget.saw(num_decoding, num_tokens - num_decoding, seconds)
+        prompts = schedule.step.sequences[num_decoding:]
+        positions = sum([len(each.token_ids) * (each.start + len(each.token_ids) / 2) for each in prompts])
+        self._budget.saw(num_decoding, num_tokens - num_decoding, seconds, positions)
+        self._pace.saw(num_decoding, num_tokens - num_decoding, seconds)
         active = self.shares.active
         if len(active) == 1:
             [only] = active.values()
@@ -354,6 +364,12 @@ class Scheduler:
             return True
         return sum(unread) < left
 
+    def _left(self, num_decoding: int, num_places: int, prompts: list[Sequence]) -> int:
+        """Tokens of a step for prompts, of which that one costs most whose turn it is."""
+        front = self._in_turn(prompts)[0].blocks if prompts else None
+        position = 0 if front is None else front.committed
+        return self._budget.for_prompts(num_decoding, num_places - num_decoding, position)
+
     def _in_turn(self, prompts: list[Sequence]) -> list[Sequence]:
         """Prompts by whose turn it is, and by rank within a tenant."""
         active = self.shares.active
@@ -409,6 +425,7 @@ class Scheduler:
                 num_generated,
                 request.stop_token_ids if num_generated < params.min_tokens else (),
                 tokens if sequence.reads_history else (),
+                self._cache.window_tables(blocks, end),
             ),
         )
 

@@ -23,12 +23,14 @@ class BatchBuilder:
     A step that only decodes writes tokens and positions through `array`, whose memory numpy reads: with the processor's
     caches emptied by the step before, a few numpy calls take longer than all the rest of a small batch.
 
-    block_size: positions per block.
+    block_size: positions per block. num_windows: window groups, whose tables are written anew for each step.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_windows: int = 0) -> None:
         self._block_size = block_size
+        self._num_windows = num_windows
         self._tables = np.zeros((1, 8), np.int32)
+        self._window_tables: Int32 | None = None
         self._held = [array("i")]  # what each row of _tables holds
         self._tokens, self._positions = array("i", [0]), array("i", [0])
         self._single = self._make_single(1)
@@ -43,7 +45,10 @@ class BatchBuilder:
         longest = max([len(s.block_table) for s in sequences])
         if len(self._tokens) < count or self._tables.shape[1] < longest:
             self._make_room(count, longest)
-        if self._write(sequences):
+        single = self._write(sequences)
+        if self._num_windows:
+            self._window_tables = self._write_windows(sequences)
+        elif single:
             if len(self._single.tokens) != count:
                 self._single = self._make_single(count)
             return self._single
@@ -77,6 +82,20 @@ class BatchBuilder:
             tokens[row], positions[row] = ids[0], start
         return single
 
+    def _write_windows(self, sequences: Sequence[SequenceStep]) -> Int32:
+        """Tables of the window groups, as wide as those of blocks. Raises IntegrityError where one is missing."""
+        made = np.full((self._num_windows, len(sequences), self._tables.shape[1]), -1, np.int32)
+        for row, sequence in enumerate(sequences):
+            tables = sequence.window_tables
+            if len(tables) != self._num_windows or any(len(each) != len(sequence.block_table) for each in tables):
+                raise IntegrityError(
+                    f"sequence {sequence.seq_id} brings {len(tables)} tables of window groups for {self._num_windows}, "
+                    f"or of other lengths than {len(sequence.block_table)}; report this as a bug"
+                )
+            for group, table in enumerate(tables):
+                made[group, row, : len(table)] = table
+        return made
+
     def _make_single(self, count: int) -> Batch:
         """A batch of `count` sequences of one row each, over the arrays that are kept."""
         rows = np.arange(count + 1, dtype=np.int32)
@@ -102,4 +121,5 @@ class BatchBuilder:
             at += count
             if sequence.sample:
                 logit_rows.append(at - 1)
-        return Batch(tokens, positions, starts, tables, np.array(logit_rows + prompt_rows, np.int32))
+        logits = np.array(logit_rows + prompt_rows, np.int32)
+        return Batch(tokens, positions, starts, tables, logits, self._window_tables)

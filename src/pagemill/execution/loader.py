@@ -108,6 +108,7 @@ def load_executor(
     kv_codec: str = "bf16",
     block_size: int = 16,
     num_blocks: int,
+    window_pages: tuple[int, ...] = (),
     max_model_len: int | None = None,
     num_threads: int = 1,
     executor: str = "native",
@@ -116,15 +117,15 @@ def load_executor(
 ) -> Runner:
     """A runner with its weights packed and its arena allocated.
 
-    dtype, weight_format: as in EngineConfig. executor: native or reference. progress(done, total) is called while
-    weights are packed. packed_weights_cache: auto, off or a directory (`packed.py`). Raises ConfigError, ModelError,
-    CapacityError.
+    dtype, weight_format: as in EngineConfig. window_pages: as in KVSpec. executor: native or reference.
+    progress(done, total) is called while weights are packed. packed_weights_cache: auto, off or a directory
+    (`packed.py`). Raises ConfigError, ModelError, CapacityError.
     """
     OPTIONS["dtype"].check(dtype)
     OPTIONS["weight_format"].check(weight_format)
     weight_format = weight_format_of(dtype, weight_format)
     plan = build_plan(checkpoint.spec, max_positions=max_model_len)
-    spec = KVSpec(plan.kv, block_size, kv_codec)
+    spec = KVSpec(plan.kv, block_size, kv_codec, window_pages)
     target = choose_target()
     weights = ConvertedWeights(plan, checkpoint.tensors, weight_format, target)
     if weight_format == "q8_0" and (others := weights.matrices_not_in("q8_0")):
@@ -137,7 +138,7 @@ def load_executor(
         source_digest = checkpoint.digest
         model = ReferenceExecutor(plan, weights, spec, num_blocks, arithmetic=arithmetic_of(target))
     elif executor == "native":
-        arena = Arena.allocate(spec, num_blocks)
+        arena = Arena.allocate(spec.groups[0].spec, num_blocks)
         packed = PackedWeights(
             checkpoint,
             weights,

@@ -26,7 +26,7 @@ class Runner:
         self.model = model
         self.weights_id = weights_id
         self.on_stage: Callable[[str], None] | None = None
-        self._batches = BatchBuilder(model.kv_spec.block_size)
+        self._batches = BatchBuilder(model.kv_spec.block_size, len(model.kv_spec.window_pages))
         self._adjuster = LogitAdjuster()
         self._prompts = PromptReports()
         self._sampler: StepSampler = (

@@ -37,6 +37,7 @@ class NativeModel:
         pages_per_block: int,
         codec: int,
         layers: Sequence[tuple[int, int, int, int, int]],
+        windows: Sequence[tuple[NDArray[np.uint8], int, int, int, Sequence[int]]] = ...,
     ) -> None: ...
     def add_phase(self, kind: int, matrices: Sequence[int], **fields: Any) -> None: ...
     def step(

@@ -21,7 +21,8 @@ class Batch:
 
     tokens, positions: [rows] i32, positions of a sequence consecutive. starts: [num_seqs + 1] i32, first row of each
     sequence and the number of rows. tables: [num_seqs, longest] i32 block ids in order of position.
-    logit_rows: [num_logits] i32, rows whose logits are wanted.
+    logit_rows: [num_logits] i32, rows whose logits are wanted. window_tables: the same as tables for each window group
+    of the KV spec, [groups, num_seqs, longest] i32, -1 where a page is not held; None without groups.
     """
 
     tokens: Int32
@@ -29,6 +30,7 @@ class Batch:
     starts: Int32
     tables: Int32
     logit_rows: Int32
+    window_tables: Int32 | None = None
 
 
 class ModelExecutor(Protocol):

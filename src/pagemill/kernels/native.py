@@ -100,8 +100,9 @@ def allocate(num_bytes: int, purpose: str) -> NDArray[np.uint8]:
 class NativeExecutor:
     """A plan in native code. Mutated by `forward` (the KV arena and scratch memory).
 
-    weights: handle -> Tensor, matrices in their checkpoint format. arena: u8 [≥ num_blocks * kv_spec.block_bytes].
-    matrices: gives a matrix packed already, by handle; without it each is packed from `weights`.
+    weights: handle -> Tensor, matrices in their checkpoint format. arena: u8 [≥ num_blocks * block_bytes
+    of the first KV group]; window groups have memory of their own. matrices: gives a matrix packed already, by handle;
+    without it each is packed from `weights`.
     """
 
     def __init__(
@@ -123,6 +124,18 @@ class NativeExecutor:
         self._logits = np.empty((0, plan.vocab_size), np.float32)
         self._results = self._logits, np.empty(0, np.int32)  # of the step before
         self._model = _native.NativeModel(target, num_threads, plan.hidden_dim, plan.vocab_size, plan.max_positions)
+        self._groups = kv_spec.groups
+        self._windows = [
+            allocate(
+                group.num_pages * group.spec.block_bytes,
+                f"{group.num_pages:,} pages of {group.spec.block_bytes:,} bytes for a window of {group.window:,}",
+            )
+            for group in self._groups[1:]
+        ]
+        self._window_pages = [
+            Pages(memory, group.spec, group.num_pages)
+            for memory, group in zip(self._windows, self._groups[1:], strict=True)
+        ]
         self._set_arena(arena, num_blocks)
         self._matrices: dict[MatrixRef, int] = {}
         self._packed: dict[str, PackedMatrix] = {}
@@ -145,10 +158,11 @@ class NativeExecutor:
         return self._model.threads
 
     def _set_arena(self, arena: NDArray[np.uint8], num_blocks: int) -> None:
-        spec = self.kv_spec
+        spec, (full, *windows) = self.kv_spec, self._groups
+        offsets = {each: group.spec.layer_offset(at) for group in self._groups for at, each in enumerate(group.layers)}
         layers = [
             (
-                spec.layer_offset(i),
+                offsets[i],
                 spec.page_bytes(i),
                 layer.num_kv_heads,
                 layer.head_dim,
@@ -156,15 +170,23 @@ class NativeExecutor:
             )
             for i, layer in enumerate(spec.layers)
         ]
-        codec = CODECS[spec.codec]
-        self._model.set_kv(arena, spec.block_bytes, num_blocks, spec.pages_per_block, codec, layers)
+        geometry = full.spec.block_bytes, num_blocks, spec.pages_per_block, CODECS[spec.codec], layers
+        if windows:
+            groups = [
+                (memory, group.spec.block_bytes, group.num_pages, group.window or 0, group.layers)
+                for memory, group in zip(self._windows, windows, strict=True)
+            ]
+            self._model.set_kv(arena, *geometry, groups)
+        else:
+            self._model.set_kv(arena, *geometry)
         self._arena, self._num_blocks = arena, num_blocks
-        self._pages = Pages(arena, spec, num_blocks)
+        self._pages = Pages(arena, full.spec, num_blocks)
 
     def resize(self, num_blocks: int) -> None:
         """Have so many blocks from now on, the first ones with their contents; the old memory goes back to the system
-        once they are copied. Raises CapacityError where there is no room for both, and has changed nothing."""
-        size = self.kv_spec.block_bytes
+        once they are copied; window groups keep their pages. Raises CapacityError where there is no room for both, and
+        has changed nothing."""
+        size = self._groups[0].spec.block_bytes
         arena = allocate(num_blocks * size, f"a KV cache of {num_blocks:,} blocks of {size:,} bytes")
         kept = min(num_blocks, self._num_blocks) * size
         arena[:kept] = self._arena[:kept]
@@ -173,9 +195,11 @@ class NativeExecutor:
     def move(self, moves: Moves) -> None:
         """Wipe and copy blocks of the arena. With blocks, scratch memory is wiped: it holds what was computed for them,
         such as the value of a sequence's first position, which is also its attention's output there."""
-        if moves.wipes:
+        if moves.wipes or any(each.wipes for each in moves.windows):
             self._model.wipe_activations()
         self._pages.move(moves)
+        for pages, each in zip(self._window_pages, moves.windows, strict=bool(moves.windows)):
+            pages.move(each)
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """Run one step; logits [num_logits, vocab] f32."""
@@ -189,7 +213,10 @@ class NativeExecutor:
             if rows > len(self._logits):
                 self._logits = np.empty((rows, self._plan.vocab_size), np.float32)
             logits, best = self._results = self._logits[:rows], np.empty(rows, np.int32)
-        self._model.step(batch.tokens, batch.positions, batch.starts, batch.tables, batch.logit_rows, logits, best)
+        tables = batch.tables
+        if batch.window_tables is not None:
+            tables = np.concatenate([tables, *batch.window_tables])
+        self._model.step(batch.tokens, batch.positions, batch.starts, tables, batch.logit_rows, logits, best)
         return logits, best
 
     def sampler(self) -> NativeSampler:

@@ -282,7 +282,13 @@ class ReferenceExecutor:
         self._weights = weights
         self._tensors: dict[str, Tensor] = {}
         self._dense: dict[str, Float32] = {}
-        shapes = [(num_blocks, kv_spec.block_size, la.num_kv_heads, la.head_dim) for la in kv_spec.layers]
+        self._groups = kv_spec.groups
+        self._group_of = {each: index for index, group in enumerate(self._groups) for each in group.layers}
+        counts = [num_blocks, *kv_spec.window_pages]
+        shapes = [
+            (counts[self._group_of[i]], kv_spec.block_size, each.num_kv_heads, each.head_dim)
+            for i, each in enumerate(kv_spec.layers)
+        ]
         self.keys = [np.zeros(shape, np.float32) for shape in shapes]
         self.values = [np.zeros(shape, np.float32) for shape in shapes]
         self.scales = [np.zeros((2, *shape[:3]), np.float32) for shape in shapes]  # of keys and values, int8 alone
@@ -298,28 +304,30 @@ class ReferenceExecutor:
         return other
 
     def resize(self, num_blocks: int) -> None:
-        """Have so many blocks, the first ones with their contents."""
-        kept = min(num_blocks, len(self.keys[0]) if self.keys else 0)
+        """Have so many blocks, the first ones with their contents; window groups keep their pages."""
 
         def resized(array: NDArray[Any], axis: int) -> NDArray[Any]:
             shape = list(array.shape)
-            shape[axis] = num_blocks
+            kept, shape[axis] = min(num_blocks, shape[axis]), num_blocks
             made = np.zeros(shape, array.dtype)
             index = (slice(None),) * axis + (slice(0, kept),)
             made[index] = array[index]
             return made
 
-        self.keys = [resized(each, 0) for each in self.keys]
-        self.values = [resized(each, 0) for each in self.values]
-        self.scales = [resized(each, 1) for each in self.scales]
+        for layer in self._groups[0].layers:
+            self.keys[layer] = resized(self.keys[layer], 0)
+            self.values[layer] = resized(self.values[layer], 0)
+            self.scales[layer] = resized(self.scales[layer], 1)
 
     def move(self, moves: Moves) -> None:
         """Wipe blocks, then copy first positions of blocks, in every layer."""
-        for array in (*self.keys, *self.values, *(each for scales in self.scales for each in scales)):
-            for block in moves.wipes:
-                array[block] = 0
-            for copy in moves.copies:
-                array[copy.target, : copy.num_positions] = array[copy.source, : copy.num_positions]
+        for group, each in zip(self._groups, (moves, *moves.windows), strict=bool(moves.windows)):
+            for layer in group.layers:
+                for array in (self.keys[layer], self.values[layer], *self.scales[layer]):
+                    for block in each.wipes:
+                        array[block] = 0
+                    for copy in each.copies:
+                        array[copy.target, : copy.num_positions] = array[copy.source, : copy.num_positions]
 
     def forward(self, batch: Batch) -> Float32:
         """Run one step; logits [num_logits, vocab] f32."""
@@ -350,12 +358,24 @@ class ReferenceExecutor:
         y = product(x, tensor, None if integer else self._dense_of(weight), self._arithmetic)
         return y if bias is None else y + self._dense_of(bias)
 
-    def _sequence(self, batch: Batch, i: int) -> tuple[slice, NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """Rows of sequence i, their positions, and for positions 0 .. last: block ids and slots."""
+    def _sequence(
+        self, batch: Batch, i: int, layer: int
+    ) -> tuple[slice, NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """Rows of sequence i, their positions, and for positions 0 .. last: block ids of a layer, and slots. Positions
+        that none of the rows reads any more stand in the first block that one of them does."""
         rows = slice(int(batch.starts[i]), int(batch.starts[i + 1]))
-        at = np.arange(int(batch.positions[rows][-1]) + 1, dtype=np.int32)
-        size = self.kv_spec.block_size
-        return rows, batch.positions[rows], batch.tables[i][at // size], at % size
+        positions, size, index = batch.positions[rows], self.kv_spec.block_size, self._group_of[layer]
+        at = np.arange(int(positions[-1]) + 1, dtype=np.int32)
+        tables = batch.tables
+        if index:
+            assert batch.window_tables is not None
+            tables = batch.window_tables[index - 1]
+        blocks = tables[i][at // size]
+        if window := self._groups[index].window:
+            first = max(int(positions[0]) - window + 1, 0) // size * size
+            blocks[:first] = blocks[first]
+        assert blocks.min() >= 0, f"layer {layer} reads a page that is not held: {blocks}"
+        return rows, positions, blocks, at % size
 
     @singledispatchmethod
     def _run(self, op: ops.Op, reg: dict[str, Float32], batch: Batch) -> None:
@@ -400,7 +420,7 @@ class ReferenceExecutor:
         shape = (-1, layer.num_kv_heads, layer.head_dim)
         k, v = reg[op.k].reshape(shape), reg[op.v].reshape(shape)
         for i in range(len(batch.starts) - 1):
-            rows, positions, blocks, slots = self._sequence(batch, i)
+            rows, positions, blocks, slots = self._sequence(batch, i, op.layer)
             at = blocks[positions], slots[positions]
             if self.kv_spec.codec == "int8":
                 keys, key_scales = quantize_heads(hadamard(k[rows]), stored=True, rounded=self._rounding.keys)
@@ -416,7 +436,7 @@ class ReferenceExecutor:
         q = reg[op.q].reshape(-1, op.num_q_heads, op.head_dim)
         out = np.empty_like(q)
         for i in range(len(batch.starts) - 1):
-            rows, positions, blocks, slots = self._sequence(batch, i)
+            rows, positions, blocks, slots = self._sequence(batch, i, op.layer)
             k, v = self.keys[op.layer][blocks, slots], self.values[op.layer][blocks, slots]
             if self.kv_spec.codec == "int8":
                 ks, vs = self.scales[op.layer][:, blocks, slots]

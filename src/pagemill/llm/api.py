@@ -185,7 +185,7 @@ class LLM:
         """
         size = parse_bytes(memory_bytes)
         with self._lock:
-            self.built.engine.resize_cache(size // self.built.kv_spec.block_bytes)
+            self.built.engine.resize_cache(self.built.kv_spec.blocks_in(size))
 
     @property
     def cache(self) -> CacheControl:

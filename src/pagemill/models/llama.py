@@ -105,6 +105,11 @@ def spec_from_config(config: ConfigFile, name: str) -> ModelSpec:
             f"{config.origin}: layer_types is {str(kinds)[:60]}; supported: full_attention in every layer. Use another "
             "checkpoint"
         )
+    return read_spec(config, name, "llama")
+
+
+def read_spec(config: ConfigFile, name: str, family: str) -> ModelSpec:
+    """What all families of this shape have in common in `config.json`. Raises ModelError."""
     hidden = config.get_int("hidden_size", minimum=1)
     num_heads = config.get_int("num_attention_heads", minimum=1)
     if not config.has("head_dim") and hidden % num_heads:
@@ -115,7 +120,7 @@ def spec_from_config(config: ConfigFile, name: str) -> ModelSpec:
     head_dim = config.get_int("head_dim", hidden // num_heads, minimum=1)
     context = config.get_int("max_position_embeddings", 2048, minimum=1)
     return ModelSpec(
-        family="llama",
+        family=family,
         name=name,
         num_layers=config.get_int("num_hidden_layers", minimum=1),
         hidden_dim=hidden,
@@ -274,7 +279,10 @@ def _rope_from_gguf(file: GGUFFile, head_dim: int, context: int) -> RopeSpec:
 
 
 def build(spec: ModelSpec, *, max_positions: int | None = None) -> Plan:
-    """The plan of a llama. max_positions: longest sequence that the rope table covers (the context length at most)."""
+    """The plan of a llama, or of a family of this shape.
+
+    max_positions: longest sequence that the rope table covers (the context length at most).
+    """
     assert spec.rope is not None, "a llama has rope"
     positions = min(max_positions or spec.context_length, spec.context_length)
     head = "embed" if spec.tied_head else "head"
@@ -288,17 +296,21 @@ def build(spec: ModelSpec, *, max_positions: int | None = None) -> Plan:
     for layer in range(spec.num_layers):
         _add_layer(ops, weights, spec, layer)
     ops += [Norm("x", "h", "rms", "final_norm.weight", None, spec.norm_eps), Head("h", head)]
-    kv = LayerKV(spec.num_kv_heads, spec.head_dim, "full" if spec.window is None else "window", spec.window)
     return Plan(
-        family="llama",
+        family=spec.family,
         hidden_dim=spec.hidden_dim,
         vocab_size=spec.vocab_size,
         max_positions=positions,
         ops=tuple(ops),
         weights=weights,
         constants={"rope": rope_table(spec.rope, positions)},
-        kv=(kv,) * spec.num_layers,
+        kv=tuple(_layer_kv(spec, layer) for layer in range(spec.num_layers)),
     )
+
+
+def _layer_kv(spec: ModelSpec, layer: int) -> LayerKV:
+    window = spec.window_of(layer)
+    return LayerKV(spec.num_kv_heads, spec.head_dim, "full" if window is None else "window", window)
 
 
 def _add_layer(ops: list[Op], weights: dict[str, WeightDecl], spec: ModelSpec, layer: int) -> None:
@@ -329,8 +341,10 @@ def _add_layer(ops: list[Op], weights: dict[str, WeightDecl], spec: ModelSpec, l
         rotate("q", spec.num_q_heads),
         rotate("k", spec.num_kv_heads),
         WriteKV(layer, "k", "v"),
-        Attention(layer, "q", "a", spec.num_q_heads, spec.num_kv_heads, head_dim, head_dim**-0.5, spec.window),
-        linear("a", "o", "o", hidden, q_dim, attn_bias),
+        Attention(
+            layer, "q", "a", spec.num_q_heads, spec.num_kv_heads, head_dim, head_dim**-0.5, spec.window_of(layer)
+        ),
+        linear("a", "o", "o", hidden, q_dim, attn_bias if spec.output_bias is None else spec.output_bias),
         Residual("x", "o"),
         norm("mlp_norm"),
         linear("h", "g", "gate", spec.ffn_dim, hidden, mlp_bias),

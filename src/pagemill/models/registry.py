@@ -8,7 +8,7 @@ from typing import Protocol
 from pagemill.base.errors import ModelError
 from pagemill.base.model_spec import ModelSpec
 from pagemill.kernels.ops import Plan
-from pagemill.models import gpt2, llama
+from pagemill.models import gpt2, llama, mistral, qwen2
 from pagemill.models.config_json import ConfigFile
 from pagemill.models.gguf import GGUFFile
 from pagemill.models.weights import TensorNames
@@ -37,6 +37,8 @@ class Family(Protocol):
 FAMILIES: dict[str, Family] = {
     "gpt2": gpt2,
     "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
 }
 
 # Largest sizes that are believed; beyond them a configuration is damaged or hostile.

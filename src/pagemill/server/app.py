@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 
 from pagemill.server import chat, completions, routes
+from pagemill.server.error_shape import described_errors
 from pagemill.server.errors import install_errors
 from pagemill.server.ports import ServerSettings, Serving
 from pagemill.server.service import Service
@@ -33,7 +34,12 @@ def create_app(
     Middleware is laid around by `wrapped`, so that a stream passes through it as it is.
     """
     app = FastAPI(
-        title="Pagemill", version=settings.version, docs_url=None, redoc_url=None, openapi_url="/openapi.json"
+        title="Pagemill",
+        version=settings.version,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        responses=described_errors(),
     )
     app.state.service = service or Service(serving, settings)
     for router in (routes.router, completions.router, chat.router, *routers):

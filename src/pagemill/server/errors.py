@@ -1,8 +1,9 @@
 """Errors as OpenAI's clients read them. Owns which error has which status, and what is said of a body that does not fit
 the schema; other messages come with errors, and the shape is in `error_shape.py`.
 
-400 a wrong value or no JSON · 404 no such route or model · 413 too large · 422 a field of a wrong type · 429 too many
-requests of one's own · 503 loading, draining, full or out of memory, with Retry-After · 500 ours.
+400 a wrong value, a field of a wrong type or no JSON · 404 no such route or model · 413 too large · 429 too many
+requests of one's own · 503 loading, draining, full or out of memory, with Retry-After · 500 ours. OpenAI answers a body
+that does not fit its schema with 400, which its clients raise as BadRequestError; FastAPI's own 422 is never sent.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Final
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagemill.base.errors import CapacityError, ModelError, PagemillError, RequestError
 from pagemill.server.error_shape import error_body
@@ -94,7 +96,31 @@ def install_errors(app: FastAPI) -> None:
     app.add_exception_handler(PagemillError, _answer)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(Exception, _answer)
+    app.add_middleware(_OwnFailures)
+
+
+class _OwnFailures:
+    """ASGI: answers what no handler took, and lets it end there. Starlette's handler of every exception raises it again
+    behind its answer, so that it is logged twice. Where an answer has begun, uvicorn logs it and cuts the connection.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noticed(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noticed)
+        except Exception as error:
+            if has_begun:
+                raise
+            await error_response(error)(scope, receive, send)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
@@ -124,16 +150,13 @@ def _of_validation(errors: Sequence[Any]) -> FieldError:
     places = [_place_of(each.get("loc", ())) for each in errors]
     place = places[0]
     if first.get("type") == "json_invalid" or not place:
-        return FieldError(
-            "the body is no JSON object; send one, with content-type: application/json",
-            status=400 if first.get("type") == "json_invalid" else 422,
-        )
+        return FieldError("the body is no JSON object; send one, with content-type: application/json")
     others = len(set(map(tuple, places))) - 1
     more = f" (and {others} more)" if others else ""
     said = first.get("msg", "wrong")
     if len(place) < len(first["loc"]) - 1:  # one of several types, each with an error of its own
         said = f"give {_UNIONS[place[-1]]}" if place[-1] in _UNIONS else "it has none of the types of this field"
-    return FieldError(f"{'.'.join(place)[:200]}: {said}{more}", param=place[0][:200], status=422)
+    return FieldError(f"{'.'.join(place)[:200]}: {said}{more}", param=place[0][:200])
 
 
 def _place_of(location: Sequence[Any]) -> list[str]:

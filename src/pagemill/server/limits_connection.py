@@ -14,7 +14,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from pagemill.server.limits import Limits
 from pagemill.telemetry.metrics import Metrics
 
-_BUSY: Final = (
+BUSY: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
 )  # fmt: skip
 _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -31,6 +31,9 @@ class _GuardedProtocol(_Base):  # type: ignore[misc]
     its request exists. What comes behind a request that is being answered is a head too, but not timed: the answer
     may be long, and uvicorn's keep-alive timer runs from its end. A whole head there is not taken: the connection
     ends with the answer. uvicorn would stop reading, and then not see the client of the first one leave.
+
+    An answer is unread while the system has not taken it. A connection that is being closed waits for that too, without
+    a limit of its own, so that clients who ask and do not read could hold all that there may be.
     """
 
     limits: Limits
@@ -40,13 +43,17 @@ class _GuardedProtocol(_Base):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._end_timer: asyncio.TimerHandle | None = None
         self._num_head_bytes = 0
         self._is_last = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
+        if transport.get_extra_info("sslcontext") is None:
+            # What the system does not take is unread. With TLS the loop's own limits stay: `_end_soon` ends the rest.
+            transport.set_write_buffer_limits(high=0)
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
-            self._cut("too many", _BUSY)
+            self._cut("too many", BUSY)
             return
         self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._cut, "head", _TOO_SLOW)
 
@@ -103,7 +110,31 @@ class _GuardedProtocol(_Base):  # type: ignore[misc]
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._stop_write_timer()
+        self._stop_end_timer()
         super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        super().eof_received()
+        self._end_soon()  # the transport closes itself behind this
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._end_soon()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._end_soon()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():
+            self._end_soon()
+
+    def _end_soon(self) -> None:
+        """Closing has begun."""
+        if self._end_timer is None:
+            self._end_timer = self.loop.call_later(self.limits.write_timeout_s, self._cut, "read", b"")
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -116,16 +147,17 @@ class _GuardedProtocol(_Base):  # type: ignore[misc]
 
     def _cut(self, reason: str, answer: bytes) -> None:
         self._stop_head_timer()
-        if self.transport.is_closing():
-            if reason == "read":  # closing waits for a reader that does not read
-                self.transport.abort()
+        if self.transport.is_closing() and reason != "read":  # closing waits for a reader that does not read
             return
+        self._stop_write_timer()
+        self._stop_end_timer()
         self.metrics["pagemill:http_connections_cut"].add(1, reason)
         if not answer:
             self.transport.abort()
             return
         self.transport.write(answer)
         self.transport.close()
+        self._end_soon()
 
     def _stop_head_timer(self) -> None:
         timer, self._head_timer = self._head_timer, None
@@ -134,6 +166,11 @@ class _GuardedProtocol(_Base):  # type: ignore[misc]
 
     def _stop_write_timer(self) -> None:
         timer, self._write_timer = self._write_timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _stop_end_timer(self) -> None:
+        timer, self._end_timer = self._end_timer, None
         if timer is not None:
             timer.cancel()
 

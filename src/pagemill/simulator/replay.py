@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -264,8 +265,8 @@ def replay_manager(trace: Trace, policy: str, capacity: int) -> Replayed:
     """Replay over the cache manager of the engine: keys, comparison of tokens, publication, leaves before parents.
 
     Each block of the trace becomes four tokens of its own. A request is opened, committed and closed before the next
-    one comes; one that is longer than the whole cache counts and hits nothing. Evictions are not counted. Raises
-    ConfigError for a trace without blocks and an unknown policy.
+    one comes; one that is longer than the whole cache counts and hits nothing. Raises ConfigError for a trace
+    without blocks and an unknown policy.
     """
     score = _Score(trace)
     make_policy(policy, capacity)
@@ -276,13 +277,19 @@ def replay_manager(trace: Trace, policy: str, capacity: int) -> Replayed:
             score.add(0, num_blocks)
             continue
         num_tokens = num_blocks * _MANAGER_BLOCK_TOKENS
-        tokens = array("i", bytes(4 * num_tokens))
-        tokens[::_MANAGER_BLOCK_TOKENS] = array("i", [each & _LOW_BITS for each in request.blocks])
-        tokens[1::_MANAGER_BLOCK_TOKENS] = array("i", [each >> 31 for each in request.blocks])
-        found = manager.open(index, num_tokens, num_tokens, tokens)
+        found = manager.open(index, num_tokens, num_tokens, _tokens_of(request.blocks))
         # The last token of a prompt is always computed: all of it found is one less.
         score.add((found.num_hit + 1) // _MANAGER_BLOCK_TOKENS, num_blocks)
         manager.commit(index, num_tokens)
         manager.close(index)
         manager.moved(manager.moves())
-    return score.done(0)
+    return score.done(manager.stats().num_evicted_blocks)
+
+
+def _tokens_of(blocks: Sequence[int]) -> array[int]:
+    """A text in which each of these numbers, below 2^62, stands for a block."""
+    tokens = array("i", bytes(4 * _MANAGER_BLOCK_TOKENS * len(blocks)))
+    tokens[::_MANAGER_BLOCK_TOKENS] = array("i", [each & _LOW_BITS for each in blocks])
+    if max(blocks) > _LOW_BITS:
+        tokens[1::_MANAGER_BLOCK_TOKENS] = array("i", [each >> 31 for each in blocks])
+    return tokens

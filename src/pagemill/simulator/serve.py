@@ -14,7 +14,7 @@ from typing import Any
 
 from pagemill.base.clock import VirtualClock
 from pagemill.base.config import SERVED_MIXED_STEP_PERCENT, SERVED_QUEUED_REQUESTS
-from pagemill.base.errors import CapacityError, ConfigError, PagemillError, QueueFullError
+from pagemill.base.errors import CapacityError, ConfigError, DeadlineError, PagemillError, QueueFullError
 from pagemill.base.params import CacheOptions, SamplingParams
 from pagemill.base.step import Sample, SequenceStep, StepPlan, StepResult
 from pagemill.cache.entry import SharingConfig
@@ -65,6 +65,7 @@ class StepCost:
 class ServeSettings:
     """The server that is simulated. num_blocks: of the cache, of the trace's block size. pace: by which times between
     arrivals are multiplied. tenant_of: number of a request -> its tenant, in the order of arrival. weights: of tenants.
+    deadline_s: of every request, after its arrival; None for none.
     """
 
     num_blocks: int
@@ -76,12 +77,14 @@ class ServeSettings:
     pace: float = 1.0
     tenant_of: Callable[[int], str] = field(default=lambda index: "default")
     weights: tuple[tuple[str, float], ...] = ()
+    deadline_s: float | None = None
 
 
 @dataclass(slots=True)
 class Served:
     """What was seen of the day. Mutated by the simulation. Times in seconds; ttft_s, e2e_s: of each request that
-    finished, by tenant; gaps_s: between tokens, of all. num_refused: by a full queue; num_too_large: by the cache.
+    finished, by tenant; gaps_s: between tokens, of all. num_refused: by a full queue; num_too_large: by the cache;
+    num_expired: those that failed at their deadline.
     """
 
     num_requests: int = 0
@@ -89,6 +92,7 @@ class Served:
     num_refused: int = 0
     num_too_large: int = 0
     num_failed: int = 0
+    num_expired: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
@@ -109,10 +113,12 @@ class Served:
             "num_refused": self.num_refused,
             "num_too_large": self.num_too_large,
             "num_failed": self.num_failed,
+            "num_expired": self.num_expired,
             "num_steps": self.num_steps,
             "num_preemptions": self.num_preemptions,
             "seconds": self.seconds,
             "busy_s": self.busy_s,
+            "finished_per_s": self.num_finished / max(self.seconds, 1e-9),
             "token_hit_ratio": self.num_cached_tokens / max(self.num_prompt_tokens, 1),
             "prompt_tokens_per_s": self.num_prompt_tokens / busy_s,
             "generated_tokens_per_s": self.num_generated_tokens / busy_s,
@@ -217,7 +223,12 @@ class _Day:
     def _arrive(self, index: int, request: Request) -> None:
         name, served = str(index), self._served
         tenant = self._settings.tenant_of(index)
-        params = SamplingParams(temperature=0.0, max_tokens=max(request.num_output_tokens, 1), ignore_eos=True)
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=max(request.num_output_tokens, 1),
+            ignore_eos=True,
+            deadline_s=self._settings.deadline_s,
+        )
         arrival_s = request.time_s * self._settings.pace
         try:
             self._engine.add_request(
@@ -256,6 +267,7 @@ class _Day:
             if not isinstance(delta.error, PagemillError):
                 raise delta.error
             served.num_failed += 1
+            served.num_expired += isinstance(delta.error, DeadlineError)
             return
         assert marks.first_token_s is not None
         assert marks.finished_s is not None

@@ -119,7 +119,7 @@ def test_a_candidate_that_is_followed_late_knows_every_block() -> None:
     policy.remove(2, True)
     policy._leader = 1
     order = []
-    while (block := policy.victim()) is not None:
-        order.append(block)
-        policy.remove(block, True)
+    while (victim := policy.victim()) is not None:
+        order.append(victim)
+        policy.remove(victim, True)
     assert order == [3, 4, 5, 6, 7, 1]

@@ -140,7 +140,7 @@ def test_the_same_calls_give_the_same_victims(name: str, seed: int) -> None:
 @pytest.mark.parametrize("capacity", [1, 5, 16])
 @pytest.mark.parametrize("seed", range(4))
 def test_victims_equal_the_slow_models(name: str, capacity: int, seed: int) -> None:
-    driver = Driver([make_policy(name, capacity), MODELS[name](capacity)], capacity, seed)  # type: ignore[list-item]
+    driver = Driver([make_policy(name, capacity), MODELS[name](capacity)], capacity, seed)
     for _ in range(1500):
         driver.step()
         driver.victim()

@@ -184,7 +184,7 @@ def evicts_the_latest(patch: pytest.MonkeyPatch) -> None:
         return idle[-1] if idle else None
 
     patch.setattr(LRU, "victim", broken)
-    patch.setattr(LRU, "evict", OneByOne.evict)
+    patch.setattr(LRU, "evict_run", OneByOne.evict_run)
 
 
 def forgets_hits(patch: pytest.MonkeyPatch) -> None:

@@ -79,10 +79,11 @@ class Harness:
         assert shared is not None
         if isinstance(event, Removed) and event.evicted:
             self.num_evicted += 1
-            parent = self.index.stored[event.key].parent  # was followed until now
-            pool, used = self.cache._pool, self.index.used
-            nodes = [n for n in shared.tree.nodes.values() if not n.children and n.key != parent]
-            idle = [node.key for node in nodes if not pool.num_holders(node.block)]
+            stored, used, num_holders = self.index.stored, self.index.used, self.cache._pool.num_holders
+            followed = {each.parent for each in stored.values()}
+            # What leaves in the same run is out of the tree already, and told of in its turn.
+            held = {node.key for node in shared.tree.nodes.values() if num_holders(node.block)}
+            idle = stored.keys() - followed - held
             if self.plain and any(used[key] < used[event.key] for key in idle):
                 raise ViolationError("a block was evicted before others whose last use is longer ago")
         self.index.note(event)

@@ -98,8 +98,11 @@ class Policy(Protocol):
         each. They count as used from the last to the first. Different blocks, none of them known."""
         ...
 
-    def evict(self) -> int | None:
-        """The victim leaves: `remove` with evicted. None, and nothing has changed, where there is none."""
+    def evict_run(self, blocks: Sequence[int]) -> int:
+        """The victim and blocks that it keeps locked leave: `remove` with evicted. blocks: the victim, then blocks each
+        of which is locked for the one before it alone: it is unlocked when that has left, and leaves if it is then the
+        victim. Returns how many have left; if not all of them, the next one is unlocked. Refused where the first is not
+        the victim."""
         ...
 
     def resize(self, capacity: int) -> None:
@@ -134,8 +137,12 @@ class OneByOne:
             self.insert(block, key, info)
             self.lock(block)
 
-    def evict(self: Policy) -> int | None:
-        victim = self.victim()
-        if victim is not None:
-            self.remove(victim, True)
-        return victim
+    def evict_run(self: Policy, blocks: Sequence[int]) -> int:
+        assert self.victim() == blocks[0], f"block {blocks[0]} is not the victim"
+        self.remove(blocks[0], True)
+        for count, block in enumerate(blocks[1:], 1):
+            self.unlock(block)
+            if self.victim() != block:
+                return count
+            self.remove(block, True)
+        return len(blocks)

@@ -77,18 +77,21 @@ class LRU(OneByOne):
         lane = self._lane
         assert lane.order.keys().isdisjoint(blocks), "a block is known already"
         assert lane.is_plain or not any(map(lane.__contains__, blocks)), "a block is known already"
-        lane.order.update(dict.fromkeys(reversed(blocks)))
+        order = lane.order
+        for block in reversed(blocks):
+            order[block] = None
         self._locked.update(blocks)
 
-    def evict(self) -> int | None:
-        lane, locked = self._lane, self._locked
-        if lane.is_plain:
-            for block in lane.order:
-                if block in locked:
-                    break
-                del lane.order[block]
-                return block
-        return super().evict()
+    def evict_run(self, blocks: Sequence[int]) -> int:
+        count = 0 if blocks[0] in self._locked else self._lane.take_first(blocks)
+        self._locked.difference_update(blocks[1:count])
+        if count == len(blocks):
+            return count
+        if count:
+            self.unlock(blocks[count])
+            if self.victim() != blocks[count]:
+                return count
+        return count + super().evict_run(blocks[count:])
 
     def resize(self, capacity: int) -> None:
         assert capacity > 0

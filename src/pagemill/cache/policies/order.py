@@ -7,7 +7,7 @@ use, frequency, worth) is each policy's own.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
@@ -82,6 +82,21 @@ class Lane:
             aside[block] = self._count
             self._count += 1
         return None
+
+    def take_first(self, blocks: Sequence[int]) -> int:
+        """Take blocks out as long as each stands first of `order`, with none before it that was set aside and unlocked
+        since. How many did."""
+        order = self.order
+        take = order.popitem
+        for count, block in enumerate(blocks):
+            if not order or self._back:
+                return count
+            first, _ = take(last=False)
+            if first != block:
+                order[first] = None
+                order.move_to_end(first, last=False)
+                return count
+        return len(blocks)
 
 
 class RankedLanes:
