@@ -17,7 +17,7 @@ from pagemill.bench.peers_catalog import SHIPPED, Peer
 from pagemill.bench.peers_setup import SetupError
 from pagemill.cli.main import main
 from tests.fixtures import fake_peer
-from tests.fixtures.tiny import tiny_llama
+from tests.fixtures.tiny import llama_weights, mistral_config, tiny_llama, write_hf
 
 ROW_KEYS = {"group", "work", "engine", "mode", "unit", "median", "p10", "p90", "samples", "goal", "met"}
 
@@ -141,6 +141,17 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     assert main(command(model, tmp_path, *options)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_layers_with_pages_of_their_own_are_refused_unless_the_window_takes_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = mistral_config(window=40)
+    model = str(write_hf(tmp_path / "windowed", config, llama_weights(config, 5)))
+    assert main(command(model, tmp_path, "--rows", "overhead")) == 2
+    assert "take a model without sliding windows" in " ".join(capsys.readouterr().err.split())
+    assert main(command(model, tmp_path, "--rows", "wipe", "--max-model-len", "40", "--json")) == 0
+    assert report_of(capsys)["rows"]
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,18 @@ class CpuClock:
 
 class Subject:
     """One loaded model and engines of any size over it, of which only the last one made may run. Mutated by `engine`,
-    which gives the arena another size. clock: of everything that is timed, and of the engines."""
+    which gives the arena another size. clock: of everything that is timed, and of the engines.
+
+    Raises ConfigError where layers keep pages of their own.
+    """
 
     def __init__(self, built: Built, settings: Settings) -> None:
+        if built.kv_spec.window_pages:
+            raise ConfigError(
+                f"layers of {built.spec.name} read a window and keep pages of their own, and bench cache measures "
+                "blocks that all layers share; take a model without sliding windows, or one whose window is as long as "
+                "max_model_len"
+            )
         self.built = built
         self.clock: Clock = CpuClock() if settings.cpu_time else WallClock()
         self._random = random.Random(settings.seed)
