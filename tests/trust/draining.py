@@ -83,7 +83,7 @@ def draw_requests(seed: int) -> list[tuple[str, bool, bytes]]:
     for number in range(NUM_UNDER_WAY):
         form, stream = draw.choice(tuple(FORMS)), draw.random() < 0.5
         path, body = own_words(form, number)
-        more: dict[str, Any] = {"temperature": 1, "max_tokens": draw.randint(300, 700), "stream": stream}
+        more: dict[str, Any] = {"temperature": 1, "max_tokens": draw.randint(400, 800), "stream": stream}
         found.append((form, stream, request_bytes(path, {"model": "tiny", **body, **more})))
     return found
 
@@ -119,12 +119,13 @@ async def drain(process: ServeProcess, seed: int, result: Drain) -> None:
 
 async def _all_taken(process: ServeProcess, reading: Sequence[asyncio.Task[Reply]]) -> tuple[int, int]:
     """Wait until each request that is not answered is past the door and the engine has as many sequences. Returns how
-    many run there and wait. Past the door are also this question for metrics and the request that was sent in part."""
+    many run there and wait. Past the door are also this question for metrics and the request that was sent in part.
+    Metrics are read first: what is answered meanwhile only makes fewer that are left."""
     async with asyncio.timeout(ANSWER_S):
         while True:
+            running, waiting, open_requests = await asyncio.to_thread(_gauges, process)
             left = sum(not task.done() for task in reading)
             assert left, "all were answered before the signal; ask for more tokens"
-            running, waiting, open_requests = await asyncio.to_thread(_gauges, process)
             if open_requests >= left + 2 and running + waiting >= left:
                 return running, waiting
             await asyncio.sleep(FRESH_S)
