@@ -114,33 +114,38 @@ private:
         const int rows = rows_of(seq), start = first_position(seq), first = int(out_.rows.size());
         const int per_tile = tile_rows(rows), tiles = (rows + per_tile - 1) / per_tile;
         for (int r = 0; r < rows; r++) out_.rows.push_back({step_.starts[seq] + r / group_, r % group_, -1, 0});
-        // Few long sequences: their splits become tasks of their own, merged afterwards in the same order.
-        const bool few = threads_ > 1 && tiles * out_.kv_heads * step_.num_seqs < 8 * threads_;
-        for (int r0 = 0; r0 < rows; r0 += per_tile) {
-            const int count = std::min(per_tile, rows - r0);
-            const int from = std::max(split, first_split(start + r0 / group_));
-            const int to = std::max(from, (start + (r0 + count - 1) / group_) / kSplit + 1);
-            const bool apart = few && to - from > 1;
-            AttentionTask task{seq, 0, first + r0, count, from, to, apart || part > 0 ? part : -1, to - from};
-            for (; task.kv_head < out_.kv_heads; task.kv_head++) {
+        // Few tiles: the splits of each become tasks of their own, merged afterwards in the same order. That takes time too, so
+        // of one sequence as many tiles stay whole as every thread gets the same number of.
+        const int all = tiles * out_.kv_heads * step_.num_seqs;
+        const bool few = threads_ > 1 && all < 8 * threads_;
+        int whole = few && step_.num_seqs == 1 && all >= 2 * threads_ ? all / threads_ * threads_ : 0;
+        for (int head = 0; head < out_.kv_heads; head++)
+            for (int r0 = 0; r0 < rows; r0 += per_tile) {
+                const int count = std::min(per_tile, rows - r0);
+                const int from = std::max(split, first_split(start + r0 / group_));
+                const int to = std::max(from, (start + (r0 + count - 1) / group_) / kSplit + 1);
+                const bool apart = few && to - from > 1 && whole-- <= 0;
+                const AttentionTask task{seq, head, first + r0, count, from, to, apart || part > 0 ? part : -1, to - from};
                 if (apart) add_apart(task);
                 else if (to > from) out_.tasks.push_back(task);
-                if (task.part >= 0) out_.merges.push_back(task);
+                if (task.part < 0) continue;
+                out_.merges.push_back(task);
+                for (int r = r0; r < r0 + count; r++) add_partials(out_.rows[size_t(first + r)], part + to - from);
             }
-            if (task.part < 0) continue;
-            for (int r = r0; r < r0 + count; r++) {
-                AttentionRow& row = out_.rows[size_t(first + r)];
-                row.partial = out_.num_partials;
-                row.num_parts = part + to - from;
-                out_.num_partials += row.num_parts * out_.kv_heads;
-            }
-        }
+    }
+
+    // Room for the parts of a row, of all heads.
+    void add_partials(AttentionRow& row, int num_parts) {
+        if (row.partial >= 0) return;
+        row.partial = out_.num_partials;
+        row.num_parts = num_parts;
+        out_.num_partials += num_parts * out_.kv_heads;
     }
 
     // Whole multiples of 16 rows; smaller tiles where there would be too few for the threads.
     int tile_rows(int rows) const {
         int size = kTileRows;
-        while (size > 16 && (rows + size - 1) / size * out_.kv_heads * step_.num_seqs < 4 * threads_) size -= 16;
+        while (size > 16 && (rows + size - 1) / size * out_.kv_heads * step_.num_seqs < 2 * threads_) size -= 16;
         return size;
     }
 
