@@ -4,8 +4,9 @@
 
 namespace pagemill {
 
-// Fills `out` for the attention phases of this geometry and KV group. Rows of one KV head stand in tiles of at most kTileRows. Sequences
-// of few rows whose block tables begin with the same ids stack their rows for the splits that those blocks hold whole.
+// Fills `out` for the attention phases of this geometry and KV group. Rows of one KV head stand in tiles of at most
+// kTileRows. Sequences of few rows whose block tables begin with the same ids stack their rows for the splits that those
+// blocks hold whole.
 void build_attention_tasks(const Step& step, const Phase& phase, int kv_group, int block_size, int threads, AttentionTasks& out);
 
 }  // namespace pagemill

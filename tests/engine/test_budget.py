@@ -70,7 +70,7 @@ def test_steps_are_measured_by_all_who_will_decode_once_their_prompts_are_read()
         machine.step(budget, rows, 64)
     few, many = budget.for_prompts(4), budget.for_prompts(4, 28)
     assert many > 1.5 * few
-    assert machine.seconds(4, many) <= 1.8 * machine.seconds(32, 0) * 1.05
+    assert machine.seconds(4, many) <= 1.8 * machine.seconds(32, 0) * 1.02
     assert budget.for_prompts(32, 0) == budget.for_prompts(32)
 
 
@@ -121,18 +121,6 @@ def test_a_chunk_that_a_tile_of_rows_would_make_too_long_is_smaller_than_that() 
         machine.step(budget, 31, max(budget.for_prompts(31), 1))
     assert SMALLEST_CHUNK <= budget.for_prompts(31) < TILE_ROWS
     assert machine.seconds(31, budget.for_prompts(31)) <= 1.8 * machine.seconds(31, 0) * 1.02
-
-
-def test_a_whole_tile_may_take_a_little_longer_while_most_wait_for_their_prompts() -> None:
-    machine = Machine(0.009, 0.0007, 0.00033)
-    budget = StepBudget(4096, 180)
-    machine.step(budget, 32, 0)
-    machine.step(budget, 32, 64)
-    bound_s = 1.8 * machine.seconds(32, 0)
-    steps = [machine.seconds(rows, budget.for_prompts(rows, 32 - rows)) for rows in range(4, 32)]
-    assert max(steps[: 12 - 4]) <= 1.06 * bound_s
-    assert max(steps[16 - 4 :]) <= 1.01 * bound_s, "most decode"
-    assert sum(steps[: 12 - 4]) / 8 >= 0.96 * bound_s
 
 
 def test_a_token_costs_more_the_further_back_its_text_reaches() -> None:

@@ -14,6 +14,7 @@ from pagemill.base.clock import VirtualClock
 from pagemill.base.errors import ConfigError
 from pagemill.base.params import CacheOptions
 from pagemill.cache.entry import SharingConfig
+from pagemill.cache.windows import WindowSpec
 from pagemill.engine.engine import Engine
 from pagemill.server import admin_cache
 from pagemill.server.access import KeyRing
@@ -57,8 +58,8 @@ class Life:
 class Office:
     """An admin port over a rig. Mutated by requests."""
 
-    def __init__(self, *, shares: bool = True, num_blocks: int = 64) -> None:
-        sharing = SharingConfig() if shares else None
+    def __init__(self, *, shares: bool = True, num_blocks: int = 64, windows: tuple[WindowSpec, ...] = ()) -> None:
+        sharing = SharingConfig(windows=windows) if shares else None
         self.rig = Rig(num_blocks, 4, sharing=sharing)
         self.side, self.life = Side(self.rig), Life()
         self.key, entry = admin_key()
@@ -341,7 +342,8 @@ def test_an_admin_key_that_is_none_is_refused(key: str) -> None:
 
 
 FACTS = {
-    "block_size": 4, "num_blocks": 64, "block_bytes": 1000, "kv_cache_dtype": "int8", "enable_prefix_caching": "on",
+    "block_size": 4, "num_blocks": 64, "block_bytes": [1000], "window_pages": [], "kv_cache_dtype": "int8",
+    "enable_prefix_caching": "on",
     "cache_policy": "lru",
 }  # fmt: skip
 
@@ -380,6 +382,25 @@ def test_figures_are_the_cache_s_own() -> None:
     curve = values(office, "pagemill:kv_hit_ratio_at")
     assert len(curve) == 7
     assert list(curve.values()) == sorted(curve.values()), "a larger cache finds no less"
+
+
+def test_bytes_are_of_blocks_and_of_pages_of_each_window() -> None:
+    office = Office(num_blocks=16, windows=(WindowSpec(6, 20, chunk=512),))
+    facts = {**FACTS, "num_blocks": 16, "block_bytes": [1000, 10], "window_pages": [20]}
+    asyncio.run(office.figures.attach(office.side, facts))
+    for number in range(6):
+        office.fill("a", [number + 1, *TEXT[:30]])
+    scraped(office)
+    stats, shared = office.rig.cache.stats(), office.rig.cache.shared
+    assert shared is not None
+    assert shared.windows is not None
+    [window] = shared.windows.groups
+    kept = stats.num_active_blocks + stats.num_cached_blocks
+    assert len(window.pages) > 0
+    assert values(office, "pagemill:kv_bytes")[("hot",)] == 1000 * kept + 10 * len(window.pages)
+    assert shared.num_wiped > 0
+    assert window.num_wiped > 0
+    assert values(office, "pagemill:kv_wiped_bytes")[()] == 1000 * shared.num_wiped + 10 * window.num_wiped
 
 
 def test_a_reading_is_kept_for_half_a_second() -> None:

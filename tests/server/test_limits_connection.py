@@ -8,7 +8,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
@@ -421,14 +421,25 @@ def test_who_speaks_no_tls_is_left_and_nobody_else(secret: Small, certificate: t
         assert client.post(f"https://127.0.0.1:{secret.port}/v1/x").status_code == 200
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_tls_connections_beyond_the_limit_are_told_to_come_back(certificate: tuple[Path, Path], loop: Loop) -> None:
+@contextmanager
+def full_of_handshakes(certificate: tuple[Path, Path], loop: Loop) -> Iterator[tuple[Small, list[socket.socket]]]:
+    """A server that takes no more connections: as many as it may have are in their handshakes."""
     if loop == "uvloop":
         pytest.importorskip("uvloop")
     small = Small(replace(LIMITS, max_connections=20, header_timeout_s=20.0), tls_of(certificate), loop)
     inside = [small.connect() for _ in range(20)]
     try:
         wait_until(lambda: small.num_connections == 20)
+        yield small, inside
+    finally:
+        for each in inside:
+            each.close()
+        small.stop()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_tls_connections_beyond_the_limit_are_told_to_come_back(certificate: tuple[Path, Path], loop: Loop) -> None:
+    with full_of_handshakes(certificate, loop) as (small, inside):
         with httpx.Client(verify=trusting(certificate), trust_env=False) as client:
             for _ in range(3):
                 answer = client.post(f"https://127.0.0.1:{small.port}/v1/x", content=b"x" * 1000)
@@ -439,10 +450,6 @@ def test_tls_connections_beyond_the_limit_are_told_to_come_back(certificate: tup
         wait_until(lambda: small.num_connections == 19)
         with httpx.Client(verify=trusting(certificate), trust_env=False) as client:
             assert client.post(f"https://127.0.0.1:{small.port}/v1/x").status_code == 200
-    finally:
-        for each in inside:
-            each.close()
-        small.stop()
 
 
 def test_a_flood_beyond_the_limit_costs_a_few_handshakes_at_a_time(
@@ -475,19 +482,10 @@ def has_ended(connection: socket.socket) -> bool:
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_connections_count_before_their_handshake(certificate: tuple[Path, Path], loop: Loop) -> None:
-    if loop == "uvloop":
-        pytest.importorskip("uvloop")
-    small = Small(replace(LIMITS, max_connections=20, header_timeout_s=20.0), tls_of(certificate), loop)
-    inside = [small.connect() for _ in range(20)]
-    try:
-        wait_until(lambda: small.num_connections == 20)
+    with full_of_handshakes(certificate, loop) as (small, _):
         with small.connect() as connection:
             assert answer_of(connection) == b""
         assert small.cut("too many") == 1
         began = time.monotonic()
         small.stop()
         assert time.monotonic() - began < 5, "handshakes do not hold up the end"
-    finally:
-        for each in inside:
-            each.close()
-        small.stop()

@@ -122,7 +122,7 @@ def test_a_prompt_whose_tokens_cost_more_and_more_keeps_to_the_same_bound(read_s
     assert unbounded.seconds / bounded.seconds >= 0.9
 
 
-@pytest.mark.parametrize(("num_input", "num_output", "least"), [(256, 64, 0.93), (64, 64, 0.95), (1000, 64, 0.88)])
+@pytest.mark.parametrize(("num_input", "num_output", "least"), [(256, 64, 0.93), (64, 64, 0.95), (1000, 64, 0.865)])
 def test_prompts_in_small_chunks_cost_little_of_the_throughput_of_many_users(
     num_input: int, num_output: int, least: float
 ) -> None:

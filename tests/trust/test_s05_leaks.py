@@ -10,7 +10,7 @@ from tests.contracts.cache import broken
 from tests.trust import leaks, server_leaks
 from tests.trust.figures import Figure
 
-PAIRS = 20
+PAIRS = 30
 
 
 @pytest.mark.parametrize("part", range(2))

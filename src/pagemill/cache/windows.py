@@ -51,18 +51,19 @@ class WindowGroup:
     """Pages of one group by block. Mutated by every method that is not a question.
 
     pages: block -> page. Every page is held by sequences or idle, which only a block that can be found is.
-    num_reserved: pages that sequences may come to hold, each counted for itself.
+    num_reserved: pages that sequences may come to hold, each counted for itself. num_wiped: pages overwritten.
     """
 
     __slots__ = (
-        "_holders", "_idle", "_is_published", "_most", "_pool", "_size", "copies", "num_reserved", "pages", "window",
+        "_holders", "_idle", "_is_published", "_most", "_pool", "_size", "copies", "num_reserved", "num_wiped", "pages",
+        "window",
     )  # fmt: skip
 
     def __init__(self, spec: WindowSpec, size: int, wipes: bool, is_published: Callable[[int], bool]) -> None:
         self.window = spec.window
         self.pages: dict[int, int] = {}
         self.copies: dict[int, tuple[Copy, int]] = {}  # by target page, with the block that is read
-        self.num_reserved = 0
+        self.num_reserved = self.num_wiped = 0
         self._size = size
         self._most = spec.most_pages(size)
         self._pool = BlockPool(spec.num_pages, wipes=wipes)
@@ -150,6 +151,7 @@ class WindowGroup:
 
     def moved(self, moves: Moves) -> None:
         """These were made."""
+        self.num_wiped += len(moves.wipes)
         for page in moves.wipes:
             self._pool.dirty.pop(page, None)
         for copy in moves.copies:

@@ -168,7 +168,8 @@ class ServeAccess:
         facts = {
             "block_size": built.kv_spec.block_size,
             "num_blocks": built.num_blocks,
-            "block_bytes": built.kv_spec.block_bytes,
+            "block_bytes": [group.spec.block_bytes for group in built.kv_spec.groups],
+            "window_pages": built.kv_spec.window_pages,
             "kv_cache_dtype": built.kv_spec.codec,
             "enable_prefix_caching": built.config.enable_prefix_caching,
             "cache_policy": built.config.cache_policy,

@@ -22,7 +22,6 @@ UNKNOWN_CHUNK = 128  # where nothing is known of steps that only decode
 PROBE_STEPS = 64
 _WEIGHT = 0.2
 _FAR = 1024  # positions by which the cost of a prompt token's place is counted
-_TOLERANCE = 0.05  # of a step's length, by which it may be longer for the sake of a whole tile
 _ROWS_OF_BASE = 12  # as many decode rows as cost what an empty step does, where nothing nearer is known
 
 
@@ -62,8 +61,6 @@ class StepBudget:
         token_s = self._token_at(position + seconds / token_s / 2) or token_s  # in the middle of the chunk
         chunk = max(int(seconds / token_s), SMALLEST_CHUNK)
         whole = (chunk + num_decoding) // TILE_ROWS * TILE_ROWS - num_decoding  # kernels work in tiles of rows
-        if num_reading > num_decoding and (whole + TILE_ROWS - chunk) * token_s <= _TOLERANCE * (seconds + alone_s):
-            whole += TILE_ROWS  # most have their prompts before them: what is short is throughput
         return min(left, whole if whole >= TILE_ROWS else chunk)
 
     def alone_s(self, num_decoding: int) -> float:

@@ -44,11 +44,11 @@ class Choice:
 
 class Entering:
     """Chooses who enters. Mutated by `choose`, `displaced`, `enters` and `changed`. running: the scheduler's own list.
-    pace: by which those are found who will be late. now_s: the moment of the plan that is made."""
+    pace: by which those are found who will be late."""
 
     __slots__ = (
         "_blocked_room", "_cache", "_common", "_found", "_limits", "_num_choices", "_num_plans", "_pace", "_running",
-        "_shares", "now_s",
+        "_shares",
     )  # fmt: skip
 
     def __init__(
@@ -64,13 +64,12 @@ class Entering:
         self._common: dict[tuple[int, int], int] = {}
         self._found: dict[int, int] = {}  # blocks of a waiting sequence that were there when last counted
         self._num_choices = 0
-        self.now_s = 0.0
 
     def changed(self) -> None:
         """Somebody came or went: what did not fit may fit now."""
         self._blocked_room = None
 
-    def choose(self, reading: Ordered[Sequence]) -> Choice | None:
+    def choose(self, reading: Ordered[Sequence], now_s: float) -> Choice | None:
         """Who enters next, with place and blocks for it and a block of growth for each that runs: without this reserve
         the newcomer would soon be sent back and its prefill lost. None where nobody can. reading: those that run and
         read their prompt."""
@@ -83,7 +82,7 @@ class Entering:
         for share in self._shares.waiting():
             if short and not self._has_floor(share):
                 continue
-            candidate = self._candidate(share, reading)
+            candidate = self._candidate(share, reading, now_s)
             if candidate is None:
                 continue
             fit = self._fit(candidate, short=short)
@@ -100,7 +99,7 @@ class Entering:
             self._blocked_room, self._num_plans = stats.num_free_blocks + stats.num_cached_blocks, 0
         return None
 
-    def displaced(self) -> Sequence | None:
+    def displaced(self, now_s: float) -> Sequence | None:
         """Who gives its place to the tenant whose turn it is: where places or blocks are taken, the last of a tenant
         that runs more than its part and has had more, as long as the other runs less than its own part."""
         shares, running = self._shares, self._running
@@ -112,7 +111,7 @@ class Entering:
         if share is None or over is None or over.service <= share.service:
             return None
         reading = [each for each in running if each.blocks is not None and each.blocks.committed + 1 < len(each.tokens)]
-        candidate = self._candidate(share, reading)
+        candidate = self._candidate(share, reading, now_s)
         if candidate is None or self._fit(candidate, short=False) == "capped":
             return None
         return next(each for each in reversed(running) if tenant_of(each) == over.name)
@@ -127,12 +126,12 @@ class Entering:
             self._blocked_room = None
         return self._blocked_room is not None
 
-    def _candidate(self, share: Share, reading: Ordered[Sequence]) -> Sequence | None:
+    def _candidate(self, share: Share, reading: Ordered[Sequence], now_s: float) -> Sequence | None:
         """Who of a tenant's queue comes next; None where all at its front wait for a prompt that is being read."""
         found: Sequence | None = None
         most = -1
         best: Sequence | None = None
-        self._postpone_late(share, reading)
+        self._postpone_late(share, reading, now_s)
         for sequence in share.queue.first(LOOKAHEAD):
             if self._awaits(sequence, reading):
                 continue
@@ -148,21 +147,22 @@ class Entering:
                 best, most = sequence, count
         return best
 
-    def _postpone_late(self, share: Share, reading: Ordered[Sequence]) -> None:
+    def _postpone_late(self, share: Share, reading: Ordered[Sequence], now_s: float) -> None:
         """Of those who may come next, whoever cannot end by its deadline any more goes behind all others."""
         for _ in range(MOST_POSTPONED):
-            late = next((each for each in share.queue.first(LOOKAHEAD) if self._will_be_late(each, reading)), None)
+            front = share.queue.first(LOOKAHEAD)
+            late = next((each for each in front if self._will_be_late(each, reading, now_s)), None)
             if late is None:
                 return
             share.queue.postpone(late)
 
-    def _will_be_late(self, sequence: Sequence, reading: Ordered[Sequence]) -> bool:
+    def _will_be_late(self, sequence: Sequence, reading: Ordered[Sequence], now_s: float) -> bool:
         """True where a sequence that has not run would end after its deadline if it entered now."""
         if sequence.request.params.deadline_s is None or sequence.is_late or sequence.rank:
             return False
         deadline_s = deadline_of(sequence)
         assert deadline_s is not None
-        left_s, num_ahead = deadline_s - self.now_s, sum(map(_num_unread, reading))
+        left_s, num_ahead = deadline_s - now_s, sum(map(_num_to_read, reading))
         if self._pace.seconds(sequence, num_ahead + len(sequence.tokens)) <= left_s:
             return False
         num_found = min(self._num_found(sequence) * self._cache.block_size, len(sequence.tokens) - 1)
@@ -279,7 +279,7 @@ class Entering:
         return int(-(-sequence.request.longest // size) > -(-len(sequence.tokens) // size))
 
 
-def _num_unread(sequence: Sequence) -> int:
+def _num_to_read(sequence: Sequence) -> int:
     """Known tokens of a running sequence that are not computed."""
     assert sequence.blocks is not None
     return len(sequence.tokens) - sequence.blocks.committed

@@ -127,8 +127,7 @@ class Scheduler:
 
         No more run than a step has tokens, so that each that decodes has its row.
         """
-        self._now_s = self._entering.now_s = now_s
-        self.suspect = None
+        self._now_s, self.suspect = now_s, None
         self._cache.advance(now_s)
         failed: list[tuple[Sequence, PagemillError]] = []
         for sequence, error in self._deadlines.due(now_s):
@@ -137,7 +136,7 @@ class Scheduler:
             failed.append((sequence, error))
         if self._cache.mode == "none":
             return self._plan_recompute(now_s, failed)
-        if self._num_waiting and (displaced := self._entering.displaced()) is not None:
+        if self._num_waiting and (displaced := self._entering.displaced(now_s)) is not None:
             self._send_back(displaced)
         rows: list[Sequence] = []
         steps: list[SequenceStep] = []
@@ -342,7 +341,7 @@ class Scheduler:
     def _let_in(self, prompts: list[Sequence], left: int, failed: list[tuple[Sequence, PagemillError]]) -> None:
         """Waiting sequences become prompts to be read as long as `left` tokens reach to them in this step."""
         most = min(self._limits.max_num_seqs, self._limits.max_num_batched_tokens)
-        while len(self.running) < most and (choice := self._entering.choose(prompts)) is not None:
+        while len(self.running) < most and (choice := self._entering.choose(prompts, self._now_s)) is not None:
             if choice.hopeless:
                 failed.append(self._fail(choice.sequence))
             elif self._reaches(choice, prompts, left):

@@ -11,9 +11,8 @@ from pagemill.base.kv_spec import KVSpec, pages_in_reach
 from pagemill.base.units import format_bytes
 
 DEFAULT_SHARE = 4  # the KV cache takes at the most free memory ÷ 4 unless told otherwise
-_SEQUENCES_OF_PAGES = (
-    2  # of a window group, for each sequence whose blocks there are: its own, and as many kept for hits
-)
+# Of a window group, as many pages for each sequence that blocks are there for: its own, and as many kept for hits.
+_SEQUENCES_OF_PAGES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +69,8 @@ def _layout(config: EngineConfig, kv_spec: KVSpec, max_model_len: int) -> _Layou
 def window_pages(config: EngineConfig, kv_spec: KVSpec, max_model_len: int, num_blocks: int) -> tuple[int, ...]:
     """How many pages each window group has beside so many blocks (`KVSpec.window_pages`).
 
-    None where layers keep all positions, window or not: those of models whose windows reach over max_model_len, and all
-    without a prefix cache.
+    Empty where layers keep all positions, window or not: those of models whose windows reach over max_model_len, and
+    all without a prefix cache.
     """
     return _layout(config, kv_spec, max_model_len).pages(num_blocks)
 

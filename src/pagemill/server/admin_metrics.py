@@ -38,7 +38,8 @@ class EngineSide(Protocol):
 class EngineFigures:
     """Fills the metrics from one engine. Mutated by `attach`, `saw` and `render`.
 
-    block_bytes: of a block's page; 0 until it is known. tenant_names: show each tenant's use of its cap by name.
+    block_bytes: of a block, then of a page of each window group; none until they are known. tenant_names: show each
+    tenant's use of its cap by name.
     """
 
     def __init__(self, metrics: Metrics, observer: EngineObserver, clock: Clock, *, tenant_names: bool = False) -> None:
@@ -47,15 +48,19 @@ class EngineFigures:
         self._clock = clock
         self._tenant_names = tenant_names
         self._exporter = Exporter(metrics)
-        self._block_bytes = 0
+        self._block_bytes: Sequence[int] = ()
+        self._bytes_a_block = 0.0  # of all groups
         self._read_s: float | None = None
         self._reading: asyncio.Task[None] | None = None
         self._left: dict[str, float] = {}  # request id -> when its client left
 
     async def attach(self, side: EngineSide, facts: Mapping[str, Any]) -> None:
         """The model is loaded: follow its cache. facts: block_size, num_blocks, block_bytes, kv_cache_dtype,
-        enable_prefix_caching and cache_policy."""
-        self._block_bytes = int(facts["block_bytes"])
+        enable_prefix_caching and cache_policy; window_pages, how many pages each window group has."""
+        self._block_bytes = facts["block_bytes"]
+        counts = (facts["num_blocks"], *facts["window_pages"])
+        memory = sum(count * size for count, size in zip(counts, self._block_bytes, strict=True))
+        self._bytes_a_block = memory / facts["num_blocks"]
         self._metrics["vllm:cache_config_info"].set(
             1,
             str(facts["block_size"]),
@@ -114,15 +119,19 @@ class EngineFigures:
         blocks = metrics["pagemill:kv_blocks"]
         for state in ("free", "active", "cached", "held", "pinned"):
             blocks.set(figures.told["blocks"][state], HOT, state)
-        kept = cache.num_active_blocks + cache.num_cached_blocks
-        metrics["pagemill:kv_bytes"].set(kept * self._block_bytes, HOT)
+        kept = (cache.num_active_blocks + cache.num_cached_blocks, *figures.num_pages)
+        metrics["pagemill:kv_bytes"].set(self._bytes(kept), HOT)
         for reason, count in cache.num_left_blocks.items():
             metrics["pagemill:kv_evictions"].raise_to(count, HOT, reason)
         metrics["pagemill:kv_block_corrupt"].raise_to(cache.num_quarantined_blocks)
         metrics["pagemill:kv_leaked_blocks"].set(cache.num_leaked_blocks)
-        metrics["pagemill:kv_wiped_bytes"].raise_to(figures.num_wiped * self._block_bytes)
+        metrics["pagemill:kv_wiped_bytes"].raise_to(self._bytes(figures.num_wiped))
         self._show_curve(figures.told["curve"])
         self._show_tenants(figures.told["tenants"])
+
+    def _bytes(self, counts: Sequence[int]) -> int:
+        """Of so many blocks, and pages of each window group."""
+        return sum(count * size for count, size in zip(counts, self._block_bytes, strict=False))
 
     def _show_curve(self, curve: Mapping[str, Any] | None) -> None:
         """The expected hit ratio by memory; none before anything was looked up."""
@@ -131,7 +140,7 @@ class EngineFigures:
         gauge = self._metrics["pagemill:kv_hit_ratio_at"]
         gauge.clear()  # the sizes are other ones after the cache was resized
         for point in curve["points"]:
-            gauge.set(point["hit_ratio"], format_bytes(point["blocks"] * self._block_bytes))
+            gauge.set(point["hit_ratio"], format_bytes(round(point["blocks"] * self._bytes_a_block)))
 
     def _show_tenants(self, tenants: Sequence[Mapping[str, Any]]) -> None:
         gauge = self._metrics["pagemill:tenant_quota_ratio"]
@@ -143,15 +152,18 @@ class EngineFigures:
 
 
 class _Figures:
-    """What one reading brings from the engine's thread."""
+    """What one reading brings from the engine's thread. num_wiped: blocks, then pages of each window group; num_pages:
+    pages of each that are kept."""
 
-    __slots__ = ("num_wiped", "stats", "told")
+    __slots__ = ("num_pages", "num_wiped", "stats", "told")
 
     def __init__(self, engine: Engine) -> None:
         self.stats = engine.stats()
         self.told = cache_stats(engine)
         shared: Any = engine.cache.shared
-        self.num_wiped: int = 0 if shared is None else shared.num_wiped
+        groups = () if shared is None or shared.windows is None else shared.windows.groups
+        self.num_pages = [len(group.pages) for group in groups]
+        self.num_wiped = [0 if shared is None else shared.num_wiped, *(group.num_wiped for group in groups)]
 
 
 def _figures(engine: Engine) -> _Figures:
