@@ -73,7 +73,7 @@ class Mill:
 
     def compute(self, seq_id: int, most: int = ALL) -> None:
         text, start = self.texts[seq_id], self.cache.num_committed(seq_id)
-        end = min(start + most, len(text), *(start + each.chunk for each in self.specs if each.chunk is not None))
+        end = min(start + most, len(text), *(start + each.chunk for each in self.specs))
         tables = [self.cache.block_table(seq_id), *self.cache.window_tables(self.cache.blocks_of(seq_id), end)]
         self.move()
         values, value = [], 0
@@ -126,7 +126,7 @@ class Mill:
 
 
 def test_a_sequence_holds_what_its_next_token_reads_and_no_more() -> None:
-    mill = Mill(40, WindowSpec(6, 20), WindowSpec(13, 20))
+    mill = Mill(40, WindowSpec(6, 20, chunk=ALL), WindowSpec(13, 20, chunk=ALL))
     mill.open(list(range(40)), CacheOptions(bypass=True))
     mill.compute(1)
     assert [index for index, page in enumerate(mill.cache.window_table(1, 0)) if page >= 0] == [8, 9]
@@ -138,7 +138,7 @@ def test_a_sequence_holds_what_its_next_token_reads_and_no_more() -> None:
 
 def test_a_window_group_is_smaller_than_the_cache() -> None:
     """Texts of 30 blocks in all, with 12 pages for the window: what is behind a window makes way."""
-    mill = Mill(60, WindowSpec(8, 12))
+    mill = Mill(60, WindowSpec(8, 12, chunk=ALL))
     for first in (0, 100, 200):
         mill.run(list(range(first, first + 40)))
     assert mill.cache.stats().num_cached_blocks == 30
@@ -146,7 +146,7 @@ def test_a_window_group_is_smaller_than_the_cache() -> None:
 
 
 def test_a_hit_shrinks_to_where_each_group_has_what_the_next_token_reads() -> None:
-    mill = Mill(60, WindowSpec(8, 12))
+    mill = Mill(60, WindowSpec(8, 12, chunk=ALL))
     mill.run(list(range(40)))
     for block in mill.cache.shared.chain_of(OWN, array("i", range(40)))[4:6]:  # type: ignore[union-attr]
         mill.windows.groups[0].drop(block.block)
@@ -164,7 +164,7 @@ def test_a_hit_shrinks_to_where_each_group_has_what_the_next_token_reads() -> No
 
 
 def test_two_groups_agree_on_a_length() -> None:
-    mill = Mill(60, WindowSpec(5, 30), WindowSpec(9, 30))
+    mill = Mill(60, WindowSpec(5, 30, chunk=ALL), WindowSpec(9, 30, chunk=ALL))
     mill.run(list(range(40)))
     blocks = [node.block for node in mill.shared.chain_of(OWN, array("i", range(40)))]
     mill.windows.groups[0].drop(blocks[8])
@@ -178,7 +178,7 @@ def test_two_groups_agree_on_a_length() -> None:
 
 
 def test_nothing_kept_is_a_miss_of_all() -> None:
-    mill = Mill(60, WindowSpec(8, 12))
+    mill = Mill(60, WindowSpec(8, 12, chunk=ALL))
     mill.run(list(range(40)))
     group = mill.windows.groups[0]
     for block in list(group.pages):
@@ -190,13 +190,13 @@ def test_nothing_kept_is_a_miss_of_all() -> None:
 
 
 def test_part_of_a_block_is_copied_in_every_group() -> None:
-    mill = Mill(40, WindowSpec(3, 20), WindowSpec(11, 20))
+    mill = Mill(40, WindowSpec(3, 20, chunk=ALL), WindowSpec(11, 20, chunk=ALL))
     mill.run(list(range(23)))
     assert mill.run([*range(21), 77, 78, 79]).num_hit == 21
 
 
 def test_a_rollback_beyond_what_the_window_keeps_computes_the_rest_again() -> None:
-    mill = Mill(40, WindowSpec(7, 12))
+    mill = Mill(40, WindowSpec(7, 12, chunk=ALL))
     mill.open(list(range(40)), CacheOptions(bypass=True))
     mill.compute(1)
     assert mill.resize_text(1, 38)
@@ -209,7 +209,7 @@ def test_a_rollback_beyond_what_the_window_keeps_computes_the_rest_again() -> No
 
 
 def test_pages_that_run_short_refuse_a_text_and_change_nothing() -> None:
-    mill = Mill(40, WindowSpec(8, 6))
+    mill = Mill(40, WindowSpec(8, 6, chunk=ALL))
     assert mill.open(list(range(28))) is None
     assert mill.open(list(range(20))) is not None
     first = mill.next_id
@@ -269,7 +269,7 @@ def test_a_copy_that_waits_holds_the_page_that_it_reads() -> None:
 
 
 def test_a_smaller_cache_moves_blocks_and_not_their_pages() -> None:
-    mill = Mill(30, WindowSpec(8, 20))
+    mill = Mill(30, WindowSpec(8, 20, chunk=ALL))
     mill.run(list(range(1000, 1040)))
     mill.open(list(range(30)))
     mill.compute(1 + 1)
@@ -290,8 +290,8 @@ def test_a_smaller_cache_moves_blocks_and_not_their_pages() -> None:
 @pytest.mark.parametrize(
     "specs",
     [
-        (WindowSpec(6, 14),),
-        (WindowSpec(1, 12), WindowSpec(9, 16)),
+        (WindowSpec(6, 12, chunk=ALL),),
+        (WindowSpec(1, 10, chunk=ALL), WindowSpec(9, 14, chunk=ALL)),
         (WindowSpec(6, 8, chunk=3),),
         (WindowSpec(1, 9, chunk=7), WindowSpec(9, 11, chunk=7)),
     ],
@@ -342,7 +342,7 @@ def test_random_operations_never_read_what_is_not_there(policy: str, specs: tupl
 
 
 def test_a_rebuild_leaves_no_page() -> None:
-    mill = Mill(30, WindowSpec(8, 20))
+    mill = Mill(30, WindowSpec(8, 20, chunk=ALL))
     mill.open(list(range(30)))
     mill.compute(1)
     mill.cache.rebuild()
@@ -367,4 +367,4 @@ def test_a_broken_cache_is_caught(broken: str, monkeypatch: pytest.MonkeyPatch) 
     else:
         monkeypatch.setattr(WindowGroup, "moves", lambda self: Moves(tuple(self._pool.dirty), ()))
     with pytest.raises((AssertionError, IntegrityError, KeyError)):
-        test_random_operations_never_read_what_is_not_there("lru", (WindowSpec(6, 14),))
+        test_random_operations_never_read_what_is_not_there("lru", (WindowSpec(6, 12, chunk=ALL),))

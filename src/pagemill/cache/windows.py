@@ -34,17 +34,16 @@ if TYPE_CHECKING:
 class WindowSpec:
     """A KV group whose token p reads positions p - window + 1 .. p, and how many pages it has.
 
-    chunk: most tokens of a sequence in a step. None: a sequence has pages for all of its blocks from the first that its
-    next token reads.
+    chunk: most tokens of a sequence in a step.
     """
 
     window: int
     num_pages: int
-    chunk: int | None = None
+    chunk: int
 
-    def most_pages(self, size: int) -> int | None:
-        """Pages that a sequence holds at a time, at most, in blocks of so many positions; None without a bound."""
-        return None if self.chunk is None else pages_in_reach(self.window, self.chunk, size)
+    def most_pages(self, size: int) -> int:
+        """Pages that a sequence holds at a time, at most, in blocks of so many positions."""
+        return pages_in_reach(self.window, self.chunk, size)
 
 
 class WindowGroup:
@@ -78,7 +77,7 @@ class WindowGroup:
 
     def to_reserve(self, num_blocks: int) -> int:
         """Pages that a sequence may come to hold which has so many blocks from the first that it reads."""
-        return num_blocks if self._most is None else min(num_blocks, self._most)
+        return min(num_blocks, self._most)
 
     def first_read(self, position: int) -> int:
         """Index of the first block that the token at `position` reads."""
@@ -198,14 +197,13 @@ class Windows:
     (`reach`) is there.
     """
 
-    __slots__ = ("_is_lazy", "_size", "groups")
+    __slots__ = ("_size", "groups")
 
     def __init__(
         self, specs: Sequence[WindowSpec], size: int, wipes: bool, is_published: Callable[[int], bool]
     ) -> None:
         self.groups = [WindowGroup(spec, size, wipes, is_published) for spec in specs]
         self._size = size
-        self._is_lazy = all(spec.chunk is not None for spec in specs)
 
     @classmethod
     def make(
@@ -262,7 +260,6 @@ class Windows:
             if tail is not None:
                 group.hold([tail])
         self._reserve(sequence, len(table))
-        self.reach(sequence, 0 if self._is_lazy else len(table) * self._size)
         if tail is not None:
             self.reach(sequence, num_shared * self._size + num_tail)
             for group in self.groups:
@@ -272,7 +269,6 @@ class Windows:
     def grow(self, sequence: SequenceBlocks) -> None:
         """A sequence has taken more blocks."""
         self._reserve(sequence, len(sequence.table))
-        self.reach(sequence, 0 if self._is_lazy else len(sequence.table) * self._size)
 
     def reach(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
         """The sequence has pages for its first `num_tokens` positions, as far as it reads them. Returns whether it took
