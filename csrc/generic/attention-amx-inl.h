@@ -1,8 +1,7 @@
 // Attention over int8 pages on AMX tiles (Intel SDM, TMUL): 16 rows at once. The integer sums are those of
 // attention-int8-inl.h, so the bits are too. A page's keys are a tile as they lie: [16 quads of dims][16 positions][4]; the
-// values of a run of 64 positions are gathered into tiles of 16 columns. Tiles and the vector unit work at the same time: while
-// one batch of rows is exponentiated, the scores of the next and the output of the one before are multiplied. Targets
-// without AMX compile nothing of it.
+// values of a run of 64 positions are gathered into tiles of 16 columns. While the vector unit weighs one batch of rows, tiles
+// score the next. Targets without AMX compile nothing of it.
 #pragma once
 
 namespace pagemill {
@@ -31,8 +30,8 @@ PM_INLINE void near_lines(const uint8_t* from, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 3);
 }
 
-// Integer sums of a batch's queries against the pages of a split, a page at a time. C: times 64 dims. Tiles 0..3 hold the
-// queries, 4 keys, 6 sums.
+// Integer sums of a batch's queries against the pages of a split, a page at a time. C: times 64 dims. Tiles 0..3 hold sums of
+// values, 4 and 5 queries or weights, 6 keys or values, 7 sums.
 template <int C> struct ScoreTiles {
     TileState& t;
     const HeadPages& pages;
@@ -40,179 +39,159 @@ template <int C> struct ScoreTiles {
     SplitBatch* batch = nullptr;
     int r0 = 0, page = 0, end = 0;
 
-    int left() const { return end > page ? end - page : 0; }
     void begin(SplitBatch& b, int first_row, SplitRange range) {
         batch = &b;
         r0 = first_row;
         page = range.page0;
         end = range.page1;
+    }
+    void load_queries() const {
         const int8_t* q = t.q_bytes[r0];
         PM_TILE_LOAD(0, q, kMaxDim);
         if constexpr (C > 1) PM_TILE_LOAD(1, q + 64, kMaxDim);
         if constexpr (C > 2) PM_TILE_LOAD(2, q + 128, kMaxDim);
         if constexpr (C > 3) PM_TILE_LOAD(3, q + 192, kMaxDim);
     }
-    inline __attribute__((always_inline)) void some(int count) {
-        for (; count > 0 && page < end; count--, page++) {
-            t.ahead.keys(1);
-            if (page + 2 < end) near_lines(pages.at(page + 2), size_t(C) * 1024);
-            const uint8_t* keys = pages.at(page);
-            PM_TILE_LOAD(6, t.start[r0], 64);
-            PM_TILE_LOAD(4, keys, 64);
-            _tile_dpbsud(6, 0, 4);
-            if constexpr (C > 1) {
-                PM_TILE_LOAD(4, keys + 1024, 64);
-                _tile_dpbsud(6, 1, 4);
-            }
-            if constexpr (C > 2) {
-                PM_TILE_LOAD(4, keys + 2048, 64);
-                _tile_dpbsud(6, 2, 4);
-            }
-            if constexpr (C > 3) {
-                PM_TILE_LOAD(4, keys + 3072, 64);
-                _tile_dpbsud(6, 3, 4);
-            }
-            _tile_stored(6, batch->scores[page - base / kPage], 64);
+    inline __attribute__((always_inline)) void one() {
+        if (page >= end) return;
+        t.ahead.keys(1);
+        if (page + 2 < end) near_lines(pages.at(page + 2), size_t(C) * 1024);
+        const uint8_t* keys = pages.at(page);
+        PM_TILE_LOAD(6, t.start[r0], 64);
+        PM_TILE_LOAD(4, keys, 64);
+        _tile_dpbsud(6, 0, 4);
+        if constexpr (C > 1) {
+            PM_TILE_LOAD(4, keys + 1024, 64);
+            _tile_dpbsud(6, 1, 4);
         }
+        if constexpr (C > 2) {
+            PM_TILE_LOAD(4, keys + 2048, 64);
+            _tile_dpbsud(6, 2, 4);
+        }
+        if constexpr (C > 3) {
+            PM_TILE_LOAD(4, keys + 3072, 64);
+            _tile_dpbsud(6, 3, 4);
+        }
+        _tile_stored(6, batch->scores[page - base / kPage], 64);
+        page++;
+    }
+    void rest() {
+        while (page < end) one();
     }
 };
 
-// A batch's probabilities times values, a run of 16 columns at a time; the runs' sums, scaled and added up in their order,
-// are its output. Tiles 4 and 5 hold values and probabilities, 7 sums.
-struct ValueTiles {
-    TileState& t;
-    const int dim_pad;
-    SplitBatch* batch = nullptr;
-    int rows = 0, run0 = 0, runs = 0, column = 0, run = 0;
-
-    int left() const { return batch ? runs * (dim_pad / kLanes - column) - run : 0; }
-    void begin(SplitBatch& b, int num_rows, SplitRange range, int base) {
-        batch = &b;
-        rows = num_rows;
-        run0 = (range.page0 * kPage - base) / kRun;
-        runs = range.page1 > range.page0 ? (range.page1 * kPage - base + kRun - 1) / kRun - run0 : 0;
-        column = run = 0;
+// Both bytes of a batch's weights times values, TWO runs of 16 columns at a time. Tiles 0..3 hold sums, 4 and 5 weights, 6 and
+// 7 values.
+template <bool TWO> static void value_tiles(TileState& t, SplitBatch& b, int rows, int run0, int run1, int dim_pad, int column) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (TWO) {
+        _tile_zero(2);
+        _tile_zero(3);
     }
-    inline __attribute__((always_inline)) void some(int count) {
-        for (; count > 0 && column * kLanes < dim_pad; count--) {
-            const uint8_t* p = batch->p[0] + (run0 + run) * kRun;
-            PM_TILE_LOAD(5, p, kSplit);
-            PM_TILE_LOAD(4, t.values[run0 + run][column], 64);
-            _tile_zero(7);
-            _tile_dpbusd(7, 5, 4);
-            _tile_stored(7, t.sums[column & 1][run], 64);
-            if (++run < runs) continue;
-            run = 0;
-            if (column++ > 0) add(column - 2);
+    for (int run = run0; run < run1; run++) {
+        PM_TILE_LOAD(4, b.high[0] + run * kRun, kSplit);
+        PM_TILE_LOAD(6, t.values[run][column], 64);
+        _tile_dpbusd(0, 4, 6);
+        PM_TILE_LOAD(5, b.low[0] + run * kRun, kSplit);
+        _tile_dpbusd(1, 5, 6);
+        if constexpr (TWO) {
+            PM_TILE_LOAD(7, t.values[run][column + 1], 64);
+            _tile_dpbusd(2, 4, 7);
+            _tile_dpbusd(3, 5, 7);
         }
     }
-    void finish() {
-        if (runs == 0) return;
-        some(left());
-        add(column - 1);
+    _tile_stored(0, t.sums[0], 64);
+    _tile_stored(1, t.sums[1], 64);
+    if constexpr (TWO) {
+        _tile_stored(2, t.sums[2], 64);
+        _tile_stored(3, t.sums[3], 64);
     }
-    void add(int at) const {
-        switch (runs) {
-            case 4: return add_runs<4>(at);
-            case 3: return add_runs<3>(at);
-            case 2: return add_runs<2>(at);
-            default: return add_runs<1>(at);
-        }
-    }
-    template <int RUNS> void add_runs(int at) const {
+    for (int i = 0; i < (TWO ? 2 : 1); i++)
         for (int r = 0; r < rows; r++) {
-            F out = fzero();
-#pragma GCC unroll 4
-            for (int i = 0; i < RUNS; i++) {
-                I sum;
-                std::memcpy(&sum, t.sums[at & 1][i][r], sizeof sum);
-                out = fmla(itof(sum), fset(batch->p_scale[r * kSplitRuns + run0 + i]), out);
-            }
-            fstore(batch->out + r * dim_pad + at * kLanes, out);
+            I high, low;
+            std::memcpy(&high, t.sums[2 * i][r], sizeof high);
+            std::memcpy(&low, t.sums[2 * i + 1][r], sizeof low);
+            fstore(b.out + r * dim_pad + (column + i) * kLanes, fmul(itof(ijoin(high, low)), fset(b.weight[r])));
         }
-    }
-};
-
-// Lane i of the result is what fpeak, fsum would make of x[i], their additions in the same tree.
-template <bool SUM> PM_INLINE F reduce_rows(const F* x) {
-    const auto join = [](F a, F b) { return SUM ? fadd(a, b) : fmax2(a, b); };
-    F half[8], quarter[4], eighth[2];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)  // 8 lanes of row i, 8 of row i + 8
-        half[i] = join(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)  // 4 lanes each of rows i, i + 8, i + 4, i + 12
-        quarter[i] = join(_mm512_shuffle_f32x4(half[i], half[i + 4], 0x88), _mm512_shuffle_f32x4(half[i], half[i + 4], 0xdd));
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        eighth[i] = join(_mm512_shuffle_ps(quarter[i], quarter[i + 2], 0x44), _mm512_shuffle_ps(quarter[i], quarter[i + 2], 0xee));
-    const F all = join(_mm512_shuffle_ps(eighth[0], eighth[1], 0x88), _mm512_shuffle_ps(eighth[0], eighth[1], 0xdd));
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15), all);
 }
 
-// Sums of one row become scores in log2 units; their maxima by lane.
-template <bool EDGES, bool CAP>
-PM_INLINE F scale_row(const TileState& t, SplitBatch& b, int r0, int r, SplitRange range, int base, float scale, float softcap) {
-    const F row_scale = fset(t.q_scale[r0 + r]), factor = fset(scale * kLog2e);
-    F peak = fset(kMasked);
-    const int slot1 = range.page1 - base / kPage;
-    for (int slot = range.page0 - base / kPage; slot < slot1; slot++) {
+// The largest of all lanes, in each.
+PM_INLINE F peak_everywhere(F x) {
+    x = fmax2(x, fswap<8>(x));
+    x = fmax2(x, fswap<4>(x));
+    x = fmax2(x, fswap<2>(x));
+    return fmax2(x, fswap<1>(x));
+}
+
+// weigh_row for a row that sees a whole split, from its integer sums on.
+PM_INLINE void weigh_whole_row(const TileState& t, SplitBatch& b, int r0, int r, const RowScales& scales) {
+    F score[kSplitPages], peaks[2];
+#pragma GCC unroll 16
+    for (int slot = 0; slot < kSplitPages; slot++) {
         I sum;
         std::memcpy(&sum, b.scores[slot][r], sizeof sum);
-        F y = fmul(fmul(itof(sum), fload(t.key_scale[slot])), row_scale);
-        if constexpr (CAP) y = scaled_score(y, scale, softcap);
-        else y = fmul(y, factor);
-        if constexpr (EDGES) y = seen(t, r0 + r, base + slot * kPage, y, fset(kMasked));
+        score[slot] = fmul(itof(sum), fload(t.key_scale[slot]));
+        peaks[slot % 2] = slot < 2 ? score[slot] : fmax2(peaks[slot % 2], score[slot]);
+    }
+    const F top = peak_everywhere(fmax2(peaks[0], peaks[1])), unit = fset(t.q_scale[r0 + r]);
+    F sums[4] = {fzero(), fzero(), fzero(), fzero()};
+#pragma GCC unroll 4
+    for (int run = 0; run < kSplitRuns; run++) {
+        F weights[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const F p = fexp2_near(fmul(fsub(score[run * 4 + i], top), unit));
+            sums[i] = fadd(sums[i], p);
+            weights[i] = fmla(p, fload(scales.scale[run * 4 + i]), fset(kRoundWeight));
+        }
+        store_halves(b.high[r] + run * kRun, b.low[r] + run * kRun, weights[0], weights[1], weights[2], weights[3]);
+    }
+    end_row(b, r, ffirst(top), t.q_scale[r0 + r], scales.most, sums);
+}
+
+// Any other row.
+static void weigh_part_row(const TileState& t, SplitBatch& b, int r0, int r, SplitRange range, int base, float scale, float softcap, RowScales& scales) {
+    F peak = fset(kMasked);
+    for (int page = range.page0; page < range.page1; page++) {
+        const int slot = page - base / kPage;
+        I sum;
+        std::memcpy(&sum, b.scores[slot][r], sizeof sum);
+        F y = score_of(t, r0 + r, sum, fload(t.key_scale[slot]), scale, softcap);
+        y = seen(t, r0 + r, page * kPage, y, fset(kMasked));
         peak = fmax2(peak, y);
         fstore(b.scores[slot][r], y);
     }
-    return peak;
+    weigh_any_row(t, b, r0, r, range, base, fpeak(peak), score_unit(t, r0 + r, softcap), scales);
 }
 
-// What a batch's rows leave until they are reduced together.
-struct RowLanes {
-    F peaks[kBatch], sums[kBatch], runs[kBatch * kSplitRuns];
-};
-
-// The integer sums of a batch become scores, probabilities and bytes, while `scores` and `values` get on with others.
+// The integer sums of a batch become weights, while tiles score the next one.
 template <int C>
-static void weigh_batch(TileState& t, SplitBatch& b, int r0, int rows, SplitRange range, int base, float scale, float softcap, ScoreTiles<C>& scores, ValueTiles& values) {
-    const int pages_a_row = (scores.left() + 2 * rows - 1) / (2 * rows), values_a_row = (values.left() + 2 * rows - 1) / (2 * rows);
-    const auto whole = [&](int r) { return t.from[r0 + r] <= range.page0 * kPage && t.to[r0 + r] >= range.page1 * kPage; };
-    RowLanes lanes;
-    for (int r = rows; r < kBatch; r++) lanes.peaks[r] = lanes.sums[r] = fzero();
-    for (int i = rows * kSplitRuns; i < kBatch * kSplitRuns; i++) lanes.runs[i] = fzero();
+static void weigh_batch(const TileState& t, SplitBatch& b, int r0, int rows, SplitRange range, int base, float scale, float softcap, ScoreTiles<C>& next) {
+    const bool whole = softcap <= 0.0f && range.page1 - range.page0 == kSplitPages;
+    RowScales scales;
     for (int r = 0; r < rows; r++) {
-        if (softcap > 0.0f) lanes.peaks[r] = scale_row<true, true>(t, b, r0, r, range, base, scale, softcap);
-        else if (whole(r)) lanes.peaks[r] = scale_row<false, false>(t, b, r0, r, range, base, scale, softcap);
-        else lanes.peaks[r] = scale_row<true, false>(t, b, r0, r, range, base, scale, softcap);
-        scores.some(pages_a_row);
-        values.some(values_a_row);
+        if (whole && sees_all(t, r0 + r, range)) {
+            scales.see(t, r0 + r, range, base);
+            weigh_whole_row(t, b, r0, r, scales);
+        } else {
+            weigh_part_row(t, b, r0, r, range, base, scale, softcap, scales);
+        }
+        next.one();
     }
-    fstore(b.max, reduce_rows<false>(lanes.peaks));
-    for (int r = 0; r < rows; r++) {
-        F* runs = lanes.runs + r * kSplitRuns;
-        lanes.sums[r] = whole(r) ? exponentiate_row<false>(t, b, r0, r, range, base, runs) : exponentiate_row<true>(t, b, r0, r, range, base, runs);
-        scores.some(pages_a_row);
-        values.some(values_a_row);
-    }
-    fstore(b.sum, reduce_rows<true>(lanes.sums));
-    alignas(64) float peaks[kBatch * kSplitRuns];
-    for (int i = 0; i < kBatch * kSplitRuns; i += kBatch) fstore(peaks + i, reduce_rows<false>(lanes.runs + i));
-    weigh_rows(b, rows, range, base, peaks);
 }
 
 // One split of all rows of a task in batches of 16; scales and values are gathered. done(batch, r0, rows) takes a batch's
 // maxima, sums and output.
 template <int C, class Done>
 static void attend_tiles(TileState& t, int num_rows, const HeadPages& pages, int split, int dim_pad, float scale, float softcap, const Done& done) {
-    const int base = split * kSplit;
-    ScoreTiles<C> scores{t, pages, base};
-    ValueTiles values{t, dim_pad};
+    const int base = split * kSplit, columns = dim_pad / kLanes;
     const auto rows_from = [&](int r0) { return num_rows - r0 < kBatch ? num_rows - r0 : kBatch; };
+    ScoreTiles<C> scores{t, pages, base};
     SplitRange range = split_range(t, 0, rows_from(0), split);
     scores.begin(t.batches[0], 0, range);
-    scores.some(kSplitPages);
+    scores.load_queries();
+    scores.rest();
     for (int r0 = 0, turn = 0; r0 < num_rows; r0 += kBatch, turn ^= 1) {
         SplitBatch& b = t.batches[turn];
         const int rows = rows_from(r0), after = r0 + kBatch;
@@ -220,22 +199,21 @@ static void attend_tiles(TileState& t, int num_rows, const HeadPages& pages, int
         if (after < num_rows) {
             next = split_range(t, after, rows_from(after), split);
             scores.begin(t.batches[turn ^ 1], after, next);
+            scores.load_queries();
         }
         if (range.page0 < range.page1) {
-            weigh_batch(t, b, r0, rows, range, base, scale, softcap, scores, values);
+            weigh_batch(t, b, r0, rows, range, base, scale, softcap, scores);
+            scores.rest();
+            const int run0 = (range.page0 * kPage - base) / kRun, run1 = (range.page1 * kPage - base + kRun - 1) / kRun;
+            for (int column = 0; column + 2 <= columns; column += 2) value_tiles<true>(t, b, rows, run0, run1, dim_pad, column);
+            if (columns % 2) value_tiles<false>(t, b, rows, run0, run1, dim_pad, columns - 1);
         } else {
             for (int r = 0; r < rows; r++) b.max[r] = kMasked;
+            scores.rest();
         }
-        scores.some(kSplitPages);
-        if (r0 > 0) {
-            values.finish();
-            done(*values.batch, r0 - kBatch, kBatch);
-        }
-        values.begin(b, rows, range, base);
+        done(b, r0, rows);
         range = next;
     }
-    values.finish();
-    done(*values.batch, num_rows - values.rows, values.rows);
 }
 
 template <class Done>

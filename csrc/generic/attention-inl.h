@@ -35,7 +35,7 @@ struct Ahead {
 };
 
 constexpr int kSplitPages = kSplit / kPage;
-constexpr int kRun = 64;            // int8: positions that share a probability scale; runs begin at absolute multiples
+constexpr int kRun = 64;            // positions that a tile multiplies with values at once
 constexpr int kSplitRuns = kSplit / kRun;
 constexpr int kBatch = 16;          // rows of a tile that are attended at once, at most
 constexpr int kMaxDim = 256;
@@ -43,8 +43,8 @@ constexpr int kMaxDim = 256;
 // One split of one batch of rows.
 struct SplitBatch {
     alignas(64) float scores[kSplitPages][kBatch][kLanes];   // then probabilities
-    alignas(64) uint8_t p[kBatch][kSplit];                   // int8: probabilities times value scales
-    alignas(64) float p_scale[kBatch * kSplitRuns];          // int8: [row][run]
+    alignas(64) uint8_t high[kBatch][kSplit], low[kBatch][kSplit];  // int8: probabilities times value scales, 16 bits
+    alignas(64) float weight[kBatch];                        // int8: what one of their units stands for
     alignas(64) float max[kBatch], sum[kBatch];
     alignas(64) float out[kBatch * kMaxDim];                 // [row][dim_pad]
 };
@@ -57,11 +57,11 @@ struct TileState {
     alignas(64) float out[kTileRows * kMaxDim];              // [row][dim_pad]
     alignas(64) float max[kTileRows + kBatch], sum[kTileRows], q_scale[kTileRows];
     int from[kTileRows], to[kTileRows];                      // positions that the row sees
-    SplitBatch batches[2];                                   // tiles work at two at a time
+    SplitBatch batches[2];                                   // tiles score one while the other is weighed
     // One split of all rows.
     alignas(64) float key_scale[kSplitPages][kLanes], value_scale[kSplitPages][kLanes];
     alignas(64) int8_t values[kSplitRuns][kMaxDim / kLanes][kBatch][64];  // tiles: [run][16 columns][4 positions][column, position]
-    alignas(64) int32_t sums[2][kSplitRuns][kBatch][kLanes];
+    alignas(64) int32_t sums[4][kBatch][kLanes];
     Ahead ahead;
 };
 

@@ -1,6 +1,7 @@
 // Attention over int8 pages, on the integer unit. A page: keys u8 (value + 128) [dim_pad/4][16][4], values s8
 // [4][dim_pad][4], then 16 f16 key scales and 16 f16 value scales. Queries become signed bytes per row; probabilities times
-// value scales become unsigned bytes per row and run of 64 positions. Integer sums are exact.
+// value scales become unsigned numbers of 16 bits per row and split, in two bytes. Integer sums are exact: the largest,
+// 256 * 65535 * 127, fits 32 bits.
 #pragma once
 
 namespace pagemill {
@@ -38,17 +39,23 @@ static void prepare_query(TileState& t, const float* q, int dim, int dim_pad, in
     std::memcpy(t.start[r], &start, sizeof start);
 }
 
-static void load_scales(TileState& t, const HeadPages& pages, SplitRange range, int base, int dim_pad) {
+// Key scales are times `factor`.
+static void load_scales(TileState& t, const HeadPages& pages, SplitRange range, int base, int dim_pad, float factor) {
     for (int page = range.page0; page < range.page1; page++) {
         const uint8_t* at = pages.at(page);
-        fstore(t.key_scale[page - base / kPage], fload_f16(key_scales(at, dim_pad)));
+        fstore(t.key_scale[page - base / kPage], fmul(fload_f16(key_scales(at, dim_pad)), fset(factor)));
         fstore(t.value_scale[page - base / kPage], fload_f16(value_scales(at, dim_pad)));
     }
 }
 
+// What key scales are multiplied with, and what a row's scores are: in log2 units, or in those divided by its query's scale.
+PM_INLINE float key_factor(float scale, float softcap) { return softcap > 0.0f ? 1.0f : scale * kLog2e; }
+PM_INLINE float score_unit(const TileState& t, int r, float softcap) { return softcap > 0.0f ? 1.0f : t.q_scale[r]; }
+
 // A page's scores of rows r0.. from their integer sums.
 PM_INLINE F score_of(const TileState& t, int r, I sum, F key_scale, float scale, float softcap) {
-    return scaled_score(fmul(fmul(itof(sum), key_scale), fset(t.q_scale[r])), scale, softcap);
+    const F score = fmul(itof(sum), key_scale);
+    return softcap > 0.0f ? scaled_score(fmul(score, fset(t.q_scale[r])), scale, softcap) : score;
 }
 PM_INLINE F seen(const TileState& t, int r, int first_position, F x, F otherwise) {
     return fselect(t.from[r] - first_position, t.to[r] - first_position, x, otherwise);
@@ -88,101 +95,103 @@ static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, const He
     }
 }
 
-// exp2(score - maximum) of one row in place, times the value scales; by lane, the peaks of its runs and, returned, the sum.
-template <bool EDGES> static F exponentiate_row(const TileState& t, SplitBatch& b, int r0, int r, SplitRange range, int base, F* run_peaks) {
-    const F top = fset(b.max[r]);
-    F sum = fzero();
-    const int slot0 = range.page0 - base / kPage, slot1 = range.page1 - base / kPage;
-    for (int run = 0; run < kSplitRuns; run++) run_peaks[run] = fzero();
-    for (int slot = slot0; slot < slot1;) {
-        const int run = slot / (kRun / kPage), end = (run + 1) * (kRun / kPage) < slot1 ? (run + 1) * (kRun / kPage) : slot1;
+constexpr float kMostWeight = 65535.0f;
+constexpr float kRoundWeight = 8388608.0f;  // 2^23: in a sum with it no bit is left for a fraction
+
+// The value scales of a split as a row sees them, in units of the largest / 65535; zero where the row sees nothing.
+struct RowScales {
+    alignas(64) float scale[kSplitPages][kLanes];
+    float most;
+    int from = 0, to = 0;  // of the row that they are of
+
+    void see(const TileState& t, int r, SplitRange range, int base) {
+        const int first = range.page0 * kPage, last = range.page1 * kPage;
+        const int row_from = t.from[r] > first ? t.from[r] : first, row_to = t.to[r] < last ? t.to[r] : last;
+        if (row_from == from && row_to == to) return;
+        from = row_from;
+        to = row_to;
         F peak = fzero();
-        for (; slot < end; slot++) {
-            F p = fexp2_below(fsub(fload(b.scores[slot][r]), top));
-            const int first_position = base + slot * kPage;
-            if constexpr (EDGES) p = seen(t, r0 + r, first_position, p, fzero());
-            sum = fadd(sum, p);
-            F weighted = fmul(p, fload(t.value_scale[slot]));
-            if constexpr (EDGES) weighted = seen(t, r0 + r, first_position, weighted, fzero());
-            peak = fmax2(peak, weighted);
-            fstore(b.scores[slot][r], weighted);
+        for (int page = range.page0; page < range.page1; page++) {
+            const int slot = page - base / kPage;
+            const F x = fselect(from - page * kPage, to - page * kPage, fload(t.value_scale[slot]), fzero());
+            peak = fmax2(peak, x);
+            fstore(scale[slot], x);
         }
-        run_peaks[run] = peak;
+        most = fpeak(peak);
+        const F inverse = fset(most > 0.0f ? kMostWeight / most : 0.0f);
+        for (int slot = range.page0 - base / kPage; slot < range.page1 - base / kPage; slot++) fstore(scale[slot], fmul(fload(scale[slot]), inverse));
     }
-    return sum;
+};
+
+static bool sees_all(const TileState& t, int r, SplitRange range) { return t.from[r] <= range.page0 * kPage && t.to[r] >= range.page1 * kPage; }
+
+PM_INLINE void end_row(SplitBatch& b, int r, float top, float unit, float most, const F (&sums)[4]) {
+    b.weight[r] = most / kMostWeight;
+    b.max[r] = top <= kMasked ? kMasked : top * unit;
+    b.sum[r] = fsum(fadd(fadd(sums[0], sums[1]), fadd(sums[2], sums[3])));
 }
 
-// A row's scores become probabilities times value scales; `peaks`: of its runs.
-static void exponentiate(const TileState& t, SplitBatch& b, int r0, int r, SplitRange range, int base, float* peaks) {
-    const bool whole = t.from[r0 + r] <= range.page0 * kPage && t.to[r0 + r] >= range.page1 * kPage;
-    F runs[kSplitRuns];
-    b.sum[r] = fsum(whole ? exponentiate_row<false>(t, b, r0, r, range, base, runs) : exponentiate_row<true>(t, b, r0, r, range, base, runs));
-    for (int run = 0; run < kSplitRuns; run++) peaks[run] = fpeak(runs[run]);
-}
-
-// Those of `rows` rows become bytes and their scales per run; pages outside the range count as zero.
-static void weigh_rows(SplitBatch& b, int rows, SplitRange range, int base, const float* peaks) {
-    alignas(64) float inverse[kBatch * kSplitRuns];
-    const int run0 = (range.page0 * kPage - base) / kRun, run1 = (range.page1 * kPage - base + kRun - 1) / kRun;
-    for (int i = 0; i < rows * kSplitRuns; i += kLanes) {
-        const F most = fload(peaks + i);
-        fstore(b.p_scale + i, fdiv(most, fset(255.0f)));
-        fstore(inverse + i, fdiv(fset(255.0f), most));
-    }
-    for (int run = run0; run < run1; run++) {
-        constexpr int pages = kRun / kPage;
-        const int slot = run * pages, page = base / kPage + slot;
-        const bool in[pages] = {page >= range.page0, page + 1 >= range.page0 && page + 1 < range.page1,
-                                page + 2 >= range.page0 && page + 2 < range.page1, page + 3 < range.page1};
-        for (int r = 0; r < rows; r++) {
-            const float factor = peaks[r * kSplitRuns + run] > 0.0f ? inverse[r * kSplitRuns + run] : 0.0f;
-            F w[pages];
+// The scores of one row, whose largest is `top`, become probabilities times value scales: whole numbers of 16 bits.
+template <bool EDGES>
+static void weigh_row(const TileState& t, SplitBatch& b, int r0, int r, SplitRange range, int base, float top, float unit, const RowScales& scales) {
+    const int slot0 = range.page0 - base / kPage, slot1 = range.page1 - base / kPage;
+    F sums[4] = {fzero(), fzero(), fzero(), fzero()};
+    for (int slot = slot0 / 4 * 4; slot < slot1; slot += 4) {
+        F weights[4];
 #pragma GCC unroll 4
-            for (int j = 0; j < pages; j++) w[j] = in[j] ? fmul(fload(b.scores[slot + j][r]), fset(factor)) : fzero();
-            istore_u8(b.p[r] + run * kRun, w[0], w[1], w[2], w[3]);
+        for (int i = 0; i < 4; i++) {
+            const int at = slot + i;
+            weights[i] = fzero();
+            if (at < slot0 || at >= slot1) continue;
+            F p = fexp2_near(fmul(fsub(fload(b.scores[at][r]), fset(top)), fset(unit)));
+            if constexpr (EDGES) p = seen(t, r0 + r, base + at * kPage, p, fzero());
+            sums[i] = fadd(sums[i], p);
+            weights[i] = fmla(p, fload(scales.scale[at]), fset(kRoundWeight));
         }
+        store_halves(b.high[r] + slot * kPage, b.low[r] + slot * kPage, weights[0], weights[1], weights[2], weights[3]);
     }
+    end_row(b, r, top, unit, scales.most, sums);
 }
 
+static void weigh_any_row(const TileState& t, SplitBatch& b, int r0, int r, SplitRange range, int base, float top, float unit, RowScales& scales) {
+    scales.see(t, r0 + r, range, base);
+    if (sees_all(t, r0 + r, range)) weigh_row<false>(t, b, r0, r, range, base, top, unit, scales);
+    else weigh_row<true>(t, b, r0, r, range, base, top, unit, scales);
+}
+
+// Weights times values: integer sums of both bytes, joined.
 template <int R, int V>
 static void weigh_values_int8(TileState& t, SplitBatch& b, const HeadPages& pages, SplitRange range, int base, int dim_pad, int column) {
-    F out[R][V];
+    I high[R][V], low[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) out[r][v] = fzero();
-    for (int page = range.page0; page < range.page1;) {
-        const int run = (page * kPage - base) / kRun, last = (base + (run + 1) * kRun) / kPage, end = last < range.page1 ? last : range.page1;
-        I acc[R][V];
+        for (int v = 0; v < V; v++) high[r][v] = low[r][v] = iset(0);
+    for (int page = range.page0; page < range.page1; page++) {
+        t.ahead.values(1);
+        const uint8_t* values = page_values(pages.at(page), dim_pad) + size_t(column) * 4;
+#pragma GCC unroll 4
+        for (int quad = 0; quad < 4; quad++) {
+            U value[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) value[v] = uload(values + size_t(quad) * size_t(dim_pad) * 4 + 64 * v);
+            const int at = page * kPage - base + 4 * quad;
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
+            for (int r = 0; r < R; r++) {
+                const int h = quad_at(reinterpret_cast<const int8_t*>(b.high[r] + at)), l = quad_at(reinterpret_cast<const int8_t*>(b.low[r] + at));
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) acc[r][v] = iset(0);
-        for (; page < end; page++) {
-            t.ahead.values(1);
-            const uint8_t* values = page_values(pages.at(page), dim_pad) + size_t(column) * 4;
-#pragma GCC unroll 4
-            for (int quad = 0; quad < 4; quad++) {
-                U value[V];
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) value[v] = uload(values + size_t(quad) * size_t(dim_pad) * 4 + 64 * v);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    const int p = quad_at(reinterpret_cast<const int8_t*>(b.p[r] + page * kPage - base + 4 * quad));
-#pragma GCC unroll 4
-                    for (int v = 0; v < V; v++) acc[r][v] = idot_signed(acc[r][v], p, value[v]);
+                for (int v = 0; v < V; v++) {
+                    high[r][v] = idot_signed(high[r][v], h, value[v]);
+                    low[r][v] = idot_signed(low[r][v], l, value[v]);
                 }
             }
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) out[r][v] = fmla(itof(acc[r][v]), fset(b.p_scale[r * kSplitRuns + run]), out[r][v]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) fstore(b.out + r * dim_pad + column + v * kLanes, out[r][v]);
+        for (int v = 0; v < V; v++)
+            fstore(b.out + r * dim_pad + column + v * kLanes, fmul(itof(ijoin(high[r][v], low[r][v])), fset(b.weight[r])));
 }
 
 template <int R>
@@ -202,15 +211,13 @@ static __attribute__((noinline)) void attend_split_int8(TileState& t, SplitBatch
             score_pages_int8<R, 1>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) b.max[r] = fpeak(peak[r]);
-    alignas(64) float peaks[kBatch * kSplitRuns] = {};
-    for (int r = 0; r < R; r++) exponentiate(t, b, r0, r, range, base, peaks + r * kSplitRuns);
-    weigh_rows(b, R, range, base, peaks);
+    RowScales scales;
+    for (int r = 0; r < R; r++) weigh_any_row(t, b, r0, r, range, base, fpeak(peak[r]), score_unit(t, r0 + r, softcap), scales);
+    constexpr int vectors = R <= 3 || kValueVectors < 2 ? kValueVectors : kValueVectors / 2;  // sums of two bytes stay in registers
     int column = 0;
-    for (; column + kValueVectors * kLanes <= dim_pad; column += kValueVectors * kLanes)
-        weigh_values_int8<R, kValueVectors>(t, b, pages, range, base, dim_pad, column);
-    if constexpr (kValueVectors > 1) {
+    for (; column + vectors * kLanes <= dim_pad; column += vectors * kLanes)
+        weigh_values_int8<R, vectors>(t, b, pages, range, base, dim_pad, column);
+    if constexpr (vectors > 1) {
         for (; column < dim_pad; column += kLanes) weigh_values_int8<R, 1>(t, b, pages, range, base, dim_pad, column);
     }
 }

@@ -63,7 +63,7 @@ static void prepare_split(const AttentionCall& call, const AttentionTask& task, 
     if (call.arena->codec != Codec::int8) return;
     const int dim_pad = call.kv().dim_pad;
     const SplitRange range = split_range(t, 0, task.num_rows, split);
-    load_scales(t, pages, range, split * kSplit, dim_pad);
+    load_scales(t, pages, range, split * kSplit, dim_pad, key_factor(call.phase->scale, call.phase->softcap));
 #ifdef PAGEMILL_AMX
     if (in_tiles(call, task.num_rows)) gather_values(t, pages, range, split * kSplit, dim_pad);
 #endif

@@ -53,6 +53,11 @@ PM_INLINE __m256 scale2(__m256 x, __m256 n) {  // x * 2^n for whole n, result a 
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
 PM_INLINE F fscale2(F x, F n) { return {scale2(x.a, n.a), scale2(x.b, n.b)}; }
+PM_INLINE __m256 scale2_shifted(__m256 x, __m256 shifted) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+}
+// x * 2^n for a shifted n + 1.5 * 2^23, result a normal number.
+PM_INLINE F fscale2_shifted(F x, F shifted) { return {scale2_shifted(x.a, shifted.a), scale2_shifted(x.b, shifted.b)}; }
 PM_INLINE F fselect(int from, int to, F x, F y) {
     const __m256i ma = _mm256_andnot_si256(first8(from), first8(to)), mb = _mm256_andnot_si256(first8(from - 8), first8(to - 8));
     return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(ma)), _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(mb))};
@@ -120,6 +125,25 @@ PM_INLINE void istore_u8(uint8_t* p, F a, F b, F c, F d) {
     istore_u8(p + 16, b);
     istore_u8(p + 32, c);
     istore_u8(p + 48, d);
+}
+PM_INLINE void store_bytes(uint8_t* p, __m256i a, __m256i b) {  // 16 lanes, each 0..255
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+// The low 16 bits of 16 lanes, as two bytes each.
+PM_INLINE void store_halves(uint8_t* high, uint8_t* low, F x) {
+    const __m256i a = _mm256_castps_si256(x.a), b = _mm256_castps_si256(x.b), byte = _mm256_set1_epi32(255);
+    store_bytes(low, _mm256_and_si256(a, byte), _mm256_and_si256(b, byte));
+    store_bytes(high, _mm256_and_si256(_mm256_srli_epi32(a, 8), byte), _mm256_and_si256(_mm256_srli_epi32(b, 8), byte));
+}
+PM_INLINE void store_halves(uint8_t* high, uint8_t* low, F a, F b, F c, F d) {
+    store_halves(high, low, a);
+    store_halves(high + 16, low + 16, b);
+    store_halves(high + 32, low + 32, c);
+    store_halves(high + 48, low + 48, d);
+}
+PM_INLINE I ijoin(I high, I low) {
+    return {_mm256_add_epi32(_mm256_slli_epi32(high.a, 8), low.a), _mm256_add_epi32(_mm256_slli_epi32(high.b, 8), low.b)};
 }
 PM_INLINE void store_apart(uint8_t* p, const int8_t* q) {
     for (int i = 0; i < 16; i++) p[4 * i] = uint8_t(q[i]);

@@ -44,6 +44,10 @@ template <int H> PM_INLINE F fswap(F a) {
 }
 PM_INLINE float ffirst(F a) { return _mm512_cvtss_f32(a); }
 PM_INLINE F fscale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+// a * 2^n for a shifted n + 1.5 * 2^23, result a normal number.
+PM_INLINE F fscale2_shifted(F a, F shifted) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+}
 // Lanes from..to-1 of a, the others of b.
 PM_INLINE F fselect(int from, int to, F a, F b) { return _mm512_mask_blend_ps(__mmask16(first(to) & ~first(from)), b, a); }
 PM_INLINE F fload_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -74,6 +78,36 @@ PM_INLINE void istore_u8(uint8_t* p, F a, F b, F c, F d) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
 }
+// The low 16 bits of 16 lanes, as two bytes each.
+PM_INLINE void store_halves(uint8_t* high, uint8_t* low, F x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    _mm_storeu_si128((__m128i*)low, _mm512_cvtepi32_epi8(bits));
+    _mm_storeu_si128((__m128i*)high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 8)));
+}
+// The same for 64 lanes in order.
+PM_INLINE void store_halves(uint8_t* high, uint8_t* low, F a, F b, F c, F d) {
+#ifdef __AVX512VBMI__
+    const auto pairs = [](F even, F odd) {
+        return _mm512_mask_mov_epi16(_mm512_slli_epi32(_mm512_castps_si512(odd), 16), 0x55555555u, _mm512_castps_si512(even));
+    };
+    const __m512i ab = pairs(a, b), cd = pairs(c, d);
+    const __m512i lows = _mm512_mask_mov_epi8(_mm512_slli_epi16(cd, 8), 0x5555555555555555u, ab);
+    const __m512i highs = _mm512_mask_mov_epi8(cd, 0x5555555555555555u, _mm512_srli_epi16(ab, 8));
+    // Byte 4 i + j of these is lane i of a, c, b, d.
+    const __m512i order = _mm512_set_epi8(63, 59, 55, 51, 47, 43, 39, 35, 31, 27, 23, 19, 15, 11, 7, 3, 61, 57, 53, 49, 45, 41, 37, 33, 29, 25, 21, 17,
+                                          13, 9, 5, 1, 62, 58, 54, 50, 46, 42, 38, 34, 30, 26, 22, 18, 14, 10, 6, 2, 60, 56, 52, 48, 44, 40, 36, 32, 28,
+                                          24, 20, 16, 12, 8, 4, 0);
+    _mm512_storeu_si512(low, _mm512_permutexvar_epi8(order, lows));
+    _mm512_storeu_si512(high, _mm512_permutexvar_epi8(order, highs));
+#else
+    store_halves(high, low, a);
+    store_halves(high + 16, low + 16, b);
+    store_halves(high + 32, low + 32, c);
+    store_halves(high + 48, low + 48, d);
+#endif
+}
+// low + 256 * high.
+PM_INLINE I ijoin(I high, I low) { return (high << 8) + low; }
 // Byte i of q to p[4 * i]; the bytes between stay untouched.
 PM_INLINE void store_apart(uint8_t* p, const int8_t* q) {
     _mm512_mask_storeu_epi8(p, 0x1111111111111111u, _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)q)));

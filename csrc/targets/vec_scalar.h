@@ -39,6 +39,8 @@ PM_INLINE F fabs1(F a) { PM_LANES a.v[i] = std::fabs(a.v[i]); return a; }
 template <int H> PM_INLINE F fswap(F a) { F r; PM_LANES r.v[i] = a.v[i ^ H]; return r; }
 PM_INLINE float ffirst(F a) { return a.v[0]; }
 PM_INLINE F fscale2(F a, F n) { PM_LANES a.v[i] = float_of(bits_of(a.v[i]) + (uint32_t(int(n.v[i])) << 23)); return a; }
+// a * 2^n for a shifted n + 1.5 * 2^23, result a normal number.
+PM_INLINE F fscale2_shifted(F a, F shifted) { PM_LANES a.v[i] = float_of(bits_of(a.v[i]) + (bits_of(shifted.v[i]) << 23)); return a; }
 PM_INLINE F fselect(int from, int to, F a, F b) { PM_LANES if (i >= from && i < to) b.v[i] = a.v[i]; return b; }
 PM_INLINE F fload_f16(const uint16_t* p) { F r; PM_LANES r.v[i] = f16_to_f32(p[i]); return r; }
 PM_INLINE F fload_bf16(const uint16_t* p) { F r; PM_LANES r.v[i] = bf16_to_f32(p[i]); return r; }
@@ -80,6 +82,20 @@ PM_INLINE void istore_u8(uint8_t* p, F a, F b, F c, F d) {
     istore_u8(p + 32, c);
     istore_u8(p + 48, d);
 }
+// The low 16 bits of 16 lanes, as two bytes each.
+PM_INLINE void store_halves(uint8_t* high, uint8_t* low, F x) {
+    PM_LANES {
+        low[i] = uint8_t(bits_of(x.v[i]));
+        high[i] = uint8_t(bits_of(x.v[i]) >> 8);
+    }
+}
+PM_INLINE void store_halves(uint8_t* high, uint8_t* low, F a, F b, F c, F d) {
+    store_halves(high, low, a);
+    store_halves(high + 16, low + 16, b);
+    store_halves(high + 32, low + 32, c);
+    store_halves(high + 48, low + 48, d);
+}
+PM_INLINE I ijoin(I high, I low) { PM_LANES low.v[i] = int(uint32_t(low.v[i]) + (uint32_t(high.v[i]) << 8)); return low; }
 PM_INLINE void store_apart(uint8_t* p, const int8_t* q) {
     for (int i = 0; i < 16; i++) p[4 * i] = uint8_t(q[i]);
 }

@@ -147,6 +147,18 @@ def test_int8_keys_and_values_agree_with_the_reference_in_every_shape(target: st
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("chunk", [1, 600])
+def test_equal_weights_of_a_whole_split_fit_its_integer_sums(target: str, chunk: int) -> None:
+    """Copies of one token: each position weighs the most there is, and their mean is what the first one says."""
+    executor = native(Shape(layers=1, vocab=50, rope="none"), target, codec="int8")
+    ids, table = np.full(600, 7, np.int32), list(range(38))
+    executor.forward(batch((ids[: 600 - chunk], 0, table))) if chunk < 600 else None
+    last = executor.forward(batch((ids[600 - chunk :], 600 - chunk, table), every_row=True))
+    first = executor.forward(batch((ids[:1], 0, [50])))
+    assert difference(last, np.broadcast_to(first, last.shape)) < 2e-6
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("fmt", ["f16", "bf16"])
 def test_widths_that_fill_no_vector_agree_with_the_reference(target: str, fmt: str) -> None:
     shape = Shape(format=fmt, hidden=37, ffn=51, vocab=33)

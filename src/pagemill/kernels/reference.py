@@ -223,7 +223,8 @@ def attend(q: Float32, k: Float32, v: Float32, op: ops.Attention, positions: NDA
     return by_row(np.matmul(p, v.swapaxes(0, 1)), len(q))
 
 
-PROBABILITY_RUN = 64  # positions that share the scale of their quantised probabilities
+SPLIT = 256  # positions that share the scale of their quantised probabilities
+MOST_WEIGHT = np.float32(65535)
 
 
 def attend_int8(
@@ -234,7 +235,8 @@ def attend_int8(
     positions: NDArray[np.int32],
     rounding: Int8Rounding = Int8Rounding(),
 ) -> Float32:
-    """Attention on integers. Probabilities times value scales become bytes 0..255 by row and run of 64 positions.
+    """Attention on integers. Probabilities times value scales become whole numbers of 16 bits by row and split of 256
+    positions: the largest probability times the largest value scale that the row sees of the split is 65,535.
 
     q: rotated f32 [rows, q_heads, dim]; k (rotated), v: bytes, as f32, [length, kv_heads, dim], and their scales
     [length, kv_heads].
@@ -245,17 +247,18 @@ def attend_int8(
     scores *= ks.T[:, None, :]
     scores *= qs[:, :, None]
     p = grouped_probabilities(scores, op, positions)
-    p *= vs.T[:, None, :]
+    seen = np.tile(visible(op, positions, len(ks)), (op.num_q_heads // op.num_kv_heads, 1))
+    value_scales = np.where(seen[None], vs.T[:, None, :], np.float32(0))
     out = np.zeros(qq.shape, np.float32)
-    for start in range(0, p.shape[2], PROBABILITY_RUN):
-        run = p[..., start : start + PROBABILITY_RUN]
-        most = run.max(axis=2, keepdims=True)
-        inverse = np.divide(np.float32(255), most, out=np.zeros_like(most), where=most > 0)
-        weights = run * inverse
+    for start in range(0, p.shape[2], SPLIT):
+        split = slice(start, start + SPLIT)
+        most = p[..., split].max(axis=2, keepdims=True) * value_scales[..., split].max(axis=2, keepdims=True)
+        inverse = np.divide(MOST_WEIGHT, most, out=np.zeros_like(most), where=most > np.float32(1e-30))
+        weights = (p[..., split] * value_scales[..., split] * inverse).astype(np.float64)
         if rounding.probabilities:
             np.rint(weights, out=weights)
-        part = np.matmul(weights, vq[start : start + PROBABILITY_RUN].swapaxes(0, 1))
-        out += part * (most / np.float32(255))
+        part = np.matmul(weights, vq[split].swapaxes(0, 1).astype(np.float64))  # up to 2^31, exact
+        out += part.astype(np.float32) * (most / MOST_WEIGHT)
     return by_row(out, len(q))
 
 
