@@ -61,7 +61,10 @@ PM_INLINE F seen(const TileState& t, int r, int first_position, F x, F otherwise
     return fselect(t.from[r] - first_position, t.to[r] - first_position, x, otherwise);
 }
 
-template <int R, int P>
+static bool sees_all(const TileState& t, int r, SplitRange range) { return t.from[r] <= range.page0 * kPage && t.to[r] >= range.page1 * kPage; }
+
+// EDGES: some row does not see all of the pages.
+template <int R, int P, bool EDGES>
 static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, const HeadPages& pages, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
     const uint8_t* k[P];
     for (int p = 0; p < P; p++) k[p] = pages.at(page + p);
@@ -88,9 +91,25 @@ static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, const He
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             F y = score_of(t, r0 + r, acc[r][p], ks, scale, softcap);
-            y = seen(t, r0 + r, first_position, y, fset(kMasked));
+            if constexpr (EDGES) y = seen(t, r0 + r, first_position, y, fset(kMasked));
             peak[r] = fmax2(peak[r], y);
             fstore(b.scores[slot][r], y);
+        }
+    }
+}
+
+template <int R, bool EDGES>
+static void score_range_int8(TileState& t, SplitBatch& b, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
+    constexpr int together = R <= 3 ? kScorePages : (kScorePages + 1) / 2;
+    int page = range.page0;
+    for (; page + together <= range.page1; page += together) {
+        t.ahead.keys(together);
+        score_pages_int8<R, together, EDGES>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
+    }
+    if constexpr (together > 1) {
+        for (; page < range.page1; page++) {
+            t.ahead.keys(1);
+            score_pages_int8<R, 1, EDGES>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
         }
     }
 }
@@ -122,8 +141,6 @@ struct RowScales {
         for (int slot = range.page0 - base / kPage; slot < range.page1 - base / kPage; slot++) fstore(scale[slot], fmul(fload(scale[slot]), inverse));
     }
 };
-
-static bool sees_all(const TileState& t, int r, SplitRange range) { return t.from[r] <= range.page0 * kPage && t.to[r] >= range.page1 * kPage; }
 
 PM_INLINE void end_row(SplitBatch& b, int r, float top, float unit, float most, const F (&sums)[4]) {
     b.weight[r] = most / kMostWeight;
@@ -199,18 +216,10 @@ static __attribute__((noinline)) void attend_split_int8(TileState& t, SplitBatch
     F peak[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
-    constexpr int pair = kScorePages;
-    int page = range.page0;
-    for (; page + pair <= range.page1; page += pair) {
-        t.ahead.keys(pair);
-        score_pages_int8<R, pair>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
-    }
-    if constexpr (pair > 1) {
-        for (; page < range.page1; page++) {
-            t.ahead.keys(1);
-            score_pages_int8<R, 1>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
-        }
-    }
+    bool whole = true;
+    for (int r = 0; r < R; r++) whole = whole && sees_all(t, r0 + r, range);
+    if (whole) score_range_int8<R, false>(t, b, r0, pages, range, base, dim_pad, scale, softcap, peak);
+    else score_range_int8<R, true>(t, b, r0, pages, range, base, dim_pad, scale, softcap, peak);
     RowScales scales;
     for (int r = 0; r < R; r++) weigh_any_row(t, b, r0, r, range, base, fpeak(peak[r]), score_unit(t, r0 + r, softcap), scales);
     constexpr int vectors = R <= 3 || kValueVectors < 2 ? kValueVectors : kValueVectors / 2;  // sums of two bytes stay in registers

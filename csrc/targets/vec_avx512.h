@@ -13,7 +13,7 @@ constexpr int kRows = 6;        // rows of a product tile: 12 integer and 12 flo
 constexpr int kRotatedRows = 12;  // rows of a tile without groups
 constexpr int kFloatRows = 10;  // rows of a float product tile
 constexpr int kAttendRows = 6;  // rows of a tile that attention computes at once
-constexpr int kScorePages = 2;    // pages whose int8 scores a tile computes at once
+constexpr int kScorePages = 4;    // pages whose int8 scores a tile computes at once
 constexpr int kValueVectors = 4;  // vectors of a value row that attention accumulates at once
 
 using F = __m512;
