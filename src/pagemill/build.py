@@ -69,7 +69,7 @@ def build(config: EngineConfig, *, progress: LoadProgress | None = None, clock: 
     """
     make_policy(config.cache_policy, 1)  # a name that there is not is told before anything is fetched or loaded
     path = resolve(config.model, progress=progress)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, check_values=False)  # `load_executor` does, but for what it does not read
     return assemble(config, checkpoint, tokenizer_of(checkpoint.vocab), clock=clock)
 
 
@@ -115,6 +115,7 @@ def assemble(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         mixed_step_percent=config.mixed_step_percent,
+        target_itl_s=None if config.target_itl_ms is None else config.target_itl_ms / 1e3,
         max_queued_requests=config.max_queued_requests,
         eos_token_ids=tuple(sorted(tokenizer.stop_ids)) if tokenizer is not None else checkpoint.vocab.stop_ids,
     )

@@ -35,6 +35,28 @@ def test_serving_bounds_waiting_unless_told_otherwise() -> None:
     assert (EngineConfig().mixed_step_percent, EngineConfig().max_queued_requests) == (None, None)
 
 
+def test_a_target_between_tokens_takes_the_place_of_the_bound_in_percent() -> None:
+    given = resolve_config({}, environ={"PAGEMILL_TARGET_ITL_MS": "25"}).config
+    assert given.target_itl_ms == 25
+    served = for_serving(given)
+    assert (served.target_itl_ms, served.mixed_step_percent, served.max_queued_requests) == (25, None, 1024)
+
+
+@pytest.mark.parametrize("value", [0, -5, 100_001, "soon", "2.5", True])
+def test_a_target_between_tokens_that_is_none_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="target_itl_ms"):
+        resolve_config({"target_itl_ms": value}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [({"mixed_step_percent": 150}, "both say how long a step"), ({"kv_cache": "none"}, "cannot be cut to fit")],
+)
+def test_a_target_between_tokens_beside_what_contradicts_it_is_refused(other: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        resolve_config({"target_itl_ms": 25, **other}, environ={})
+
+
 @pytest.mark.parametrize(
     "options", [{"mixed_step_percent": 100}, {"mixed_step_percent": "fast"}, {"max_queued_requests": 0}]
 )

@@ -18,6 +18,7 @@ from pagemill.bench.kvcache import (
     WITH,
     WITHOUT,
     Measurement,
+    Reading,
     Settings,
     Subject,
     check_same_tokens,
@@ -97,7 +98,24 @@ def test_runs_are_interleaved_and_both_modes_give_the_same_tokens(subject: Subje
     assert watcher.advanced_s == pytest.approx(watcher.total_s)
     assert {run.token_ids for run in found.runs} == {found.runs[0].token_ids}
     assert all(run.complete and len(run.seconds) == NUM_TOKENS for run in found.runs)
-    assert len(found.prefill_s) == 3
+
+
+def test_histories_are_read_in_both_modes_in_turns(subject: Subject) -> None:
+    found = measure(subject, Settings(NUM_TOKENS, 1, 2), Recorder())
+    lengths = list(range(10, 7 + NUM_TOKENS))
+    assert [[each.num_tokens for each in run] for run in found.readings] == [lengths, lengths]
+    runs = found.of(WITHOUT)
+    for run, readings in zip(runs, found.readings, strict=True):
+        assert [each.without_s for each in readings] == list(run.seconds[-9:])
+    assert {run.token_ids for run in found.runs} == {found.runs[0].token_ids}
+
+
+def test_prompt_longer_than_what_is_compared_is_read_once(subject: Subject) -> None:
+    settings = Settings(NUM_TOKENS, 1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kvcache, "_PREFILL_TOKENS", 5)
+        found = measure(subject, settings, Recorder())
+    assert [[each.num_tokens for each in run] for run in found.readings] == [[7]]
 
 
 def test_without_the_cache_every_step_computes_the_whole_history(subject: Subject) -> None:
@@ -142,14 +160,25 @@ def test_figures_are_sums_and_means_of_the_token_times() -> None:
         Generation(WITH, (1, 2, 3), (0.5, 0.1, 0.3), True, 1.0),
         Generation(WITHOUT, (1, 2, 3), (0.5, 1.0, 1.5), True, 1.0),
     ]
-    rows = {(row.work, row.mode): row.samples for row in make_rows(Measurement({}, 4, runs, [2.0]), 3, 2)}
+    readings = [[Reading(3, 1.0, 0.5), Reading(4, 2.0, 0.5), Reading(4, 4.0, 2.0)], []]
+    rows = {(row.work, row.mode): row.samples for row in make_rows(Measurement({}, 4, runs, readings), 3)}
     assert rows["generate 3 tokens", WITH] == pytest.approx((0.9,))
     assert rows["generate 3 tokens", RATIO] == pytest.approx((3.0 / 0.9,))
     assert rows["first token", WITHOUT] == (500.0,)
     assert rows["time per token", WITH] == pytest.approx((200.0,))
     assert rows["time per token", RATIO] == pytest.approx((6.25,))
-    assert rows["read 4 tokens", WITH] == (2.0,)
-    assert rows["read 4 tokens", WITHOUT] == pytest.approx((4 / 1.0,))
+    assert rows["read 4 tokens", WITH] == (6.0,)
+    assert rows["read 4 tokens", WITHOUT] == (2.0,)
+    assert rows["read 4 tokens", RATIO] == (0.5,)
+
+
+def test_ratio_is_to_the_runs_with_the_cache_on_either_side() -> None:
+    times = [(WITH, 1.0), (WITHOUT, 30.0), (WITH, 2.0), (WITHOUT, 35.0), (WITH, 3.0), (WITH, 4.0)]
+    runs = [Generation(mode, (1, 2), (1.0, seconds - 1.0), True, 1.0) for mode, seconds in times]
+    rows = {(row.work, row.mode): row.samples for row in make_rows(Measurement({}, 4, runs), 2)}
+    assert rows["generate 2 tokens", RATIO] == pytest.approx((30 / 1.5, 35 / 2.5))
+    only = {(row.work, row.mode): row.samples for row in make_rows(Measurement({}, 4, runs[:4]), 2)}
+    assert only["generate 2 tokens", RATIO] == pytest.approx((30 / 1.5, 35 / 2.0))
 
 
 def test_curves_are_medians_over_the_runs_that_got_so_far() -> None:

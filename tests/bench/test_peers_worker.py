@@ -92,3 +92,15 @@ def test_ending_a_worker_twice_does_nothing() -> None:
     with worker() as peer:
         peer.close()
         peer.close()
+
+
+def test_a_worker_keeps_compiled_modules_whatever_this_process_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So that a second start is measured, and not the compiler."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "imported_once.py").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import imported_once; input()"
+    with Worker((sys.executable, "-c", code), timeout_s=60.0) as peer, pytest.raises(WorkerError, match="ended"):
+        peer.load("model.gguf", 1, {})
+    assert list((tmp_path / "__pycache__").glob("imported_once.*.pyc"))

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from pagemill.bench.serve_figures import LoadFigures, Objective
-from pagemill.bench.serve_report import GOALS, SAME_ITL, Context, make_report, remarks
+from pagemill.base.errors import ConfigError
+from pagemill.bench.serve_contenders import OwnServers, Places, parse_places, usual_places
+from pagemill.bench.serve_figures import LoadFigures, Objective, quantile_ms
+from pagemill.bench.serve_report import BEST_WITHIN, GOALS, SAME_ITL, Context, make_report, make_tables, remarks
 from pagemill.bench.serve_run import Measurement, Settings, measure
 from pagemill.bench.serve_servers import Contender, Server, ServerError
 from pagemill.bench.serve_workload import DISTINCT, SHARED, Session, Words, make_sessions
@@ -65,6 +67,20 @@ def test_rows_files_and_true_hits_of_a_run(model: str, tmp_path: Path, capsys: p
     assert report["comparisons"] == []
 
 
+def test_server_held_to_a_time_between_tokens_is_told_so_and_shown_as_such(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(model, tmp_path, "--workloads", "distinct", "--at-once", "2,4@500", "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    settings = {(row["mode"], row["at_once"], row["target_itl_ms"]) for row in report["rows"]}
+    assert settings == {("2 at once", 2, None), ("4 at once, target 500 ms", 4, 500)}
+    commands = {each["mode"]: each["command"] for each in report["engines"]}
+    assert "--target-itl-ms" not in commands["2 at once"]
+    told = commands["4 at once, target 500 ms"]
+    assert told[told.index("--target-itl-ms") + 1] == "500"
+    assert all(row["median"] > 0 for row in report["rows"] if row["metric"] == "tokens")
+
+
 def test_conversations_find_their_own_past_and_tables_say_what_is_what(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +116,13 @@ def test_trace_is_replayed(model: str, tmp_path: Path, capsys: pytest.CaptureFix
         (["--max-num-seqs", "4"], "--at-once"),
         (["--at-once", "4,x"], "--at-once is '4,x'"),
         (["--at-once", "0"], "--at-once is '0'"),
+        (["--at-once", "8@"], "--at-once is '8@'"),
+        (["--at-once", "8@0"], "--at-once is '8@0'"),
+        (["--at-once", "8@fast"], "--at-once is '8@fast'"),
+        (["--at-once", "8@peer", "--peers", "none"], "--peers none leaves the peer out"),
+        (["--at-once", "8@25", "--mixed-step-percent", "200"], "goes neither with mixed_step_percent"),
+        (["--at-once", "8@25", "--kv-cache", "none"], "nor with kv_cache none"),
+        (["--target-itl-ms", "25"], "give it with --at-once"),
         (["--users", "0"], "--users is 0"),
         (["--users", "4", "--rate", "1"], "--rate and --users"),
         (["--trace", "x", "--rate", "1"], "--rate and --trace"),
@@ -213,6 +236,54 @@ def test_runs_are_interleaved_and_who_fails_is_left_out_alone() -> None:
         assert all(run.tokens_per_s > 0 and run.num_failed == 0 and run.hit_ratio is None for run in figures)
 
 
+def test_places_are_read_as_typed_and_the_usual_ones_hold_to_a_peer_that_is_there() -> None:
+    assert parse_places("32, 8@25,8@peer,32") == (Places(32), Places(8, 25), Places(8, "peer"))
+    for text in ("", "8,", "-8", "8@peers", "8@-1", "1.5", "65537", "8@100001", "\u0664"):
+        with pytest.raises(ConfigError, match="--at-once is"):
+            parse_places(text)
+    assert usual_places(32, quick=False, with_peer=False) == (Places(32), Places(8), Places(4))
+    held = (Places(32, "peer"), Places(8, "peer"))
+    assert usual_places(None, quick=False, with_peer=True) == (Places(32), Places(8), *held)
+    assert usual_places(4, quick=False, with_peer=True) == (Places(4), Places(4, "peer"))
+    assert usual_places(4, quick=True, with_peer=True) == (Places(4),)
+
+
+def test_servers_that_follow_from_the_peer_are_none_that_are_there_already() -> None:
+    own = OwnServers("tiny", {}, None, parse_places("32,8@25,8@peer,4@peer"))
+    assert [each.mode for each in own.plain()] == ["32 at once", "8 at once, target 25 ms"]
+    assert [each.mode for each in own.held(25)] == ["4 at once, target 25 ms"]
+    assert [each.mode for each in own.held(24)] == ["8 at once, target 24 ms", "4 at once, target 24 ms"]
+
+
+def test_servers_held_to_the_peers_time_take_turns_from_when_it_is_known_to_the_end_of_the_workload() -> None:
+    told, peer = Told(), fake("good", "peer")
+    asked_ms: list[int] = []
+    made: list[Contender] = []
+
+    def held(target_itl_ms: int) -> list[Contender]:
+        asked_ms.append(target_itl_ms)
+        made.append(fake("good", "pagemill"))
+        return made[-1:]
+
+    found = measure([peer], settings(works=(DISTINCT, SHARED)), sessions, told, held=held)
+    for work, asked, mine in zip((DISTINCT, SHARED), asked_ms, made, strict=True):
+        p95_ms = quantile_ms(found.runs[work, peer][0].itl_s, 0.95)
+        assert p95_ms is not None
+        assert asked == max(int(0.9 * p95_ms), 1)
+        assert len(found.runs[work, mine]) == 2
+    turns = [line for line in told.lines if not line.startswith("started")]
+    assert turns == [f"{work} {run} good" for work in (DISTINCT, SHARED) for run in (0, 0, 1, 1)]
+    assert not found.failures
+
+
+def test_without_a_peers_time_none_is_held_to_it_and_the_report_says_so() -> None:
+    found = measure([fake("is mute", "peer")], settings(), sessions, Told(), held=lambda _: [fake("dies")])
+    assert found.unheld == [DISTINCT]
+    assert not found.failures
+    report = make_report(Context("tiny", {}, {"arrivals": "users"}, {}, False, 2), settings(), found)
+    assert any("no peer told a time between tokens" in line for line in remarks(report))
+
+
 def test_mute_server_gives_no_tokens_and_everybody_waits() -> None:
     found = measure([fake("is mute")], settings(num_runs=1), sessions, Told())
     [[run]] = found.runs.values()
@@ -279,6 +350,36 @@ def test_comparison_takes_the_best_setting_that_waits_no_longer_between_tokens()
     assert any("6.00× the tokens of llama.cpp Q4_0" in line and "goal 5× met" in line for line in remarks(report))
 
 
+def test_best_setting_within_the_peers_time_has_a_row_of_its_own_beside_all_settings() -> None:
+    report = compared({32: (900.0, 0.05), 8: (600.0, 0.01), 4: (400.0, 0.005)}, (100.0, 0.012))
+    [row] = [row for row in report["rows"] if row["metric"] == BEST_WITHIN]
+    assert (row["mode"], row["median"], row["at_once"], row["peer"]) == ("8 at once", 600.0, 8, "llama.cpp Q4_0")
+    among = report["comparisons"][0]["among"]
+    assert [(each["mode"], each["tokens_per_s"], each["is_within"]) for each in among] == [
+        ("32 at once", 900.0, False),
+        ("8 at once", 600.0, True),
+        ("4 at once", 400.0, True),
+    ]
+    [table] = make_tables(report)
+    servers, ratios = (list(column.cells) for column in (table.columns[0], table.columns[-1]))
+    assert servers == [
+        "pagemill 32 at once",
+        "pagemill 8 at once",
+        "pagemill 4 at once",
+        "llama.cpp Q4_0",
+        "p95 within llama.cpp's 12.0 ms: 8 at once",
+    ]
+    assert ratios == ["9.0", "6.0", "4.0", "", "6.0"]
+    assert any(line.startswith(f"{SAME_ITL}: all settings of Pagemill") for line in remarks(report))
+
+
+def test_where_no_setting_keeps_to_the_peers_time_the_row_says_none() -> None:
+    report = compared({32: (900.0, 0.05)}, (100.0, 0.012))
+    assert not [row for row in report["rows"] if row["metric"] == BEST_WITHIN]
+    [table] = make_tables(report)
+    assert list(table.columns[0].cells)[-1] == "p95 within llama.cpp's 12.0 ms: none"
+
+
 def test_goal_is_missed_where_no_setting_qualifies_and_not_judged_at_other_sizes() -> None:
     report = compared({32: (900.0, 0.05)}, (100.0, 0.012))
     assert (report["comparisons"][0]["met"], report["comparisons"][0]["pagemill"]) == (False, None)
@@ -300,3 +401,6 @@ def test_peer_that_delivered_nothing_is_not_beaten() -> None:
     assert all(line["ratio"] is None for line in report["comparisons"])
     assert not any(line["met"] for line in report["comparisons"])
     assert any("too little to compare with" in line for line in remarks(report))
+    [table] = make_tables(report)
+    assert list(table.columns[0].cells) == ["pagemill 32 at once", "llama.cpp Q4_0"]
+    assert list(table.columns[-1].cells) == ["", ""]

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from pagemill import __version__
 from pagemill.base.config import OPTIONS
-from pagemill.cli.main import ACTIONS, load_action, main
+from pagemill.cli.commands import app
+from pagemill.cli.main import ACTIONS, _app_for, load_action, main
 from tests.fixtures.program import COMMAND, environment, run_on_terminal, run_program
 
 COMMANDS = [[], ["generate"], ["chat"], ["demo"], ["doctor"], ["models"], ["models", "show"], ["config"], ["bench"]]
@@ -41,6 +43,17 @@ def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
 
 def test_every_command_of_the_table_can_be_loaded() -> None:
     assert all(callable(load_action(name)) for name in ACTIONS)
+
+
+def test_a_command_alone_is_the_command_among_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """`main` leaves the others out where one is named first."""
+    for command in (*COMMANDS[1:], ["bench", "peers"], ["top"], ["keys", "add"]):
+        assert main([*command, "--help"]) == 0
+        alone = capsys.readouterr().out
+        get_command(app).main([*command, "--help"], prog_name="pagemill", standalone_mode=False, obj=load_action)
+        assert alone == capsys.readouterr().out
+    assert len(_app_for(["generate"]).registered_commands) == 1
+    assert _app_for(["generat"]) is _app_for(["--help"]) is _app_for([]) is app
 
 
 def test_every_engine_option_is_an_option_of_generate(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,21 @@ def test_requests_that_are_not_finished_by_their_deadline_are_counted(
     assert row["finished_per_s"] == pytest.approx(row["num_finished"] / row["seconds"])
 
 
+def test_steps_are_held_to_a_time_between_tokens_that_is_named(
+    capsys: pytest.CaptureFixture[str], cost_model: str
+) -> None:
+    p99_ms = []
+    crowd = ["--requests", "40", "--streams", "8", "--pace", "0.05", "--json"]
+    for options in ([], ["--target-itl-ms", "12.5"]):
+        assert main(arguments(cost_model, *crowd, *options)) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["rows"][0]["num_finished"] == 40
+        p99_ms.append((report["target_itl_ms"], 1e3 * report["rows"][0]["itl_s"]["p99"]))
+    (unset, usual_ms), (target_ms, held_ms) = p99_ms
+    assert (unset, target_ms) == (None, 12.5)
+    assert held_ms <= 12.5 * 1.02 < usual_ms
+
+
 def test_a_model_that_is_not_there_is_measured_and_kept(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +108,8 @@ def test_a_cache_too_small_to_measure_in_is_told(
         (["--manager"], "--manager belongs to hit curves"),
         (["--requests", "0"], "--requests is 0"),
         (["--deadline", "0"], "--deadline is 0"),
+        (["--target-itl-ms", "0"], "--target-itl-ms is 0"),
+        (["--target-itl-ms", "nan"], "--target-itl-ms is nan"),
         (["--deadline", "nan"], "--deadline is nan"),
         (["--pace", "0"], "pace is 0"),
         (["--streams", "0"], "max_num_seqs is 0"),

@@ -44,7 +44,7 @@ NOT_RUN = {
     "docs/adding-a-model.md": 1,
     "docs/quickstart.md": 2,
     "docs/performance.md": 2,
-    "docs/serve.md": 4,
+    "docs/serve.md": 5,
     "docs/security.md": 1,
     "docs/observe.md": 1,
     "docs/cache.md": 2,

@@ -144,6 +144,12 @@ def test_limits_below_one_are_refused_by_name(name: str) -> None:
         EngineLimits(**values)
 
 
+@pytest.mark.parametrize("target_s", [0.0, -0.02, float("nan"), float("inf")])
+def test_a_time_between_tokens_that_is_none_is_refused(target_s: float) -> None:
+    with pytest.raises(ConfigError, match="target_itl_s is"):
+        EngineLimits(max_model_len=8, vocab_size=8, target_itl_s=target_s)
+
+
 def test_context_of_one_token_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_model_len is 1"):
         EngineLimits(max_model_len=1, vocab_size=8)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import pytest
 
 from pagemill.engine.budget import PROBE_STEPS, SHORTEST_S, SMALLEST_CHUNK, TILE_ROWS, UNKNOWN_CHUNK, StepBudget
@@ -184,3 +187,100 @@ def test_a_clock_that_stands_still_teaches_nothing() -> None:
     budget.saw(32, 64, 0.0)
     assert budget.alone_s(32) == 0.0, "and prompts are read all the same"
     assert budget.for_prompts(32) == UNKNOWN_CHUNK
+
+
+# A time between tokens that the operator named
+
+
+def run(budget: StepBudget, machine: Machine, rows: int, steps: int, lasts: Callable[[float], float]) -> list[float]:
+    """Steps in a row with prompts that never end. lasts: from what a step takes to the time until the next begins.
+    Returns those of steps that read prompts."""
+    now_s, seen = 0.0, []
+    for _ in range(steps):
+        budget.began(now_s)
+        tokens = budget.for_prompts(rows)
+        took_s = lasts(machine.step(budget, rows, tokens))
+        now_s += took_s
+        if tokens:
+            seen.append(took_s)
+    budget.began(now_s)
+    return seen
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("target_s", [0.03, 0.1, 0.4])
+@pytest.mark.parametrize("percent", [None, 180])
+def test_steps_keep_to_the_target_and_use_it_whatever_the_percentage(
+    rows: int, target_s: float, percent: int | None
+) -> None:
+    machine = Machine(0.006, 0.0009, 0.0003)
+    seen = run(StepBudget(4096, percent, target_s), machine, rows, 100, lambda seconds: seconds)[20:]
+    assert max(seen) <= 1.01 * target_s
+    assert min(seen) >= target_s - TILE_ROWS * machine.token_s - 0.04 * target_s
+
+
+@pytest.mark.parametrize(("between_s", "spread"), [(0.0, 0.1), (0.002, 0.02), (0.0015, 0.15)])
+def test_19_of_20_steps_keep_to_the_target_where_other_work_and_chance_make_them_longer(
+    between_s: float, spread: float
+) -> None:
+    rng, machine = random.Random(5), Machine(0.006, 0.0009, 0.0003)
+
+    def lasts(seconds: float) -> float:
+        return seconds * rng.lognormvariate(0, spread) + between_s
+
+    seen = run(StepBudget(4096, None, 0.03), machine, 8, 6000, lasts)[500:]
+    assert sum(each > 0.03 for each in seen) / len(seen) < 0.06
+    assert sum(seen) / len(seen) > 0.75 * 0.03, "no more caution than asked for"
+
+
+def test_after_a_disturbance_steps_use_the_whole_target_again() -> None:
+    machine, budget = Machine(0.006, 0.0009, 0.0003), StepBudget(4096, None, 0.05)
+    before = run(budget, machine, 8, 100, lambda seconds: seconds)[-1]
+    run(budget, machine, 8, 50, lambda seconds: 2 * seconds)
+    after = run(budget, machine, 8, 600, lambda seconds: seconds)
+    assert after[0] < 0.75 * before
+    assert after[-1] == pytest.approx(before, rel=0.01)
+
+
+def test_prompts_go_on_in_the_smallest_chunks_where_decoding_leaves_nothing_of_the_target() -> None:
+    machine, budget = Machine(0.006, 0.0009, 0.0003), StepBudget(4096, None, 0.02)
+    machine.step(budget, 40, 0)
+    chunks = []
+    for index in range(3 * PROBE_STEPS):
+        budget.began(index * 0.05)
+        chunks.append(budget.for_prompts(40, 8, 3000))
+        machine.step(budget, 40, chunks[-1])
+    assert chunks.count(0) == 2, "a step now and then tells what decoding takes"
+    assert {chunk for chunk in chunks if chunk} == {SMALLEST_CHUNK}
+    assert budget.for_prompts(4) > 4 * SMALLEST_CHUNK, "prompts are read faster as soon as fewer decode"
+
+
+@pytest.mark.parametrize("percent", [None, 150])
+def test_a_target_that_one_stream_alone_does_not_keep_to_changes_nothing(percent: int | None) -> None:
+    machine = Machine(0.05, 0.001, 0.0005)
+    held, usual = StepBudget(4096, percent, 0.02), StepBudget(4096, percent or 180)
+    seen = run(held, machine, 8, 50, lambda seconds: seconds)
+    assert seen == run(usual, machine, 8, 50, lambda seconds: seconds)
+    assert max(seen) > 1.3 * machine.seconds(8, 0)
+
+
+def test_time_in_which_nobody_ran_tells_nothing_of_steps() -> None:
+    machine, budget = Machine(0.006, 0.0009, 0.0003), StepBudget(4096, None, 0.05)
+    run(budget, machine, 8, 60, lambda seconds: seconds)
+    machine.step(budget, 8, 0)
+    chunk = budget.for_prompts(8)
+    for now_s in range(100, 150):
+        machine.step(budget, 8, chunk)
+        budget.began(None)
+        budget.began(now_s)
+    assert budget.for_prompts(8) == chunk
+
+
+def test_without_a_target_the_times_of_steps_change_nothing() -> None:
+    told, silent = StepBudget(512, 180), StepBudget(512, 180)
+    machine = Machine(0.006, 0.0009, 0.0003)
+    for index in range(200):
+        told.began(index * 9.0)
+        assert told.for_prompts(8, 3, 100) == silent.for_prompts(8, 3, 100)
+        for budget in (told, silent):
+            machine.step(budget, 8, silent.for_prompts(8, 3, 100))

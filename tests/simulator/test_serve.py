@@ -138,6 +138,55 @@ def test_prompts_in_small_chunks_cost_little_of_the_throughput_of_many_users(
     assert percentiles(unbounded.gaps_s)["p99"] > 2.0 * alone_s, "that is what it is paid for"
 
 
+# A time between tokens that the operator named, where a step takes 6 ms, .9 ms a row and .3 ms a prompt token
+
+NEAR = StepCost(base_s=0.006, row_s=0.0009, token_s=0.0003, read_s=1e-7)
+
+
+@pytest.mark.parametrize("target_s", [0.018, 0.025, 0.05])
+def test_a_long_prompt_is_read_within_the_time_between_tokens_that_was_asked_for(target_s: float) -> None:
+    streams = [(0.0, 32, 400) for _ in range(8)]
+    served = serve(lengths(*streams, (2.0, 4096, 1)), NEAR, ServeSettings(num_blocks=2000, target_itl_s=target_s))
+    assert quantile(served, 0.99) <= 1.01 * target_s < quantile(served, 0.99) + 0.005
+    alone_s = NEAR.base_s + 8 * NEAR.row_s
+    least_s = 4096 * NEAR.token_s / (1 - alone_s / target_s)
+    assert max(served.ttft_s["default"]) < 2.2 * least_s, "and it is not held up for longer than that costs"
+
+
+@pytest.mark.parametrize("target_s", [0.02, 0.025, 0.04])
+@pytest.mark.parametrize("places", [8, 32])
+@pytest.mark.parametrize("num_input", [256, 1500])
+def test_more_requests_than_can_run_keep_to_the_target_and_all_are_served(
+    num_input: int, places: int, target_s: float
+) -> None:
+    """However many places: while steps are full few prompts are read, and so few decode as leave room for them."""
+    trace = lengths(*((0.0, num_input, 48 + index % 33) for index in range(60)))
+    settings = ServeSettings(num_blocks=4000, max_num_seqs=places)
+    served = serve(trace, NEAR, replace(settings, target_itl_s=target_s))
+    assert served.num_finished == 60
+    assert quantile(served, 0.95) <= 1.002 * target_s
+    usual = serve(trace, NEAR, settings)
+    assert quantile(usual, 0.95) > 1.2 * target_s or target_s == 0.04, "it asks for something"
+    assert usual.seconds > 0.7 * served.seconds
+
+
+def test_streams_beyond_the_target_by_themselves_go_on_while_prompts_are_read() -> None:
+    """32 of them take 35 ms a step: what prompts add is the least there is, and nobody starves."""
+    streams = [(0.0, 32, 300) for _ in range(32)]
+    trace = lengths(*streams, *((1.5, 64, 4) for _ in range(8)))
+    served = serve(trace, NEAR, ServeSettings(num_blocks=2000, target_itl_s=0.02))
+    assert served.num_finished == 40
+    alone_s = NEAR.base_s + 40 * (NEAR.row_s + 350 * NEAR.read_s)
+    assert quantile(served, 0.99) < alone_s + 4 * NEAR.token_s
+    assert max(served.ttft_s["default"]) < (32 * 32 + 8 * 64) / 4 * alone_s
+
+
+def quantile(served: Served, share: float) -> float:
+    """Of the times between tokens."""
+    ordered = sorted(served.gaps_s)
+    return ordered[int(share * (len(ordered) - 1))]
+
+
 def loads(victim_rate: float, flood_rate: float, seconds: float) -> Trace:
     """A victim and a flood, each with so many requests a second at random times: 100 tokens in and 30 out are the
     victim's, 200 and 60 the flood's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -227,6 +228,13 @@ def test_text_never_merges_into_control_tokens() -> None:
         (lambda v: replace(v, merges=("q q",)), "'qq' is not in the vocabulary"),
         (lambda v: replace(v, merges=("hex e",)), "'hex' is not in the vocabulary"),
         (lambda v: replace(v, merges=("h e", "h e")), "listed twice"),
+        (lambda v: replace(v, merges=("he", "l l l")), "merge 0 is 'he'; it must be two tokens"),
+        (lambda v: replace(v, merges=("h e", " l")), "merge 1 is ' l'; it must be two tokens"),
+        (lambda v: replace(v, tokens=(*v.tokens, "a\nb"), token_types=(), merges=("a \nb",)), r"'\\nb' is not in"),
+        (
+            lambda v: replace(v, tokens=(*v.tokens, "\n", "\nh"), token_types=(), merges=("\n h", "\n e")),
+            r"merge 1 is '\\n e', but '\\ne' is not in",
+        ),
         (lambda v: replace(v, bos_id=269), "BOS token id is 269, but the vocabulary has 269 tokens"),
         (lambda v: replace(v, eos_id=-1), "EOS token id is -1"),
         (lambda v: replace(v, stop_ids=(1, 999)), "stop token id is 999"),
@@ -250,6 +258,41 @@ def test_damaged_byte_level_vocabularies_are_refused(damage: Callable[[VocabSpec
 def test_damaged_sentencepiece_vocabularies_are_refused(damage: Callable[[VocabSpec], VocabSpec], says: str) -> None:
     with pytest.raises(ModelError, match=says):
         build_tokenizer(damage(sentencepiece()))
+
+
+def test_merges_need_not_be_in_the_order_of_the_vocabulary() -> None:
+    vocab = byte_level()
+    turned = replace(vocab, tokens=(*vocab.tokens[:256], *vocab.tokens[-4:-14:-1], *vocab.tokens[-3:]))
+    assert turned.tokens != vocab.tokens
+    ours, theirs = build_tokenizer(vocab), build_tokenizer(turned)
+    assert theirs.decode(theirs.encode("hello world 123")) == "hello world 123"
+    assert [turned.tokens[i] for i in theirs.encode("hello  123")] == [
+        vocab.tokens[i] for i in ours.encode("hello  123")
+    ]
+
+
+@pytest.mark.parametrize("vocab", [byte_level(), sentencepiece()])
+def test_nothing_that_encodes_is_made_until_there_is_a_text_or_it_is_asked_for(vocab: VocabSpec) -> None:
+    tokenizer = build_tokenizer(vocab)
+    assert "h" in tokenizer.decode(range(tokenizer.vocab_size))
+    assert tokenizer._made is None
+    asked = build_tokenizer(vocab)
+    asked.prepare()
+    made = asked._made
+    assert made is not None
+    assert asked.encode("hello") == tokenizer.encode("hello")
+    assert asked._made is made
+
+
+def test_threads_that_encode_their_first_text_at_once_share_what_is_made() -> None:
+    made = []
+    tokenizer = build_tokenizer(byte_level())
+    make = tokenizer._make_library
+    tokenizer._make_library = lambda: made.append(None) or make()  # type: ignore[func-returns-value]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(tokenizer.encode, ["hello world"] * 32))
+    assert found == [build_tokenizer(byte_level()).encode("hello world")] * 32
+    assert len(made) == 1
 
 
 def test_a_vocabulary_of_bytes_alone_needs_no_merges() -> None:

@@ -8,7 +8,6 @@ environment it is handed; knows nothing of the command line.
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -152,6 +151,12 @@ class EngineConfig:
         "that have a place decode; prompts are cut to fit. Unset: 180 for serve, no bound for Python.",
         unit="percent",
     )
+    target_itl_ms: int | None = option(
+        None,
+        "Time between tokens that 95 of 100 steps which read prompts beside sequences that decode are to keep to, in "
+        "place of mixed_step_percent; prompts are cut to fit. A short time costs tokens per second. Unset: none.",
+        unit="milliseconds",
+    )
     max_queued_requests: int | None = option(
         None,
         "Requests of one tenant that may wait; more are told to come back later. Unset: 1,024 for serve, no bound for "
@@ -205,10 +210,21 @@ class EngineConfig:
         _check_range("max_num_seqs", self.max_num_seqs, 1, 65_536)
         _check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
         _check_range("mixed_step_percent", self.mixed_step_percent, 101, 100_000)
+        _check_range("target_itl_ms", self.target_itl_ms, 1, 100_000)
         _check_range("max_queued_requests", self.max_queued_requests, 1, 2**20)
         _check_range("num_threads", self.num_threads, 1, 256)
         _check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 2**62)
         _check_range("seed", self.seed, 0, 2**64 - 1)
+        if self.target_itl_ms is not None and self.mixed_step_percent is not None:
+            raise ConfigError(
+                f"target_itl_ms is {self.target_itl_ms} and mixed_step_percent {self.mixed_step_percent}: both say how "
+                "long a step that reads prompts may take; leave one of them out"
+            )
+        if self.target_itl_ms is not None and self.kv_cache == "none":
+            raise ConfigError(
+                f"target_itl_ms is {self.target_itl_ms} and kv_cache is none, where each step computes whole texts and "
+                "cannot be cut to fit; leave one of them out"
+            )
 
     def _check_sharing(self) -> None:
         """Quotas, public names and known tenants mean something only where texts are shared."""
@@ -232,9 +248,10 @@ class EngineConfig:
 def for_serving(config: EngineConfig) -> EngineConfig:
     """The same configuration with what a server needs where nothing else was said: many users at once, who wait for the
     next token and must not fill the queue."""
+    percent = SERVED_MIXED_STEP_PERCENT if config.target_itl_ms is None else None
     return replace(
         config,
-        mixed_step_percent=config.mixed_step_percent or SERVED_MIXED_STEP_PERCENT,
+        mixed_step_percent=config.mixed_step_percent or percent,
         max_queued_requests=config.max_queued_requests or SERVED_QUEUED_REQUESTS,
     )
 
@@ -399,6 +416,8 @@ def json_schema() -> dict[str, object]:
 
 
 def _read_file(path: Path) -> dict[str, object]:
+    import tomllib  # takes longer than all else here, and most starts read no file
+
     try:
         with path.open("rb") as stream:
             table = tomllib.load(stream)

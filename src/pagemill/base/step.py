@@ -46,8 +46,7 @@ class SequenceStep(NamedTuple):
         return self.start + len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """All that one native call computes: rows of prefill and decode side by side. moves: made before them."""
 
     sequences: tuple[SequenceStep, ...]

@@ -89,7 +89,7 @@ class MovesApart:
             self._inner.run(StepPlan((), plan.moves))
             self.cpu_s += time.process_time() - began
             self.num_wiped += len(plan.moves.wipes)
-            plan = replace(plan, moves=Moves())
+            plan = plan._replace(moves=Moves())
         result: StepResult = self._inner.run(plan)
         return result
 

@@ -39,7 +39,8 @@ class Generation:
 
 def second_engine(built: Built, mode: CacheMode) -> LLM:
     """An LLM over the same executor, weights and arena as `built`, with a scheduler and cache manager of its own in
-    another mode. The two must take turns by whole requests: both count the arena's blocks as theirs."""
+    another mode. The two must take turns by whole requests, for both count the arena's blocks as theirs; only between
+    two steps in mode none, which keeps nothing there, may the other one run a request."""
     tokenizer = built.tokenizer
 
     def decode(token_ids: Sequence[int], skip_special_tokens: bool) -> str:

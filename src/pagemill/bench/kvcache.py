@@ -35,6 +35,7 @@ MAX_RUNS = 1000
 WEIGHTS_SEED = 0
 
 _PREFILL_TOKENS = 512
+_NUM_READINGS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +87,25 @@ class Subject:
         return {"f32": "float32", "bf16": "bfloat16"}.get(weights, weights)
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The same number of tokens read twice, one right after the other. without_s: as a step without the cache, which
+    recomputes them. with_s: as a prompt with the cache."""
+
+    num_tokens: int
+    without_s: float
+    with_s: float
+
+
 @dataclass(slots=True)
 class Measurement:
-    """All that was measured so far. Mutated as runs end. prefill_s: seconds to read `num_prefill` tokens at once."""
+    """All that was measured so far. Mutated as runs end. readings: for each run without the cache, of histories of up
+    to `num_prefill` tokens."""
 
     estimates: dict[str, Estimate]
     num_prefill: int
     runs: list[Generation] = field(default_factory=list)
-    prefill_s: list[float] = field(default_factory=list)
+    readings: list[list[Reading]] = field(default_factory=list)
     interrupted: bool = False
     before: CpuCounters | None = None
     after: CpuCounters | None = None
@@ -158,6 +170,9 @@ def measure(
 ) -> Measurement:
     """Warm up and estimate, then run with and without the cache in turns: A B A B.
 
+    A run takes minutes in which a machine's speed changes, so what is to show that both modes read alike is measured in
+    turns of one step each: between two steps without the cache, a prompt as long as the last one is read with it.
+
     interrupted: asked between tokens; once True, what has been measured is returned as it is. Raises IntegrityError
     where two runs gave different tokens, since their times would then be of different work.
     """
@@ -165,7 +180,7 @@ def measure(
     estimates = {
         mode: estimate(llm, prompt, num_tokens, recompute=mode == WITHOUT) for mode, llm in subject.engines.items()
     }
-    num_prefill = min(_PREFILL_TOKENS, len(prompt) + num_tokens - 1)
+    num_prefill = max(len(prompt), min(_PREFILL_TOKENS, len(prompt) + num_tokens - 1))
     found = Measurement(estimates, num_prefill, before=read_counters())
     watcher.estimated(sum(settings.runs_of(mode) * each.total_s for mode, each in estimates.items()), estimates)
     for index in range(max(settings.num_runs, settings.num_runs_without)):
@@ -173,9 +188,6 @@ def measure(
             if index < settings.runs_of(mode) and not found.interrupted:
                 watcher.began(mode, index + 1, settings.runs_of(mode))
                 _run(subject, mode, found, num_tokens, watcher, interrupted)
-        if index < settings.num_runs and not found.interrupted:
-            ids = stretched(prompt, num_prefill)
-            found.prefill_s.append(generate_timed(subject.engines[WITH], ids, 1, mode=WITH).seconds[0])
     found.after = read_counters()
     return found
 
@@ -188,16 +200,23 @@ def _run(
     watcher: Watcher,
     interrupted: Callable[[], bool],
 ) -> None:
-    expected = found.estimates[mode].expected
+    expected, prompt = found.estimates[mode].expected, subject.prompt
+    readings: list[Reading] = []
+    if mode == WITHOUT:
+        found.readings.append(readings)
 
     def after_token(index: int, seconds: float) -> bool:
         watcher.advanced(expected[index])
+        length = len(prompt) + index
+        if mode == WITHOUT and found.num_prefill - _NUM_READINGS < length <= found.num_prefill:
+            read = generate_timed(subject.engines[WITH], stretched(prompt, length), 1, mode=WITH)
+            readings.append(Reading(length, seconds, read.seconds[0]))
         found.interrupted = interrupted()
         return not found.interrupted
 
     run = generate_timed(
         subject.engines[mode],
-        subject.prompt,
+        prompt,
         num_tokens,
         mode=mode,
         barrier_ns=barrier_ns(subject.built.num_threads),

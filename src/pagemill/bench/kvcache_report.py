@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pagemill.base.units import format_seconds
 from pagemill.bench.generation import Generation
-from pagemill.bench.kvcache import DEFAULT_PROMPT, WEIGHTS_SEED, WITH, WITHOUT, Measurement, Settings, Subject
+from pagemill.bench.kvcache import DEFAULT_PROMPT, WEIGHTS_SEED, WITH, WITHOUT, Measurement, Reading, Settings, Subject
 from pagemill.bench.machine import describe_git, describe_machine, describe_versions, disturbance
 from pagemill.bench.report import Row, rounded, timestamp
 from pagemill.kernels.target import choose_target
@@ -55,7 +55,7 @@ def make_report(subject: Subject, settings: Settings, found: Measurement) -> dic
         "git": describe_git(),
         "settings": _settings(subject, settings),
         "interrupted": found.interrupted,
-        "rows": [row.as_json() for row in make_rows(found, settings.num_tokens, len(subject.prompt))],
+        "rows": [row.as_json() for row in make_rows(found, settings.num_tokens)],
         "positions": curves(found, len(subject.prompt)),
         "runs": [_run_json(run) for run in found.runs],
         "token_ids": max((run.token_ids for run in found.runs), key=len),
@@ -65,8 +65,9 @@ def make_report(subject: Subject, settings: Settings, found: Measurement) -> dic
     return report
 
 
-def make_rows(found: Measurement, num_tokens: int, num_prompt: int) -> list[Row]:
-    """The figures, each with and without the cache, and their ratios run by run.
+def make_rows(found: Measurement, num_tokens: int) -> list[Row]:
+    """The figures, each with and without the cache, and the ratio of each run without it to those with it right before
+    and right after.
 
     After an interruption the runs are compared over the longest beginning that each mode has reached.
     """
@@ -77,10 +78,13 @@ def make_rows(found: Measurement, num_tokens: int, num_prompt: int) -> list[Row]
     for work, unit, figure in _works(count):
         samples = {mode: tuple(figure(run) for run in runs[mode]) for mode in _MODES}
         rows += [Row(work, mode, unit, samples[mode]) for mode in _MODES if samples[mode]]
-        pairs = tuple(without / with_ for with_, without in zip(samples[WITH], samples[WITHOUT], strict=False))
-        if pairs and work != _FIRST:
-            rows.append(Row(work, RATIO, "×", pairs))
-    return rows + _reading_rows(found, num_prompt)
+        beside = [samples[WITH][index : index + 2] for index in range(len(samples[WITHOUT]))]
+        ratios = tuple(
+            without / float(np.mean(near)) for without, near in zip(samples[WITHOUT], beside, strict=True) if near
+        )
+        if ratios and work != _FIRST:
+            rows.append(Row(work, RATIO, "×", ratios))
+    return rows + _reading_rows(found)
 
 
 def _works(count: int) -> list[tuple[str, str, Callable[[Generation], float]]]:
@@ -98,19 +102,20 @@ def _works(count: int) -> list[tuple[str, str, Callable[[Generation], float]]]:
     return works
 
 
-def _reading_rows(found: Measurement, num_prompt: int) -> list[Row]:
+def _reading_rows(found: Measurement) -> list[Row]:
     """How fast a history of one length is read: as a prompt with the cache, as recomputation without. They should be
     alike, else the comparison would be with a slow baseline."""
-    length = found.num_prefill
-    rows = []
-    work = f"read {length:,} tokens"
-    if found.prefill_s:
-        rows.append(Row(work, WITH, "tok/s", tuple(length / seconds for seconds in found.prefill_s)))
-    index = length - num_prompt
-    near = [run.seconds[max(0, index - 4) : index + 5] for run in found.of(WITHOUT) if len(run.seconds) > index >= 0]
-    if near:
-        rows.append(Row(work, WITHOUT, "tok/s", tuple(length / float(np.median(each)) for each in near)))
-    return rows
+    work, runs = f"read {found.num_prefill:,} tokens", [run for run in found.readings if run]
+    figures: tuple[tuple[str, str, Callable[[Reading], float]], ...] = (
+        (WITH, "tok/s", lambda each: each.num_tokens / each.with_s),
+        (WITHOUT, "tok/s", lambda each: each.num_tokens / each.without_s),
+        (RATIO, "×", lambda each: each.with_s / each.without_s),
+    )
+    return [
+        Row(work, mode, unit, tuple(float(np.median([figure(each) for each in run])) for run in runs))
+        for mode, unit, figure in figures
+        if runs
+    ]
 
 
 def curves(found: Measurement, num_prompt: int) -> dict[str, dict[str, list[float]]]:

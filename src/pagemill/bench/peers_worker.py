@@ -22,6 +22,8 @@ _ENDING_S = 10.0
 _TAIL_BYTES = 2000
 _MAX_ANSWER_BYTES = 1 << 20
 _QUOTED = 200
+# Compiled modules are kept, as in any environment that was installed: a second start compiles nothing.
+_NOT_HANDED_DOWN = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 
 
 class WorkerError(Exception):
@@ -52,8 +54,8 @@ class Worker:
         self._timeout_s = timeout_s
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._received = b""
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_HANDED_DOWN}
+        environment["PYTHONIOENCODING"] = "utf-8"
         if python_path is not None:
             environment["PYTHONPATH"] = python_path
         try:

@@ -9,12 +9,16 @@ library does not; they are put beside the peers' environments (`llama.cpp-server
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pagemill
+from pagemill.base.errors import ConfigError
 from pagemill.bench.peers_catalog import PAGEMILL, PEERS, Form
 from pagemill.bench.peers_setup import Environment, SetupError, Tell, find_environment, form_path, set_up
 from pagemill.bench.serve_servers import Contender
@@ -23,7 +27,9 @@ from pagemill.text.tokenizer import Tokenizer
 
 LLAMA = "llama.cpp"
 LLAMA_WEIGHTS = "Q4_0"
+PEER: Literal["peer"] = "peer"
 
+_PLACES = re.compile(r"(\d{1,9})(?:@(\d{1,9}|peer))?", re.ASCII)
 _PACKAGES = "llama.cpp-server"
 _MODULE = "llama_cpp.server"
 _IMPORT_S = 180.0
@@ -37,9 +43,72 @@ _SERVER_REQUIREMENTS = (
 _ASKS = {"temperature": 0, "stream": True}
 
 
-def pagemill_contender(model: str, arguments: Mapping[str, str], file: str | None, at_once: int) -> Contender:
+@dataclass(frozen=True, slots=True)
+class Places:
+    """A setting of Pagemill's server. at_once: its max_num_seqs. bound: its target_itl_ms; "peer" for one that follows
+    from the peer's own time between tokens, None for none."""
+
+    at_once: int
+    bound: int | Literal["peer"] | None = None
+
+
+def parse_places(text: str) -> tuple[Places, ...]:
+    """Settings from `--at-once`: numbers of sequences with commas between them, each with `@` and milliseconds or
+    `@peer` behind it where it is to keep to a time between tokens. Raises ConfigError."""
+    found = []
+    for part in text.split(","):
+        match = _PLACES.fullmatch(part.strip())
+        bound = None if match is None or match[2] is None else PEER if match[2] == PEER else int(match[2])
+        if match is None or not 1 <= int(match[1]) <= 65_536 or (isinstance(bound, int) and not 1 <= bound <= 100_000):
+            raise ConfigError(
+                f"--at-once is {text!r}; give numbers from 1 to 65,536 with commas between them, as 32,8,4; behind one "
+                "that is to keep to a time between tokens, the milliseconds or the peer's: 32,8@25,8@peer"
+            )
+        found.append(Places(int(match[1]), bound))
+    return tuple(dict.fromkeys(found))
+
+
+def usual_places(users: int | None, *, quick: bool, with_peer: bool) -> tuple[Places, ...]:
+    """Settings where none are given: as many at once as users, and fewer; beside a peer both held to its time too."""
+    most = users or 32
+    if quick:
+        return (Places(most),)
+    numbers = sorted({most, *(each for each in ((8,) if with_peer else (8, 4)) if each < most)}, reverse=True)
+    bounds: tuple[Literal["peer"] | None, ...] = (None, PEER) if with_peer else (None,)
+    return tuple(Places(each, bound) for bound in bounds for each in numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnServers:
+    """Pagemill's servers. arguments: engine options as typed; file: with more of them, None for none."""
+
+    model: str
+    arguments: Mapping[str, str]
+    file: str | None
+    places: tuple[Places, ...]
+
+    def plain(self) -> list[Contender]:
+        """Those whose settings are known before anything is measured."""
+        return [self._server(each.at_once, each.bound) for each in self.places if each.bound != PEER]
+
+    def held(self, target_itl_ms: int) -> list[Contender]:
+        """Those that keep to a time that follows from the peer's, but for such as are there already."""
+        numbers = [each.at_once for each in self.places if each.bound == PEER]
+        return [self._server(each, target_itl_ms) for each in numbers if Places(each, target_itl_ms) not in self.places]
+
+    def _server(self, at_once: int, target_itl_ms: int | None) -> Contender:
+        return pagemill_contender(self.model, self.arguments, self.file, at_once, target_itl_ms)
+
+
+def pagemill_contender(
+    model: str, arguments: Mapping[str, str], file: str | None, at_once: int, target_itl_ms: int | None = None
+) -> Contender:
     """Pagemill's server. arguments: engine options as typed. at_once: its max_num_seqs."""
     options = {**arguments, "max_num_seqs": str(at_once)}
+    mode = f"{at_once} at once"
+    if target_itl_ms is not None:
+        options["target_itl_ms"] = str(target_itl_ms)
+        mode = f"{mode}, target {target_itl_ms} ms"
     options.pop("model", None)
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
     given = [] if file is None else ["--config", file]
@@ -47,7 +116,7 @@ def pagemill_contender(model: str, arguments: Mapping[str, str], file: str | Non
     source = str(Path(pagemill.__file__).parents[1])
     path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     fields = {**_ASKS, "ignore_eos": True, "stream_options": {"include_usage": True}}
-    return Contender(PAGEMILL, f"{at_once} at once", command, fields, path, at_once)
+    return Contender(PAGEMILL, mode, command, fields, path, at_once, target_itl_ms)
 
 
 def find_llama(root: Path, python: str | None, checkpoint: Checkpoint, *, install: bool, tell: Tell) -> Environment:
@@ -97,7 +166,7 @@ def llama_contender(
     fields = {**_ASKS, "repeat_penalty": 1.0, "logit_bias": stops, "logit_bias_type": "input_ids"}
     command = (str(environment.python), "-m", _MODULE, *flags)
     note = "; ".join(filter(None, ("llama-cpp-python's server answers one request at a time", environment.note)))
-    return Contender(LLAMA, LLAMA_WEIGHTS, command, fields, packages, None, note)
+    return Contender(LLAMA, LLAMA_WEIGHTS, command, fields, packages, note=note)
 
 
 def _server_packages(python: Path, root: Path, *, install: bool, tell: Tell) -> str | None:

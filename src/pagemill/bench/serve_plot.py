@@ -14,7 +14,7 @@ _OURS, _THEIRS = "#1f6f8b", "#c8553d"
 
 def draw_serve(report: dict[str, Any], stem: Path) -> list[Path]:
     """Tokens per second over the 95th percentile of the time between tokens, one panel for each workload, a point for
-    each run: `stem`.png and .svg.
+    each run: `stem`.png and .svg. Settings with a target are hollow; a dashed line stands at a peer's time.
 
     Returns the files; none where matplotlib is missing. Raises ConfigError where they cannot be written.
     """
@@ -42,6 +42,7 @@ def draw_serve(report: dict[str, Any], stem: Path) -> list[Path]:
 def _draw_work(axes: Any, work: str, rows: list[dict[str, Any]]) -> None:
     axes.set_title(f"{work}: tok/s over p95 between tokens (ms)", loc="left", fontsize=10)
     samples = {(row["engine"], row["mode"], row["metric"]): row for row in rows}
+    middle = max((row["median"] for row in rows if row["metric"] == ITL_P95), default=0.0) / 2
     ours: list[tuple[float, float]] = []
     for engine, mode in dict.fromkeys((row["engine"], row["mode"]) for row in rows):
         y, x = (samples.get((engine, mode, metric)) for metric in (TOKENS, ITL_P95))
@@ -49,14 +50,18 @@ def _draw_work(axes: Any, work: str, rows: list[dict[str, Any]]) -> None:
             continue
         colour = _OURS if engine == PAGEMILL else _THEIRS
         pairs = list(zip(x["samples"], y["samples"], strict=False))
-        axes.plot(*zip(*pairs, strict=True), "o", color=colour, markersize=4, alpha=0.7)
+        face = colour if x["target_itl_ms"] is None else "none"
+        axes.plot(*zip(*pairs, strict=True), "o", color=colour, markerfacecolor=face, markersize=4, alpha=0.7)
         text = mode if engine == PAGEMILL else engine
         place = (x["median"], y["median"])
-        axes.annotate(text, place, xytext=(6, 4), textcoords="offset points", color=colour, fontsize=8.5)
-        if engine == PAGEMILL:
+        side, offset = ("right", -6) if place[0] > middle else ("left", 6)
+        axes.annotate(text, place, xytext=(offset, 4), textcoords="offset points", ha=side, color=colour, fontsize=8.5)
+        if engine != PAGEMILL:
+            axes.axvline(place[0], color=colour, linewidth=0.8, linestyle="--", alpha=0.5)
+        elif x["target_itl_ms"] is None:
             ours.append(place)
     if len(ours) > 1:
         axes.plot(*zip(*sorted(ours), strict=True), color=_OURS, linewidth=1, alpha=0.5)
+    axes.margins(x=0.15, y=0.15)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.25, y=0.15)

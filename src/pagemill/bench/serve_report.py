@@ -27,6 +27,7 @@ MOST_OTHERS = 0.1  # of all CPU time
 GOALS = {DISTINCT: 3.0, SHARED: 5.0}
 TOKENS, ITL_P95 = "tokens", "time between tokens, p95"
 SAME_ITL, MOST = "at no longer p95 between tokens", "at its most"
+BEST_WITHIN = "tokens in the best setting at no longer p95 between tokens than the peer"
 
 # (name, unit, of a run's figures and the machine's cores); None where a run has no such figure.
 _METRICS: tuple[tuple[str, str, Callable[[LoadFigures, int], float | None]], ...] = (
@@ -60,6 +61,13 @@ _SHOWN = (
     ("prompt tokens found", "hits", ".0%"),
     ("waiting at the end", "wait", ",.0f"),
     ("CPU of the generator", "gen.", ".1%"),
+)
+
+_HOW_COMPARED = (
+    f"{SAME_ITL}: all settings of Pagemill in the table had the peer's load, in turns with it. Those whose 95th "
+    "percentile of the times between tokens (as clients saw them, median of the runs) was no longer than the peer's "
+    "compare with it, and of these the one that gave most tokens per second is named. A target is what the server was "
+    "told to keep to by --target-itl-ms; with @peer, nine tenths of the p95 in the peer's first run of the load"
 )
 
 
@@ -97,6 +105,7 @@ def make_report(context: Context, settings: Settings, found: Measurement) -> dic
         },
         "engines": [_engine(each, found) for each in dict.fromkeys((*found.starts, *found.failures))],
         "absent": dict(context.absent),
+        "unheld": list(found.unheld),
         "interrupted": found.interrupted,
         "comparisons": [line for work in works for line in _comparisons(work, context, settings, found)],
         "rows": [row for work in works for row in _rows(work, found, machine["num_cores"])],
@@ -130,7 +139,7 @@ def _rows(work: str, found: Measurement, num_cores: int) -> list[dict[str, Any]]
             samples = tuple(value for run in runs if (value := of(run, num_cores)) is not None)
             if samples:
                 row = Row(f"{work}: {metric}", contender.mode, unit, samples, contender.engine)
-                rows.append({**row.as_json(), "workload": work, "metric": metric, "at_once": contender.at_once})
+                rows.append({**row.as_json(), "workload": work, "metric": metric, **_setting(contender)})
         first, between = ([s for run in runs for s in side(run)] for side in (_ttft, _itl))
         rows[-1] |= {
             "all_first_token_ms": [rounded(1e3 * each) for each in first],
@@ -138,7 +147,19 @@ def _rows(work: str, found: Measurement, num_cores: int) -> list[dict[str, Any]]
             "num_between_tokens": len(between),
             "errors": sorted({error for run in runs for error in run.errors}),
         }
+    runs_of = {contender: runs for (name, contender), runs in found.runs.items() if name == work}
+    for peer in (each for each in runs_of if each.engine != PAGEMILL):
+        best = _best(_within(runs_of, _p95(runs_of[peer])), runs_of)
+        if best is not None:
+            samples = tuple(run.tokens_per_s for run in runs_of[best])
+            row = Row(f"{work}: {BEST_WITHIN}", best.mode, "tok/s", samples, best.engine)
+            told = {"workload": work, "metric": BEST_WITHIN, "peer": peer.name}
+            rows.append({**row.as_json(), **told, **_setting(best)})
     return rows
+
+
+def _setting(contender: Contender) -> dict[str, int | None]:
+    return {"at_once": contender.at_once, "target_itl_ms": contender.target_itl_ms}
 
 
 def _ttft(run: LoadFigures) -> tuple[float, ...]:
@@ -167,9 +188,9 @@ def _comparisons(work: str, context: Context, settings: Settings, found: Measure
     lines = []
     for peer in (each for each in runs if each.engine != PAGEMILL):
         limit = _p95(runs[peer])
-        within = [each for each in ours if limit is not None and (_p95(runs[each]) or np.inf) <= limit]
+        within = _within(runs, limit)
         for name, among in ((SAME_ITL, within), (MOST, ours)):
-            best = max(among, key=lambda each: _median_tokens(runs[each]), default=None)
+            best = _best(among, runs)
             full = name == SAME_ITL and settings.users == GOAL_USERS and not context.quick and not is_disturbed(found)
             goal = GOALS.get(work) if full else None
             ratio = None if best is None else _ratio(runs[best], runs[peer])
@@ -177,14 +198,31 @@ def _comparisons(work: str, context: Context, settings: Settings, found: Measure
                 {
                     "workload": work,
                     "compared": name,
-                    "peer": {"engine": peer.engine, "mode": peer.mode, "itl_p95_ms": limit},
-                    "pagemill": None if best is None else {"mode": best.mode, "itl_p95_ms": _p95(runs[best])},
+                    "peer": {"engine": peer.engine, **_figures(peer, runs)},
+                    "pagemill": None if best is None else _figures(best, runs),
+                    "among": [{**_figures(each, runs), "is_within": each in within} for each in ours],
                     "ratio": ratio,
                     "goal": goal,
                     "met": None if goal is None else ratio is not None and ratio["median"] >= goal,
                 }
             )
     return lines
+
+
+def _within(runs: Mapping[Contender, list[LoadFigures]], limit: float | None) -> list[Contender]:
+    """Settings of ours whose p95 between tokens is no longer than that (in milliseconds)."""
+    ours = [each for each in runs if each.engine == PAGEMILL]
+    return [each for each in ours if limit is not None and (_p95(runs[each]) or np.inf) <= limit]
+
+
+def _best(among: list[Contender], runs: Mapping[Contender, list[LoadFigures]]) -> Contender | None:
+    """The one that gives most tokens per second."""
+    return max(among, key=lambda each: _median_tokens(runs[each]), default=None)
+
+
+def _figures(contender: Contender, runs: Mapping[Contender, list[LoadFigures]]) -> dict[str, Any]:
+    own = runs[contender]
+    return {"mode": contender.mode, "itl_p95_ms": _p95(own), "tokens_per_s": rounded(_median_tokens(own))}
 
 
 def _median_tokens(runs: list[LoadFigures]) -> float:
@@ -209,32 +247,55 @@ def title_of(report: Mapping[str, Any]) -> str:
 
 
 def make_tables(report: Mapping[str, Any]) -> list[Table]:
-    """One table for each workload: medians over the runs, milliseconds."""
+    """One table for each workload: medians over the runs, milliseconds; below, what compares at the same time between
+    tokens."""
     tables = []
     for work in dict.fromkeys(row["workload"] for row in report["rows"]):
         table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{work}, ms", title_justify="left", title_style="bold")
         table.add_column("server", no_wrap=True)
-        for _, heading, _ in _SHOWN:
+        same = [each for each in report["comparisons"] if (each["workload"], each["compared"]) == (work, SAME_ITL)]
+        for heading in (*(heading for _, heading, _ in _SHOWN), *(f"÷ {each['peer']['engine']}" for each in same)):
             table.add_column(heading, justify="right")
         rows = {
             (row["engine"], row["mode"], row["metric"]): row["median"]
             for row in report["rows"]
             if row["workload"] == work
         }
-        for engine, mode in dict.fromkeys((engine, mode) for engine, mode, _ in rows):
-            found = [rows.get((engine, mode, metric)) for metric, _, _ in _SHOWN]
-            cells = [
-                "" if value is None else f"{value:{form}}" for value, (*_, form) in zip(found, _SHOWN, strict=True)
-            ]
-            table.add_row(f"{engine} {mode}", *cells)
+        cells = {server: _cells(server, rows, same) for server in dict.fromkeys(key[:2] for key in rows)}
+        for server, own in cells.items():
+            table.add_row(" ".join(server), *own)
+        for each in same:
+            peer, best = each["peer"], each["pagemill"]
+            if peer["itl_p95_ms"] is None:
+                continue
+            table.add_section()
+            named = "none" if best is None else best["mode"]
+            label = f"p95 within {peer['engine']}'s {peer['itl_p95_ms']:.1f} ms: {named}"
+            table.add_row(label, *([] if best is None else cells[PAGEMILL, best["mode"]]))
         tables.append(table)
     return tables
+
+
+def _cells(
+    server: tuple[str, str], rows: Mapping[tuple[str, str, str], float], same: list[Mapping[str, Any]]
+) -> list[str]:
+    """A server's figures, and its tokens over each peer's."""
+    found = [(rows.get((*server, metric)), form) for metric, _, form in _SHOWN]
+    tokens = rows.get((*server, TOKENS), 0.0)
+    ratios = [
+        f"{tokens / each['peer']['tokens_per_s']:.1f}" if server[0] == PAGEMILL and each["peer"]["tokens_per_s"] else ""
+        for each in same
+    ]
+    return [*("" if value is None else f"{value:{form}}" for value, form in found), *ratios]
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
     """Comparisons, what failed or could not be had, definitions and the machine, one line each."""
     settings = report["settings"]
     lines = [_said(each) for each in report["comparisons"]]
+    if report["comparisons"]:
+        lines.append(_HOW_COMPARED)
+    lines += [f"{each}: no peer told a time between tokens that ours could be held to" for each in report["unheld"]]
     lines.append(
         f"good: first token within {settings['slo_ttft_ms']:,g} ms, 95 of 100 times between tokens within "
         f"{settings['slo_itl_ms']:,g} ms; wait: requests without a token at the end; gen.: the load generator's "

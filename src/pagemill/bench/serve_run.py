@@ -1,7 +1,8 @@
 """The measurement of `pagemill bench serve`: every server is started once, and all get the same loads in turns.
 
 Owns warm-up, order, the generator's process, and what happens to a server that fails: it is left out of what follows,
-with the reason. Figures and reports are made elsewhere.
+with the reason. Servers that are to keep to the peer's time between tokens are started when that is known, after its
+first run of a workload, and get the rest of this workload's turns. Figures and reports are made elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any, Protocol
 import pagemill
 from pagemill.base.errors import ConfigError
 from pagemill.bench.machine import CpuCounters, disturbance, read_counters
-from pagemill.bench.serve_figures import LoadFigures, Objective, figures_of
+from pagemill.bench.peers_catalog import PAGEMILL
+from pagemill.bench.serve_figures import LoadFigures, Objective, figures_of, quantile_ms
 from pagemill.bench.serve_servers import Contender, Server, ServerError
 from pagemill.bench.serve_workload import Session
 
@@ -39,9 +41,14 @@ _WARM_USERS = 4
 _WARMUP_SHARE = 0.2
 _MAX_WARMUP_S = 5.0
 _QUOTED = 300
+_OF_PEER = (
+    0.9  # the peer's next run may be quicker, and what is between the server's step and the reader takes time too
+)
 
 # Sessions of a workload for a run: (workload, run) -> sessions. Run -1 warms up.
 MakeSessions = Callable[[str, int], list[Session]]
+# Servers that are to keep to so many milliseconds between tokens.
+MakeHeld = Callable[[int], Sequence[Contender]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +89,12 @@ class Observer(Protocol):
 @dataclass(slots=True)
 class Measurement:
     """What was found. Mutated as runs end. runs: (work, contender) -> figures of each run. failures: why a server was
-    left out, from then on."""
+    left out, from then on. unheld: workloads in which no peer told a time between tokens to hold servers to."""
 
     runs: dict[tuple[str, Contender], list[LoadFigures]] = field(default_factory=dict)
     starts: dict[Contender, float] = field(default_factory=dict)
     failures: dict[Contender, str] = field(default_factory=dict)
+    unheld: list[str] = field(default_factory=list)
     cpu_shares: dict[str, float] | None = None
     interrupted: bool = False
 
@@ -98,8 +106,10 @@ def measure(
     observer: Observer,
     *,
     interrupted: Callable[[], bool] = lambda: False,
+    held: MakeHeld | None = None,
 ) -> Measurement:
-    """Run every workload on every server, A B A B, `num_runs` times; a run that is interrupted is not counted."""
+    """Run every workload on every server, A B A B, `num_runs` times; a run that is interrupted is not counted. held:
+    servers of ours that keep to nine tenths of the peer's 95th percentile between tokens in a workload's first run."""
     with ExitStack() as stack:
         run = _Run(settings, sessions, observer, interrupted, stack)
         for contender in contenders:
@@ -107,10 +117,13 @@ def measure(
                 run.start(contender)
         before = run.counters()
         for work in settings.works:
+            more: list[Contender] = []
             for index in range(settings.num_runs):
-                for contender in list(run.servers):
-                    if not interrupted():
-                        run.load(work, index, contender)
+                run.turns(work, index, list(run.servers))
+                if not index and held is not None and not interrupted():
+                    more = run.hold(work, held)
+                    run.turns(work, index, more)
+            run.end(more)
         run.found.cpu_shares = disturbance(before, run.counters())
         run.found.interrupted = interrupted()
         return run.found
@@ -131,11 +144,11 @@ class _Run:
         self.interrupted, self.stack = interrupted, stack
         self.found = Measurement()
         self.servers: dict[Contender, Server] = {}
-        self.generators_s = 0.0
+        self.ended_s = 0.0  # CPU time of processes that are no more
 
     def counters(self) -> CpuCounters | None:
         """Of the machine, with the servers' and the generators' time counted as ours."""
-        return read_counters(beside_s=self.generators_s + sum(each.cpu_s() for each in self.servers.values()))
+        return read_counters(beside_s=self.ended_s + sum(each.cpu_s() for each in self.servers.values()))
 
     def start(self, contender: Contender) -> None:
         """Start a server and ask it a little, so that its first run meets no first times."""
@@ -154,6 +167,34 @@ class _Run:
         self.servers[contender] = server
         self.observer.started(contender, self.found.starts[contender])
 
+    def turns(self, work: str, index: int, contenders: Sequence[Contender]) -> None:
+        """One run of each of these servers, as far as they are there."""
+        for contender in contenders:
+            if contender in self.servers and not self.interrupted():
+                self.load(work, index, contender)
+
+    def hold(self, work: str, held: MakeHeld) -> list[Contender]:
+        """Start servers that keep to the peer's time between tokens."""
+        times = [
+            time_ms
+            for (name, contender), runs in self.found.runs.items()
+            if name == work and contender.engine != PAGEMILL
+            if (time_ms := quantile_ms(runs[0].itl_s, 0.95)) is not None
+        ]
+        if not times:
+            self.found.unheld.append(work)
+            return []
+        contenders = list(held(max(int(_OF_PEER * min(times)), 1)))
+        for contender in contenders:
+            if not self.interrupted():
+                self.start(contender)
+        return contenders
+
+    def end(self, contenders: Sequence[Contender]) -> None:
+        """End servers that are not needed any more."""
+        for contender in contenders:
+            self._close(contender)
+
     def load(self, work: str, index: int, contender: Contender) -> None:
         """One run of one server."""
         server = self.servers[contender]
@@ -163,7 +204,7 @@ class _Run:
             server.check()
             if told is None:
                 return
-            self.generators_s += told["cpu_s"]
+            self.ended_s += told["cpu_s"]
             figures = figures_of(told, self.settings.warmup_s, self.settings.objective, server.cpu_s() - before_s)
             self._settle(server)
             if not figures.ttft_s and figures.errors:
@@ -186,11 +227,15 @@ class _Run:
             before_s = now_s
 
     def _fail(self, contender: Contender, reason: str) -> None:
-        server = self.servers.pop(contender, None)
-        if server is not None:
-            server.close()
+        self._close(contender)
         self.found.failures[contender] = reason
         self.observer.failed(contender, reason)
+
+    def _close(self, contender: Contender) -> None:
+        server = self.servers.pop(contender, None)
+        if server is not None:
+            self.ended_s += server.cpu_s()
+            server.close()
 
     def _generate(
         self, server: Server, sessions: Sequence[Session], duration_s: float, users: int | None

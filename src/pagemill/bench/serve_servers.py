@@ -31,7 +31,8 @@ class ServerError(Exception):
 class Contender:
     """A server in one setting. command: prints its address once it answers. python_path: of its environment; None:
     none. fields: of every request's body. at_once: sequences that it runs together, None where it has no such
-    setting. note: what must be known of it."""
+    setting. target_itl_ms: time between tokens that it is told to keep to, None for none. note: what must be known of
+    it."""
 
     engine: str
     mode: str
@@ -39,6 +40,7 @@ class Contender:
     fields: Mapping[str, Any] = field(default_factory=dict)
     python_path: str | None = None
     at_once: int | None = None
+    target_itl_ms: int | None = None
     note: str = ""
 
     @property

@@ -59,25 +59,27 @@ class StageWatch:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._began_s = self._last_s = 0.0
-        self._spent: dict[str, float] = {}
+        self._began_s = 0.0
+        self._ends: list[tuple[str, float]] = []
 
     def begin(self) -> None:
         """A step begins."""
-        self._spent = {}
-        self._began_s = self._last_s = self._clock()
+        self._ends = []
+        self._began_s = self._clock()
 
     def reach(self, stage: str) -> None:
         """`stage` ends here, and began where the one before it ended."""
-        now_s = self._clock()
-        self._spent[stage] = self._spent.get(stage, 0.0) + now_s - self._last_s
-        self._last_s = now_s
+        self._ends.append((stage, self._clock()))
 
     def end(self) -> dict[str, float]:
         """The step ends. Seconds of every stage, of the step, and of all but the native call."""
         self.reach("rest")
-        spent = {stage: self._spent.get(stage, 0.0) for stage in STAGES}
-        total_s = self._last_s - self._began_s
+        spent = dict.fromkeys(STAGES, 0.0)
+        last_s = self._began_s
+        for stage, end_s in self._ends:
+            spent[stage] += end_s - last_s
+            last_s = end_s
+        total_s = last_s - self._began_s
         return spent | {STEP: total_s, PYTHON: total_s - spent["native"]}
 
 

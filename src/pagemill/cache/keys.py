@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -110,7 +110,7 @@ class Secrets:
         name = (namespace.tenant, namespace.public)
         secret = self._secrets.get(name)
         if secret is None:
-            secret = self._secrets[name] = secrets.token_bytes(KEY_BYTES)
+            secret = self._secrets[name] = os.urandom(KEY_BYTES)
         return secret
 
     def forget(self, tenant: str, *, public: bool = False) -> None:

@@ -10,11 +10,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from copy import copy
 from importlib import import_module
 from typing import Any
 
 import typer
-from typer.main import get_command
+from typer.main import get_command, get_command_name
 
 from pagemill import __version__
 from pagemill.base.errors import PagemillError
@@ -76,7 +77,9 @@ def main(arguments: list[str]) -> int:
         print(f"pagemill {__version__}")
         return 0
     try:
-        code = get_command(app).main(arguments, prog_name="pagemill", standalone_mode=False, obj=load_action)
+        code = get_command(_app_for(arguments)).main(
+            arguments, prog_name="pagemill", standalone_mode=False, obj=load_action
+        )
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -94,6 +97,23 @@ def run() -> None:
     """The `pagemill` program."""
     prepare_streams()
     sys.exit(main(sys.argv[1:]))
+
+
+def _app_for(arguments: list[str]) -> typer.Typer:
+    """The command that is named first, without the others, whose options typer would go through on every start; the
+    whole app where none is."""
+    name = arguments[0] if arguments else ""
+    commands = [
+        each
+        for each in app.registered_commands
+        if each.callback is not None and name == (each.name or get_command_name(each.callback.__name__))
+    ]
+    groups = [each for each in app.registered_groups if each.name == name]
+    if not commands and not groups:
+        return app
+    narrow = copy(app)
+    narrow.registered_commands, narrow.registered_groups = commands, groups
+    return narrow
 
 
 def _take_flag(arguments: list[str], flag: str) -> tuple[list[str], bool]:

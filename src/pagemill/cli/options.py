@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import cache, wraps
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +23,6 @@ def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     """
     signature = inspect.signature(function, eval_str=True)
     own = [each for each in signature.parameters.values() if each.name != "engine"]
-    generated = [_parameter(each) for each in OPTIONS.values()]
 
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
@@ -31,7 +30,7 @@ def engine_options(function: Callable[..., None]) -> Callable[..., None]:
         arguments = {name: value for name, value in given.items() if value is not None}
         function(*args, engine={"arguments": arguments, "file": kwargs.pop("config")}, **kwargs)
 
-    parameters = [*own, *generated, _config_parameter()]
+    parameters = [*own, *_generated()]
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": None}
     return command
@@ -43,6 +42,12 @@ def refuse_unused(arguments: Iterable[str], used: Iterable[str], why: str) -> No
     if idle:
         flags = ", ".join(OPTIONS[name].flag for name in idle)
         raise ConfigError(f"{flags}: {why}, so this would change nothing; leave it out")
+
+
+@cache
+def _generated() -> tuple[inspect.Parameter, ...]:
+    """The same for every command."""
+    return (*(_parameter(each) for each in OPTIONS.values()), _config_parameter())
 
 
 def _parameter(each: Option) -> inspect.Parameter:

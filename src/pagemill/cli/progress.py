@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Protocol
 
 from pagemill.base.units import format_bytes
 from pagemill.cli.terminal import note
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class Report(Protocol):
@@ -28,9 +28,8 @@ def byte_progress(*, quiet: bool = False) -> Iterator[Report]:
     elif not sys.stderr.isatty():
         yield _announcer()
     else:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            yield _drawer(bars)
+        with ExitStack() as stack:
+            yield _drawer(stack)
 
 
 def _silent(stage: str, done_bytes: int, total_bytes: int | None) -> None:
@@ -48,10 +47,24 @@ def _announcer() -> Report:
     return announce
 
 
-def _drawer(bars: Progress) -> Report:
+def _bars() -> Progress:
+    # Loaded with the first report: a model that is on this machine already makes none.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _drawer(stack: ExitStack) -> Report:
+    """A report that draws bars from its first call until `stack` is closed."""
+    bars: Progress | None = None
     tasks: dict[str, TaskID] = {}
 
     def draw(stage: str, done_bytes: int, total_bytes: int | None) -> None:
+        nonlocal bars
+        if bars is None:
+            bars = stack.enter_context(_bars())
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total_bytes)
         bars.update(tasks[stage], completed=done_bytes, total=total_bytes)

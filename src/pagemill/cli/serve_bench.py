@@ -17,7 +17,16 @@ from pagemill.base.units import parse_seconds
 from pagemill.bench.peers_catalog import PAGEMILL
 from pagemill.bench.peers_setup import SetupError
 from pagemill.bench.report import file_stem, prepare_directory
-from pagemill.bench.serve_contenders import LLAMA, find_llama, llama_contender, pagemill_contender
+from pagemill.bench.serve_contenders import (
+    LLAMA,
+    PEER,
+    OwnServers,
+    Places,
+    find_llama,
+    llama_contender,
+    parse_places,
+    usual_places,
+)
 from pagemill.bench.serve_figures import LoadFigures, Objective, quantile_ms
 from pagemill.bench.serve_plot import draw_serve
 from pagemill.bench.serve_report import Context, make_report, make_tables, remarks, title_of
@@ -112,10 +121,13 @@ def serve(*, load: dict[str, Any], chosen: dict[str, Any], output: str, as_json:
     if "max_num_seqs" in arguments:
         raise ConfigError("--max-num-seqs: this bench runs a server for each number of --at-once; give that instead")
     config = resolve_config(arguments, file=engine["file"], origin="command line").config
+    if config.target_itl_ms is not None:
+        raise ConfigError("target_itl_ms: this bench runs servers with and without; give it with --at-once, as 8@25")
     if config.kv_cache_memory_bytes is None:
         arguments["kv_cache_memory_bytes"] = _KV_CACHE_BYTES
     settings = _settings(load)
-    numbers = _at_once(load["at_once"], settings.users, quick=load["quick"])
+    given = None if load["at_once"] is None else parse_places(load["at_once"])
+    _check_places(given or (), config, chosen["peers"])
     trace = None if load["trace"] is None else read_trace(load["trace"], seed=load["seed"])
     if chosen["peers"] not in ("", "none", LLAMA):
         raise ConfigError(f"--peers is {chosen['peers']!r}; give {LLAMA} or none, or leave it out")
@@ -127,11 +139,18 @@ def serve(*, load: dict[str, Any], chosen: dict[str, Any], output: str, as_json:
         raise ConfigError(f"{config.model} has no vocabulary, and prompts are sent as text; take another model")
     asked = _load(load, settings, trace, tokenizer, checkpoint, config)
     num_threads = kernel_threads(config, this_machine())
-    contenders = [pagemill_contender(config.model, arguments, engine["file"], each) for each in numbers]
     others, absent = _peers(chosen, checkpoint, tokenizer, asked.longest, num_threads)
+    with_peer = bool(others) and _can_bound(config)
+    places = given or usual_places(settings.users, quick=load["quick"], with_peer=with_peer)
+    own = OwnServers(config.model, arguments, engine["file"], places)
     with interrupts() as interrupted, _terminable():
         found = measure(
-            [*contenders, *others], settings, lru_cache(1)(asked.sessions), _Told(), interrupted=interrupted
+            [*own.plain(), *others],
+            settings,
+            lru_cache(1)(asked.sessions),
+            _Told(),
+            interrupted=interrupted,
+            held=own.held if any(each.bound == PEER for each in places) else None,
         )
     if not found.runs:
         note("nothing was measured" + "".join(f"; {each.name} {why}" for each, why in found.failures.items()))
@@ -187,17 +206,23 @@ def _settings(load: dict[str, Any]) -> Settings:
     )
 
 
-def _at_once(text: str | None, users: int | None, *, quick: bool) -> tuple[int, ...]:
-    if text is None:
-        most = users or 32
-        return (most,) if quick else tuple(sorted({most, *(each for each in (8, 4) if each < most)}, reverse=True))
-    try:
-        numbers = tuple(dict.fromkeys(int(each) for each in text.split(",")))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(1 <= each <= 65_536 for each in numbers):
-        raise ConfigError(f"--at-once is {text!r}; give numbers from 1 to 65,536 with commas between them, as 32,8,4")
-    return numbers
+def _check_places(places: tuple[Places, ...], config: EngineConfig, peers: str) -> None:
+    """Raise ConfigError where these settings cannot be run."""
+    bounds = [each.bound for each in places if each.bound is not None]
+    if PEER in bounds and peers == "none":
+        raise ConfigError(
+            "--at-once asks for the peer's time between tokens, and --peers none leaves the peer out; give milliseconds"
+            ", as 8@25"
+        )
+    if bounds and not _can_bound(config):
+        raise ConfigError(
+            "--at-once asks for a time between tokens, which goes neither with mixed_step_percent nor with kv_cache "
+            "none; leave one of them out"
+        )
+
+
+def _can_bound(config: EngineConfig) -> bool:
+    return config.mixed_step_percent is None and config.kv_cache != "none"
 
 
 def _load(

@@ -45,8 +45,10 @@ def add_bench_serve(app: typer.Typer, act: Callable[..., None]) -> None:
         at_once: Annotated[
             str | None,
             typer.Option(
-                help="Pagemill's --max-num-seqs, a server for each number (unset: as many as users, 8 and 4).",
-                metavar="N,…",
+                help="Pagemill's --max-num-seqs, a server for each number; N@MS: with --target-itl-ms too, N@peer: "
+                "with nine tenths of the peer's p95 between tokens (unset: as many as users, and 8; beside a peer both "
+                "@peer too, else 4).",
+                metavar="N[@MS],…",
                 show_default=False,
             ),
         ] = None,

@@ -25,6 +25,10 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
         Annotated[float | None, _option("Seconds after its arrival at which a request that is not finished fails.")],
         None,
     ),
+    "target_itl_ms": (
+        Annotated[float | None, _option("Milliseconds between tokens that steps are held to, as by serve.")],
+        None,
+    ),
     "cost_model": (
         Annotated[str | None, _option("What steps take: a file, written with what is measured if not there.", "FILE")],
         None,

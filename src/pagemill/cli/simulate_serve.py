@@ -45,14 +45,16 @@ def serve_trace(
     for flag, given in (("--plot", plot is not None), ("--manager", manager)):
         if given:
             raise ConfigError(f"{flag} belongs to hit curves, which --serve does not make; leave one of them out")
-    pace, most_requests, streams, deadline_s, cost_model = (
-        served[name] for name in ("pace", "requests", "streams", "deadline", "cost_model")
+    pace, most_requests, streams, deadline_s, target_ms, cost_model = (
+        served[name] for name in ("pace", "requests", "streams", "deadline", "target_itl_ms", "cost_model")
     )
     names, sizes = policy_names(policies), block_sizes(blocks)
     if most_requests < 1:
         raise ConfigError(f"--requests is {most_requests}; give at least 1")
     if deadline_s is not None and not 0 < deadline_s < 1e9:
         raise ConfigError(f"--deadline is {deadline_s:g}; give seconds above 0")
+    if target_ms is not None and not 1 <= target_ms <= 100_000:
+        raise ConfigError(f"--target-itl-ms is {target_ms:g}; give milliseconds from 1 to 100,000")
     loaded = load_trace(trace, session_gap, seed)
     loaded = Trace(loaded.name, loaded.block_tokens, loaded.requests[:most_requests])
     cost = _cost(None if cost_model is None else Path(cost_model).expanduser())
@@ -60,7 +62,12 @@ def serve_trace(
     for size in sizes:
         for name in names:
             settings = ServeSettings(
-                num_blocks=size, policy=name, max_num_seqs=streams, pace=pace, deadline_s=deadline_s
+                num_blocks=size,
+                policy=name,
+                max_num_seqs=streams,
+                pace=pace,
+                deadline_s=deadline_s,
+                target_itl_s=None if target_ms is None else target_ms / 1e3,
             )
             began_s = time.perf_counter()
             with _progress(f"{name}, {size:,} blocks") as report_requests:
@@ -76,6 +83,7 @@ def serve_trace(
         "pace": pace,
         "streams": streams,
         "deadline_s": deadline_s,
+        "target_itl_ms": target_ms,
         "cost_model": cost.describe(),
         "rows": rows,
     }

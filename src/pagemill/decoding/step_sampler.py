@@ -107,17 +107,19 @@ class BatchSampler:
         """The largest logit of each row, which is known already; None where one may not be taken, or where the rows are
         not those remembered.
 
-        One plain loop over memory views: in caches that the step has emptied, numpy calls for a row take longer.
+        One plain loop over memory views: in caches that the step has emptied, each other way of calling (numpy, `zip`
+        with its keyword) takes longer for a row than the row itself.
         """
         if not self._plain or len(rows) != len(self._seq_ids):
             return None
         if logits is not self._logits or best is not self._best:
             self._logits, self._values = logits, logits.data
             self._best, self._ids = best, best.data
-        values = self._values
+        values, ids, seq_ids = self._values, self._ids, self._seq_ids
         samples: list[Sample] = []
-        for step, seq_id, token in zip(rows, self._seq_ids, self._ids.tolist(), strict=True):
-            if step.seq_id != seq_id or step.forbid or not values[len(samples), token] > _NEVER:  # NaN is not, either
+        for row, step in enumerate(rows):
+            seq_id, token = seq_ids[row], ids[row]
+            if step.seq_id != seq_id or step.forbid or not values[row, token] > _NEVER:  # NaN is not, either
                 return None
             samples.append(_NEW(Sample, (seq_id, token, None, (), ())))
         return tuple(samples)

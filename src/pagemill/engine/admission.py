@@ -21,7 +21,8 @@ class EngineLimits:
     max_model_len: longest sequence, prompt and answer together. eos_token_ids: the model's own end-of-text ids.
     max_num_seqs: sequences that run at a time. max_num_batched_tokens: tokens computed in a step. mixed_step_percent:
     how long a step that reads prompts may make those wait who decode, in percent of a step without (None: no bound).
-    max_queued_requests: requests of one tenant that may wait (None: no bound).
+    max_queued_requests: requests of one tenant that may wait (None: no bound). target_itl_s: time between tokens
+    that steps which read prompts are held to instead of mixed_step_percent (None: none).
     """
 
     max_model_len: int
@@ -31,6 +32,7 @@ class EngineLimits:
     eos_token_ids: tuple[int, ...] = ()
     mixed_step_percent: int | None = None
     max_queued_requests: int | None = None
+    target_itl_s: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "vocab_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -41,6 +43,8 @@ class EngineLimits:
             raise ConfigError(f"mixed_step_percent is {self.mixed_step_percent}; give more than 100, or None")
         if self.max_queued_requests is not None and self.max_queued_requests < 1:
             raise ConfigError(f"max_queued_requests is {self.max_queued_requests}; give at least 1, or None")
+        if self.target_itl_s is not None and not 0 < self.target_itl_s < 1e6:
+            raise ConfigError(f"target_itl_s is {self.target_itl_s}; give seconds above 0, or None")
         if self.max_model_len < 2:
             raise ConfigError("max_model_len is 1; give at least 2: one token of prompt and one of answer")
 

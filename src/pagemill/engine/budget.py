@@ -9,6 +9,8 @@ depends on how a prompt was cut.
 The measure is a step in which all decode that have a place, those too whose prompts wait: what they will make every
 step take once they are in. Measured by those few that decode already, steps would stay short and prompts enter so
 slowly that as few decode at any time, and the passes over the weights that more could share are the throughput.
+
+An operator to whom short times between tokens are worth that names one, and steps are held to it instead (`Target`).
 """
 
 from __future__ import annotations
@@ -23,20 +25,65 @@ PROBE_STEPS = 64
 _WEIGHT = 0.2
 _FAR = 1024  # positions by which the cost of a prompt token's place is counted
 _ROWS_OF_BASE = 12  # as many decode rows as cost what an empty step does, where nothing nearer is known
+_USUAL_STRETCH = 1.8  # where a target cannot be kept and no percentage is given
+_MOST_CAUTION = 1.5
+_CAUTION_UP, _CAUTION_DOWN = 1.04, 1.04 ** (-1 / 20)
+
+
+class Target:
+    """A time between tokens that 95 of 100 steps with prompts and decode rows are to keep to. Mutated by `saw` and
+    `began`.
+
+    What is not foreseen (the work between two steps, other programs, a text that costs more than the last) shows in how
+    many steps are too long. After each of them the next are aimed at a shorter time; twenty that were not too long make
+    up for it. target_s: from the beginning of such a step to the next one's, which is from token to token.
+    """
+
+    __slots__ = ("_began_s", "_can_shrink", "_caution", "_is_mixed", "target_s")
+
+    def __init__(self, target_s: float) -> None:
+        self.target_s = target_s
+        self._caution = 1.0
+        self._began_s: float | None = None
+        self._is_mixed = self._can_shrink = False  # of the last step
+
+    @property
+    def aim_s(self) -> float:
+        """Seconds that the next step is to take."""
+        return self.target_s / self._caution
+
+    def saw(self, num_prompt_tokens: int) -> None:
+        """A step with decode rows read so many prompt tokens."""
+        self._is_mixed = num_prompt_tokens > 0
+        self._can_shrink = num_prompt_tokens > SMALLEST_CHUNK
+
+    def began(self, now_s: float | None) -> None:
+        """A step begins, and tells how long the last one took; None where nobody waited for it."""
+        if self._is_mixed and self._began_s is not None and now_s is not None:
+            if now_s - self._began_s <= self.target_s:
+                self._caution = max(self._caution * _CAUTION_DOWN, 1.0)
+            elif self._can_shrink:
+                self._caution = min(self._caution * _CAUTION_UP, _MOST_CAUTION)
+        self._began_s, self._is_mixed = now_s, False
 
 
 class StepBudget:
-    """Tokens of a step. Mutated by `saw`.
+    """Tokens of a step. Mutated by `began` and `saw`.
 
     most: tokens of any step. percent: how long a step with prompts and decode rows may take, in percent of one that
-    decodes alone; None for no bound.
+    decodes alone; None for no bound. target_s: the time between tokens that such steps are held to, whatever `percent`
+    says, as far as decoding leaves any of it; None for none. One that a single stream does not keep to by itself is out
+    of reach and changes nothing.
     """
 
-    __slots__ = ("_alone_s", "_far_s", "_known", "_num_mixed", "_stretch", "_token_s", "most")
+    __slots__ = ("_alone_s", "_far_s", "_known", "_num_mixed", "_stretch", "_target", "_token_s", "most")
 
-    def __init__(self, most: int, percent: int | None) -> None:
+    def __init__(self, most: int, percent: int | None, target_s: float | None = None) -> None:
         self.most = most
         self._stretch = None if percent is None else percent / 100
+        self._target = None if target_s is None else Target(target_s)
+        if self._target is not None and self._stretch is None:
+            self._stretch = _USUAL_STRETCH
         self._alone_s: dict[int, float] = {}  # of as many decode rows as the class begins with
         self._known: list[int] = []  # its keys, sorted
         self._token_s = 0.0  # of a prompt token, and what _FAR positions before it add
@@ -54,14 +101,22 @@ class StepBudget:
         alone_s = self.alone_s(num_decoding)
         if not alone_s:
             return min(left, UNKNOWN_CHUNK)
-        together_s = self.alone_s(num_decoding + num_reading)
-        seconds = max(self._stretch * max(alone_s, together_s), SHORTEST_S) - alone_s
+        if self._target is not None and self.alone_s(1) < self._target.target_s:
+            seconds = max(self._target.aim_s - alone_s, 0.0)
+        else:
+            together_s = self.alone_s(num_decoding + num_reading)
+            seconds = max(self._stretch * max(alone_s, together_s), SHORTEST_S) - alone_s
         # Where no prompt was read yet, a token of one is taken to cost a decode row, which is more than it does.
         token_s = self._token_at(position) or _row_s(alone_s, num_decoding)
         token_s = self._token_at(position + seconds / token_s / 2) or token_s  # in the middle of the chunk
         chunk = max(int(seconds / token_s), SMALLEST_CHUNK)
         whole = (chunk + num_decoding) // TILE_ROWS * TILE_ROWS - num_decoding  # kernels work in tiles of rows
         return min(left, whole if whole >= TILE_ROWS else chunk)
+
+    def began(self, now_s: float | None) -> None:
+        """A step begins at such a time of the engine's clock; None where none runs that could have waited for it."""
+        if self._target is not None:
+            self._target.began(now_s)
 
     def alone_s(self, num_decoding: int) -> float:
         """Seconds of a step that only decodes so many rows, 0 where no such step was seen."""
@@ -77,6 +132,8 @@ class StepBudget:
         """A step with so many decode rows and prompt tokens took so long. positions: of those tokens, summed up."""
         if self._stretch is None:
             return
+        if self._target is not None and num_decoding:
+            self._target.saw(num_prompt_tokens)
         if not num_prompt_tokens:
             self._num_mixed = 0
         elif num_decoding:

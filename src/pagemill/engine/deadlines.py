@@ -9,27 +9,30 @@ from pagemill.engine.request import Sequence
 
 
 class Deadlines:
-    """Deadlines of sequences, on the engine's clock. Mutated by every method. Sequences without one are not in it."""
+    """Deadlines of sequences, on the engine's clock. Mutated by every method. Sequences without one are not in it.
 
-    __slots__ = ("_heap", "_num_live")
+    num_live: deadlines of unfinished sequences; where there are none, `due` need not be asked.
+    """
+
+    __slots__ = ("_heap", "num_live")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Sequence]] = []
-        self._num_live = 0
+        self.num_live = 0
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence, with the deadline that its request gives, if it gives one."""
         deadline_s = sequence.request.params.deadline_s
         if deadline_s is not None:
             heappush(self._heap, (sequence.request.arrival_s + deadline_s, sequence.seq_id, sequence))
-            self._num_live += 1
+            self.num_live += 1
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has finished. Its entry goes with others, when most of them are of finished ones."""
         if sequence.request.params.deadline_s is None:
             return
-        self._num_live -= 1
-        if len(self._heap) > 2 * self._num_live + 64:
+        self.num_live -= 1
+        if not self.num_live or len(self._heap) > 2 * self.num_live + 64:
             self._heap = [entry for entry in self._heap if entry[2].status != "finished"]
             heapify(self._heap)
 

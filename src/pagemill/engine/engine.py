@@ -16,7 +16,7 @@ from typing import Final
 from pagemill.base.errors import RequestError
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
 from pagemill.base.step import StepPlan, StepResult
-from pagemill.base.transfer import Moves
+from pagemill.base.transfer import NO_MOVES, Moves
 from pagemill.cache.entry import CacheStats
 from pagemill.cache.manager import CacheManager
 from pagemill.engine.admission import Admission, EngineLimits, derive_seed
@@ -239,8 +239,7 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run one step. Returns what it added, in the plan's order; possibly nothing, for a chunk of a prompt."""
-        deltas = [] if self._damage is None else self._recover(self._damage)
-        deltas += self._step()
+        deltas = self._step() if self._damage is None else self._recover(self._damage) + self._step()
         return deltas if self._damage is None else deltas + self._recover(self._damage)
 
     def _step(self) -> list[Delta]:
@@ -253,8 +252,11 @@ class Engine:
             if scheduler.suspect is not None:
                 scheduler.suspect.num_faults += 1
             return self._recover(error)
-        deltas = [delta for sequence, error in schedule.failed for delta in self._end([sequence], "error", error)]
-        self._reach("schedule")
+        deltas: list[Delta] = []
+        for sequence, failure in schedule.failed:
+            deltas += self._end([sequence], "error", failure)
+        if self.on_stage is not None:
+            self.on_stage("schedule")
         if not schedule.rows:
             self._settle_idle()
             return deltas
@@ -268,20 +270,23 @@ class Engine:
                 self._settle_idle()
             return deltas
         try:
-            if schedule.step.moves:
-                self._cache.moved(schedule.step.moves)
+            if (moves := schedule.step.moves) is not NO_MOVES:
+                self._cache.moved(moves)
             num_tokens = self._commit(schedule, result)
         except Exception as error:
             return deltas + self._recover(error)
         if result.samples:
             self._num_recoveries = 0
-        self._reach("commit")
-        seconds = self._clock.now() - begin_s
+        if self.on_stage is not None:
+            self.on_stage("commit")
+        end_s = self._clock.now()
+        seconds = end_s - begin_s
         if schedule.num_decoding < len(schedule.rows):
             self._rate.saw(schedule.step, seconds)
         scheduler.ran(schedule, num_tokens, seconds)
-        deltas += self._deltas(schedule, result)
-        self._reach("deltas")
+        deltas += self._deltas(schedule, result, end_s)
+        if self.on_stage is not None:
+            self.on_stage("deltas")
         if not self._unfinished:
             self._settle_idle()
         return deltas
@@ -304,16 +309,13 @@ class Engine:
             self._settle_idle()
         return deltas
 
-    def _reach(self, stage: str) -> None:
-        if self.on_stage is not None:
-            self.on_stage(stage)
-
     def _commit(self, schedule: Schedule, result: StepResult) -> int:
         """Tell the cache what was computed. Returns the number of tokens."""
         commit = self._cache.commit
         failed = {failure.seq_id for failure in result.failures} if result.failures else ()
         num_tokens = 0
-        for sequence, step in zip(schedule.rows, schedule.step.sequences, strict=True):
+        rows = schedule.rows
+        for index, step in enumerate(schedule.step.sequences):
             count = len(step.token_ids)
             num_tokens += count
             if step.seq_id in failed:  # what a row wrote that came to nothing is not to be found by others
@@ -321,25 +323,26 @@ class Engine:
             try:
                 commit(step.seq_id, step.start + count)
             except Exception:
-                sequence.num_faults += 1
+                rows[index].num_faults += 1
                 raise
         self._num_computed_tokens += num_tokens
         return num_tokens
 
-    def _deltas(self, schedule: Schedule, result: StepResult) -> list[Delta]:
+    def _deltas(self, schedule: Schedule, result: StepResult, now_s: float) -> list[Delta]:
         """What each sampled row tells. A row without a token, or whose text cannot be made, fails its own request."""
-        now_s = self._clock.now()
         deltas: list[Delta] = []
-        samples = iter(result.samples)
+        rows, samples, num_told = schedule.rows, result.samples, 0
         failures = {each.seq_id: each.reason for each in result.failures} if result.failures else {}
         make_delta = self._output.delta
-        for sequence, step in zip(schedule.rows, schedule.step.sequences, strict=True):
+        for index, step in enumerate(schedule.step.sequences):
             if not step.sample:
                 continue
+            sequence = rows[index]
             if failures and sequence.seq_id in failures:
                 deltas += self._fail([sequence], RequestError(failures[sequence.seq_id], status=500))
                 continue
-            sample = next(samples)
+            sample = samples[num_told]
+            num_told += 1
             if sequence.status == "finished":  # a choice of a request that has failed in this loop
                 continue
             try:

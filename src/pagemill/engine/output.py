@@ -56,19 +56,28 @@ TextStep = tuple[str, FinishReason | None, str | int | None]
 
 
 class ChoiceText:
-    """The text of one choice as its tokens come. Mutated by `push`. What each token needs of the request is kept at
-    hand."""
+    """The text of one choice as its tokens come. Mutated by `push` and `detokenize`. What each token needs of the
+    request is kept at hand.
 
-    __slots__ = ("_detokenizer", "_matcher", "_max_tokens", "_request", "_stop_token_ids", "request_id")
+    plain_until: as long as fewer tokens than that are generated, one that is not in `stop_token_ids` only adds text,
+    and `detokenize` does what `push` would.
+    """
+
+    __slots__ = (
+        "_detokenizer", "_matcher", "_max_tokens", "_request", "detokenize", "plain_until", "request_id",
+        "stop_token_ids",
+    )  # fmt: skip
 
     def __init__(self, request: Request, pieces: Pieces, decode: Callable[[Ordered[int]], str]) -> None:
         params = request.params
         self._request = request
         self.request_id, self._max_tokens = request.request_id, request.max_tokens
-        self._stop_token_ids = request.stop_token_ids
+        self.stop_token_ids = request.stop_token_ids
         self._detokenizer = IncrementalDetokenizer(decode, pieces)
+        self.detokenize = self._detokenizer.push
         stops = params.stop
         self._matcher = StopMatcher(stops, params.include_stop_str_in_output) if stops else None
+        self.plain_until = 0 if stops else request.max_tokens
 
     def push(self, token_id: int, num_generated: int) -> TextStep:
         """Text that has become final with the num_generated-th token, and whether it ends the choice.
@@ -76,7 +85,7 @@ class ChoiceText:
         An id that stops is not part of the text unless the request wants its stops included. Stop strings are looked
         for in the text of the tokens from the min_tokens-th on.
         """
-        if token_id in self._stop_token_ids:
+        if token_id in self.stop_token_ids:
             return self._stop(token_id, num_generated)
         text = self._detokenizer.push(token_id)
         if num_generated < self._max_tokens:
@@ -133,7 +142,13 @@ class Output:
         _, token_id, logprob, top, prompt = sample
         sequence.tokens.append(token_id)
         choice = self._texts[sequence.seq_id]
-        text, reason, stop = choice.push(token_id, num_generated)
+        text: str
+        reason: FinishReason | None = None
+        stop: str | int | None = None
+        if num_generated < choice.plain_until and token_id not in choice.stop_token_ids:
+            text = choice.detokenize(token_id)
+        else:
+            text, reason, stop = choice.push(token_id, num_generated)
         if num_generated == 1:
             sequence.marks = replace(sequence.marks, first_token_s=now_s)
         if reason is not None:
@@ -141,8 +156,23 @@ class Output:
         logprobs: tuple[PositionLogprobs, ...] = ()
         if logprob is not None and sequence.request.params.logprobs is not None:
             logprobs = (PositionLogprobs(logprob, top),)
-        begun = choice.request_id, sequence.choice, (token_id,), text, sequence.marks
-        return _NEW(Delta, (*begun, logprobs, reason, stop, None, 0, None, prompt))
+        return _NEW(
+            Delta,
+            (
+                choice.request_id,
+                sequence.choice,
+                (token_id,),
+                text,
+                sequence.marks,
+                logprobs,
+                reason,
+                stop,
+                None,  # error
+                0,  # num_cached_tokens
+                None,  # receipt
+                prompt,
+            ),
+        )
 
     def ending(self, sequence: Sequence, reason: FinishReason, now_s: float, error: Exception | None = None) -> Delta:
         """The last delta of a sequence that no token ends: aborted or failed. Text held back is dropped."""

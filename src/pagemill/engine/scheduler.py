@@ -51,8 +51,9 @@ class Scheduler:
     suspect: with whose blocks `plan` was busy when it raised, None where with nobody's."""
 
     __slots__ = (
-        "_backlog", "_budget", "_cache", "_deadlines", "_entering", "_limits", "_next_rank", "_now_s", "_num_queued",
-        "_num_waiting", "_pace", "num_expired", "num_preemptions", "num_tails_dropped", "running", "shares", "suspect",
+        "_backlog", "_budget", "_cache", "_deadlines", "_entering", "_is_bounded", "_limits", "_next_rank", "_now_s",
+        "_num_queued", "_num_waiting", "_pace", "num_expired", "num_preemptions", "num_tails_dropped", "running",
+        "shares", "suspect",
     )  # fmt: skip
 
     def __init__(self, limits: EngineLimits, cache: CacheManager) -> None:
@@ -62,7 +63,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._pace = Pace()
         self._entering = Entering(limits, cache, self.shares, self._pace, self.running)
-        self._budget = StepBudget(limits.max_num_batched_tokens, limits.mixed_step_percent)
+        self._budget = StepBudget(limits.max_num_batched_tokens, limits.mixed_step_percent, limits.target_itl_s)
+        self._is_bounded = limits.mixed_step_percent is not None or limits.target_itl_s is not None
         self._backlog = Backlog(limits.max_queued_requests)
         self._deadlines = Deadlines()
         self._next_rank = 1
@@ -128,12 +130,15 @@ class Scheduler:
         No more run than a step has tokens, so that each that decodes has its row.
         """
         self._now_s, self.suspect = now_s, None
+        if self._is_bounded:
+            self._budget.began(now_s if self.running else None)
         self._cache.advance(now_s)
         failed: list[tuple[Sequence, PagemillError]] = []
-        for sequence, error in self._deadlines.due(now_s):
-            self.num_expired += 1
-            self.remove(sequence)
-            failed.append((sequence, error))
+        if self._deadlines.num_live:
+            for sequence, error in self._deadlines.due(now_s):
+                self.num_expired += 1
+                self.remove(sequence)
+                failed.append((sequence, error))
         if self._cache.mode == "none":
             return self._plan_recompute(now_s, failed)
         if self._num_waiting and (displaced := self._entering.displaced(now_s)) is not None:
@@ -142,6 +147,22 @@ class Scheduler:
         steps: list[SequenceStep] = []
         prompts: list[Sequence] = []
         short = self._grow_running(failed, rows, steps, prompts)
+        num_decoding = len(rows)
+        if self._num_waiting or prompts:
+            self._fill(rows, steps, prompts, failed, short=short)
+        plan = _NEW(StepPlan, (tuple(steps), self._cache.moves()))
+        return _NEW(Schedule, (plan, tuple(rows), tuple(failed), num_decoding))
+
+    def _fill(
+        self,
+        rows: list[Sequence],
+        steps: list[SequenceStep],
+        prompts: list[Sequence],
+        failed: list[tuple[Sequence, PagemillError]],
+        *,
+        short: bool,
+    ) -> None:
+        """Beside the rows that decode, let sequences in and read prompts, as far as a step goes. short: of blocks."""
         num_decoding = len(rows)
         num_places = min(self._limits.max_num_seqs, len(self.running) + self._num_waiting)
         left = self._left(num_decoding, num_places, prompts)
@@ -152,19 +173,19 @@ class Scheduler:
                 left = min(left, self._left(num_decoding, num_places, prompts))
         if prompts and left:
             self._read_prompts(prompts, left, rows, steps)
-        return Schedule(StepPlan(tuple(steps), self._cache.moves()), tuple(rows), tuple(failed), num_decoding)
 
     def ran(self, schedule: Schedule, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens was computed and took so long: tenants are charged, and the budget learns."""
         num_decoding = schedule.num_decoding
-        prompts = schedule.step.sequences[num_decoding:]
-        positions = sum([len(each.token_ids) * (each.start + len(each.token_ids) / 2) for each in prompts])
-        self._budget.saw(num_decoding, num_tokens - num_decoding, seconds, positions)
+        if self._is_bounded:
+            prompts = schedule.step.sequences[num_decoding:]
+            positions = sum([len(each.token_ids) * (each.start + len(each.token_ids) / 2) for each in prompts])
+            self._budget.saw(num_decoding, num_tokens - num_decoding, seconds, positions)
         self._pace.saw(num_decoding, num_tokens - num_decoding, seconds)
         active = self.shares.active
         if len(active) == 1:
-            [only] = active.values()
-            self.shares.charge(only, 0, num_decoding)
+            for only in active.values():
+                self.shares.charge(only, 0, num_decoding)
             return
         for sequence in schedule.rows[:num_decoding]:
             if (share := active.get(tenant_of(sequence))) is not None:
@@ -414,7 +435,7 @@ class Scheduler:
             SequenceStep,
             (
                 sequence.seq_id,
-                tokens[start:end],
+                (tokens[start],) if count == 1 else tokens[start:end],
                 start,
                 blocks.table,
                 end == num_tokens,
@@ -424,7 +445,7 @@ class Scheduler:
                 num_generated,
                 request.stop_token_ids if num_generated < params.min_tokens else (),
                 tokens if sequence.reads_history else (),
-                self._cache.window_tables(blocks, end),
+                self._cache.window_tables(blocks, end) if blocks.first_read else (),
             ),
         )
 

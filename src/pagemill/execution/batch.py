@@ -29,7 +29,8 @@ class BatchBuilder:
     def __init__(self, block_size: int, num_windows: int = 0) -> None:
         self._block_size = block_size
         self._num_windows = num_windows
-        self._tables = np.zeros((1, 8), np.int32)
+        self._width = 8  # of _tables
+        self._tables = np.zeros((1, self._width), np.int32)
         self._window_tables: Int32 | None = None
         self._held = [array("i")]  # what each row of _tables holds
         self._tokens, self._positions = array("i", [0]), array("i", [0])
@@ -41,32 +42,14 @@ class BatchBuilder:
 
         The arrays are good until the next call. Raises IntegrityError for a table that is shorter than its sequence.
         """
-        count = len(sequences)
-        longest = max([len(s.block_table) for s in sequences])
-        if len(self._tokens) < count or self._tables.shape[1] < longest:
+        count, longest = len(sequences), 0
+        for sequence in sequences:
+            if len(sequence.block_table) > longest:
+                longest = len(sequence.block_table)
+        if len(self._tokens) < count or self._width < longest:
             self._make_room(count, longest)
-        single = self._write(sequences)
-        if self._num_windows:
-            self._window_tables = self._write_windows(sequences)
-        elif single:
-            if len(self._single.tokens) != count:
-                self._single = self._make_single(count)
-            return self._single
-        return self._build_mixed(sequences, [len(s.token_ids) for s in sequences], self._tables[:count])
-
-    def _make_room(self, count: int, longest: int) -> None:
-        """Arrays for so many sequences with tables of so many blocks, forgetting what they held."""
-        rows, width = self._tables.shape
-        self._tables = np.zeros((max(count, rows), 2 * longest if width < longest else width), np.int32)
-        rows = len(self._tables)
-        self._held = [array("i")] * rows
-        self._tokens, self._positions = array("i", bytes(4 * rows)), array("i", bytes(4 * rows))
-        self._single = self._make_single(count)
-
-    def _write(self, sequences: Sequence[SequenceStep]) -> bool:
-        """Table, first token and position of each sequence. Returns whether all have one token and sample."""
         tokens, positions, held, size = self._tokens, self._positions, self._held, self._block_size
-        single = True
+        single = not self._num_windows  # every sequence has one token and samples
         for row, sequence in enumerate(sequences):
             ids, start, table = sequence.token_ids, sequence.start, sequence.block_table
             if len(table) * size < start + len(ids):  # behind the table stands what another sequence left in this row
@@ -80,7 +63,23 @@ class BatchBuilder:
             if len(ids) != 1 or not sequence.sample:
                 single = False
             tokens[row], positions[row] = ids[0], start
-        return single
+        if single:
+            if len(self._single.tokens) != count:
+                self._single = self._make_single(count)
+            return self._single
+        if self._num_windows:
+            self._window_tables = self._write_windows(sequences)
+        return self._build_mixed(sequences, [len(s.token_ids) for s in sequences], self._tables[:count])
+
+    def _make_room(self, count: int, longest: int) -> None:
+        """Arrays for so many sequences with tables of so many blocks, forgetting what they held."""
+        rows = max(count, len(self._tables))
+        if self._width < longest:
+            self._width = 2 * longest
+        self._tables = np.zeros((rows, self._width), np.int32)
+        self._held = [array("i")] * rows
+        self._tokens, self._positions = array("i", bytes(4 * rows)), array("i", bytes(4 * rows))
+        self._single = self._make_single(count)
 
     def _write_windows(self, sequences: Sequence[SequenceStep]) -> Int32:
         """Tables of the window groups, as wide as those of blocks. Raises IntegrityError where one is missing."""

@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
+import numpy as np
+
 from pagemill.base.config import OPTIONS, weight_format_of
 from pagemill.base.errors import ConfigError
 from pagemill.base.kv_spec import KVSpec
@@ -84,9 +86,22 @@ class ConvertedWeights(Mapping[str, Tensor]):
         """The format of a matrix, without converting it."""
         return loaded_format(self._tensors[handle], self._asked(handle))
 
-    def rows_of(self, handle: str, begin: int, end: int) -> Tensor:
-        """Rows begin to end of a matrix, converted alone."""
-        return convert(self._tensors[handle].rows(slice(begin, end)), self._asked(handle))
+    def rows_of(self, rows: Mapping[str, slice]) -> dict[str, Tensor]:
+        """Some rows of several matrices, by handle; those that are converted alike are so in one call."""
+        alike: dict[tuple[str, str, int], list[str]] = {}
+        for handle in rows:
+            tensor = self._tensors[handle]
+            alike.setdefault((tensor.format, self._asked(handle), tensor.shape[-1]), []).append(handle)
+        found: dict[str, Tensor] = {}
+        for (source, asked, width), handles in alike.items():
+            parts = [self._tensors[handle].data[rows[handle]] for handle in handles]
+            data = np.concatenate(parts)
+            converted = convert(Tensor(source, (len(data), width), data), asked)
+            end = 0
+            for handle, part in zip(handles, parts, strict=True):
+                begin, end = end, end + len(part)
+                found[handle] = converted.rows(slice(begin, end))
+        return found
 
     def matrices_not_in(self, format: str) -> list[str]:
         """Handles of the matrices that are loaded in another format."""
@@ -135,6 +150,7 @@ def load_executor(
         )
     model: ModelExecutor
     if executor == "reference":
+        checkpoint.check_values()
         source_digest = checkpoint.digest
         model = ReferenceExecutor(plan, weights, spec, num_blocks, arithmetic=arithmetic_of(target))
     elif executor == "native":
@@ -148,6 +164,7 @@ def load_executor(
             conversion_version=CONVERSION_VERSION,
             cache=packed_weights_cache,
         )
+        checkpoint.check_values(but=packed.found)
         model = NativeExecutor(
             plan,
             weights,

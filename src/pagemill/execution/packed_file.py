@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import struct
 import time
 from collections.abc import Mapping
@@ -168,7 +167,7 @@ def write_packed(
     beside it, flushed, then renamed. Raises OSError, with nothing left behind."""
     _remove_abandoned(path)
     entries, digest = _lay_out(matrices)
-    partial = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
+    partial = path.parent / f".{path.name}.{os.urandom(8).hex()}.partial"
     try:
         with partial.open("xb") as file:
             now_ns = time.time_ns()

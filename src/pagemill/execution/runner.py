@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pagemill.base.kv_spec import KVSpec
 from pagemill.base.step import SequenceStep, StepPlan, StepResult
+from pagemill.base.transfer import NO_MOVES
 from pagemill.decoding.adjust import LogitAdjuster
 from pagemill.decoding.grammar import GrammarCompiler
 from pagemill.decoding.prompt_logprobs import PromptReports, pieces
@@ -13,6 +14,8 @@ from pagemill.decoding.step_sampler import BatchSampler, SpecificationSampler, S
 from pagemill.execution.batch import BatchBuilder
 from pagemill.kernels.batch import ModelExecutor
 from pagemill.kernels.native import NativeExecutor
+
+_NEW = tuple.__new__  # of a named tuple, without the Python function that fills in its defaults
 
 
 class Runner:
@@ -50,14 +53,15 @@ class Runner:
 
     def run(self, plan: StepPlan) -> StepResult:
         """Make the plan's moves, compute its tokens, then choose the next token of each sequence that samples."""
-        if plan.moves:
-            self.model.move(plan.moves)
-        if not plan.sequences:
+        moves, sequences = plan.moves, plan.sequences
+        if moves is not NO_MOVES and moves:
+            self.model.move(moves)
+        if not sequences:
             return StepResult(())
-        for sequence in plan.sequences:
+        for sequence in sequences:
             if sequence.params.prompt_logprobs is not None:
-                return self._run_reporting(plan.sequences)
-        return self._run_rows(plan.sequences)
+                return self._run_reporting(sequences)
+        return self._run_rows(sequences)
 
     def _run_reporting(self, sequences: tuple[SequenceStep, ...]) -> StepResult:
         """The same in rounds, with the log-probabilities of prompts."""
@@ -74,7 +78,11 @@ class Runner:
     def _run_rows(self, sequences: tuple[SequenceStep, ...]) -> StepResult:
         on_stage = self.on_stage
         batch = self._batches.build(sequences)
-        rows = [s for s in sequences if s.sample]
+        rows: Sequence[SequenceStep] = sequences
+        for sequence in sequences:
+            if not sequence.sample:
+                rows = [s for s in sequences if s.sample]
+                break
         if on_stage is not None:
             on_stage("batch")
         logits, best = self.model.forward_best(batch)
@@ -83,7 +91,7 @@ class Runner:
         if len(best) > len(rows):
             self._prompts.take(sequences, logits[len(rows) :], best[len(rows) :])
             logits, best = logits[: len(rows)], best[: len(rows)]
-        result = StepResult(*self._sampler.choose(rows, logits, best)) if rows else StepResult(())
+        result = _NEW(StepResult, self._sampler.choose(rows, logits, best)) if rows else StepResult(())
         if on_stage is not None:
             on_stage("sampling")
         return result

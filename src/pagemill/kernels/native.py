@@ -79,6 +79,11 @@ def pack(tensor: Tensor, layout: str | None = None) -> NDArray[np.uint8]:
     return packed
 
 
+def pack_over(rows: Tensor, layout: str, column0: int, panels: NDArray[np.uint8]) -> None:
+    """Pack rows [n, k] in the place of those from `column0` on, in packed panels u8; every other byte stays."""
+    _native.pack(LAYOUTS[layout], rows.shape[-1], np.ascontiguousarray(rows.data), column0, panels)
+
+
 def pack_matrix(tensor: Tensor, target: str) -> PackedMatrix:
     """The same as a target reads it, with its layout and shape."""
     n, k = tensor.shape

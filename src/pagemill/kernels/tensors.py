@@ -3,6 +3,7 @@ dequantisation (GGUF's, ggml `block_q4_0`, `block_q4_1`, `block_q8_0`), nothing 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,7 @@ class Tensor:
     @property
     def num_rows(self) -> int:
         """Rows along the last dimension (1 for a vector)."""
-        return int(np.prod(self.shape[:-1], dtype=np.int64)) if len(self.shape) > 1 else 1
+        return math.prod(self.shape[:-1])
 
     @classmethod
     def from_array(cls, values: NDArray[np.generic]) -> Tensor:

@@ -94,6 +94,13 @@ class RequestStream:
             waiter.set_result(None)
 
 
+def _ready_for_texts(built: Built) -> Built:
+    """An engine whose first text is encoded as soon as any other: loading takes the longer, no request does."""
+    if built.tokenizer is not None:
+        built.tokenizer.prepare()
+    return built
+
+
 class AsyncLLM:
     """One model for an asyncio program, which begins to load when it is made. Mutated by generating.
 
@@ -151,7 +158,7 @@ class AsyncLLM:
         self._numbers = itertools.count()
         self._fatal: Exception | None = None
         self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="pagemill-text")
-        self._thread = EngineThread(make, self._deliver)
+        self._thread = EngineThread(lambda: _ready_for_texts(make()), self._deliver)
         self._thread.start()
 
     # What is known

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pagemill.base.model_spec import VocabSpec
-from pagemill.text.chat import render_chat
 from pagemill.text.conversation import PromptTokens, encode_marked, mark_messages
 from pagemill.text.remembered import RememberingEncoder
 from pagemill.text.tokenizer import Tokenizer
@@ -30,6 +29,8 @@ def chat_prompt(
     a conversation which remembers what it has encoded. Raises RequestError for messages
     that are malformed or refused, and ModelError where there is no template or it is broken.
     """
+    from pagemill.text.chat import render_chat  # what starts processes, which only conversations need
+
     marked = mark_messages(messages, tuple(tokenizer.special_texts), tools)
     names: dict[str, Any] = dict(variables or {})
     if marked.tools:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,18 +19,16 @@ from pagemill.base.errors import ModelError
 from pagemill.base.model_spec import ModelSpec, VocabSpec
 from pagemill.kernels.tensors import Tensor
 from pagemill.models import registry
-from pagemill.models.config_json import read_config
 from pagemill.models.gguf import GGUFFile, open_gguf
-from pagemill.models.safetensors import read_safetensors
 from pagemill.models.vocabulary import vocab_from_directory, vocab_from_gguf
-from pagemill.models.weights import Weights, gather
+from pagemill.models.weights import Weights, check_finite, gather
 
 _MAX_NAME = 100
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A model ready to be planned and loaded; keeps its digest once asked for.
+    """A model ready to be planned and loaded; keeps its digest, and which values were checked, once asked for.
 
     tensors: by canonical handle, in the checkpoint's own formats, matrices [out, in]. source_format: "gguf",
     "safetensors" or "random". path: what was opened; of weights made in memory, the name alone.
@@ -42,6 +40,7 @@ class Checkpoint:
     source_format: str
     path: Path
     _digest: list[str] = field(default_factory=list, repr=False)
+    _unchecked: set[str] = field(default_factory=set, repr=False)
 
     @property
     def weights(self) -> Weights:
@@ -63,6 +62,15 @@ class Checkpoint:
         """Bytes of all tensors as stored."""
         return self.weights.num_bytes
 
+    def check_values(self, but: Collection[str] = ()) -> None:
+        """Raise ModelError where a tensor holds NaN or infinite values; what was checked once is not read again.
+
+        but: handles that need no check, since their values come from elsewhere.
+        """
+        handles = [handle for handle in self.tensors if handle in self._unchecked and handle not in but]
+        check_finite(self.tensors, handles, str(self.path))
+        self._unchecked.difference_update(handles)
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over what is computed: the spec but its name, and every tensor's handle, format, shape, bytes.
@@ -74,12 +82,21 @@ class Checkpoint:
         return self._digest[0]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, check_values: bool = True) -> Checkpoint:
     """Open a GGUF file or a checkpoint directory and check all of it but the tokeniser's inner consistency.
 
+    check_values: False where the caller has the weights checked by `Checkpoint.check_values`, so far as it reads them.
     Raises ModelError where it is missing, damaged, of a kind that is not supported, or inconsistent.
     """
     path = Path(path)
+    checkpoint = _open(path)
+    checkpoint._unchecked.update(checkpoint.tensors)
+    if check_values:
+        checkpoint.check_values()
+    return checkpoint
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         return _open_directory(path)
     if not path.exists():
@@ -95,7 +112,7 @@ def _open_gguf_file(path: Path) -> Checkpoint:
     spec = family.spec_from_gguf(file, _display_name(_gguf_name(file), path.stem))
     registry.check_sizes(spec, str(path))
     # A table for one position: only the declarations are needed here.
-    expected = family.build(spec, max_positions=1).weights
+    expected = registry.build_plan(spec, max_positions=1).weights
     tensors = gather(expected, family.NAMES, spec.num_layers, file.tensors, "gguf", str(path))
     return Checkpoint(spec, vocab_from_gguf(file, spec.vocab_size), tensors, "gguf", path)
 
@@ -103,6 +120,10 @@ def _open_gguf_file(path: Path) -> Checkpoint:
 def _open_directory(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         return _open_gguf_file(_only_gguf(path))
+    # Readers of hostile JSON, which a start from a GGUF file need not wait for.
+    from pagemill.models.config_json import read_config
+    from pagemill.models.safetensors import read_safetensors
+
     config = read_config(path / "config.json")
     family = registry.family(config.get_str("model_type"), config.origin)
     architectures = config.values.get("architectures") or list(family.ARCHITECTURES)
@@ -116,7 +137,7 @@ def _open_directory(path: Path) -> Checkpoint:
     source = read_safetensors(path, ignored=family.NAMES.ignored)
     if spec.tied_head:
         source = {name: tensor for name, tensor in source.items() if name != "lm_head.weight"}
-    expected = family.build(spec, max_positions=1).weights
+    expected = registry.build_plan(spec, max_positions=1).weights
     tensors = gather(expected, family.NAMES, spec.num_layers, source, "safetensors", str(path))
     vocab = vocab_from_directory(path, config, spec.vocab_size)
     return Checkpoint(spec, vocab, tensors, "safetensors", path)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import orjson
-
 from pagemill.base.errors import ModelError
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -129,6 +127,8 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 def parse_object(content: bytes, origin: str) -> dict[str, Any]:
     """A JSON object. Raises ModelError."""
+    import orjson  # GGUF files bring no JSON
+
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:

@@ -37,6 +37,9 @@ _NUMBERS: Final[dict[int, tuple[struct.Struct, str]]] = {
     11: (struct.Struct("<q"), "<i8"),
     12: (struct.Struct("<d"), "<f8"),
 }
+# Strings are looked for so many at once, in a window of so many bytes for each, their lengths included.
+_STRINGS_AT_ONCE: Final = 2048
+_USUAL_STRING_BYTES: Final = 32
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 
@@ -139,11 +142,24 @@ class GGUFCursor:
             self.refuse(what, f"claims {count:,} strings, more than the {self.num_left:,} bytes left can hold")
         if self.num_strings > MAX_STRINGS:
             self.refuse(what, f"brings the strings of the file to {self.num_strings:,}; {MAX_STRINGS:,} are accepted")
-        buffer, position = self.buffer, self.position
-        first, spare = position, MAX_TEXT_BYTES - self.num_text_bytes
-        end = min(len(buffer), first + count * _U64.size + spare)
-        length_at = _U64.unpack_from
+        first, spare = self.position, MAX_TEXT_BYTES - self.num_text_bytes
+        end = min(len(self.buffer), first + count * _U64.size + spare)
         strings: list[str] = []
+        while len(strings) < count:
+            num_wanted = min(count - len(strings), _STRINGS_AT_ONCE)
+            found = _short_strings(self.buffer, num_wanted, self.position, end)
+            if found is None:
+                self._read_strings(num_wanted, end, strings, what)
+            else:
+                strings += found[0]
+                self.position += found[1]
+        self.num_text_bytes += self.position - first - count * _U64.size
+        return strings
+
+    def _read_strings(self, count: int, end: int, strings: list[str], what: str) -> None:
+        """Append strings of any length one by one, none of which may pass the offset `end`."""
+        buffer, position = self.buffer, self.position
+        length_at = _U64.unpack_from
         try:
             for _ in range(count):
                 start = position + 8
@@ -157,5 +173,31 @@ class GGUFCursor:
         except UnicodeDecodeError:
             self.refuse(f"{what}[{len(strings)}]", "is not UTF-8")
         self.position = position
-        self.num_text_bytes += position - first - count * _U64.size
-        return strings
+
+
+def _short_strings(buffer: mmap, count: int, first: int, end: int) -> tuple[list[str], int] | None:
+    """`count` strings that begin at an offset, read at once, and the bytes that they take. end: none may pass it.
+
+    Only where each has 1 to 255 bytes and none begins or ends with a zero: a length is then one byte and seven zeros,
+    and seven zeros stand nowhere else. None where that does not hold to the end, or for what is not UTF-8.
+    """
+    window = min(end - first, count * _USUAL_STRING_BYTES)
+    if window < count * (_U64.size + 1):
+        return None
+    data = np.frombuffer(buffer, np.uint8, window, first).copy()
+    zero = data == 0
+    pairs = zero[:-1] & zero[1:]
+    fours = pairs[:-2] & pairs[2:]
+    lengths_at = np.flatnonzero(fours[:-3] & fours[3:])[:count] - 1  # seven zeros begin one byte behind each length
+    if len(lengths_at) < count or lengths_at[0] != 0:
+        return None
+    ends = lengths_at + _U64.size + data[lengths_at]
+    num_bytes = int(ends[-1])
+    if num_bytes > window or not np.array_equal(ends[:-1], lengths_at[1:]) or not data[ends - 1].all():
+        return None
+    data[lengths_at] = 0
+    try:
+        text = data[:num_bytes].tobytes().decode()
+    except UnicodeDecodeError:
+        return None
+    return text.split("\0" * _U64.size)[1:], num_bytes

@@ -3,6 +3,7 @@ settings, names and plan of a family are in its module."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Protocol
 
 from pagemill.base.errors import ModelError
@@ -75,7 +76,17 @@ def build_plan(spec: ModelSpec, *, max_positions: int | None = None) -> Plan:
     Raises ModelError for an unknown family or sizes that cannot be.
     """
     check_sizes(spec, spec.name)
+    return _outline(spec) if max_positions == 1 else _build(spec, max_positions)
+
+
+def _build(spec: ModelSpec, max_positions: int | None) -> Plan:
     return family(spec.family, spec.name).build(spec, max_positions=max_positions)
+
+
+@lru_cache(maxsize=1)
+def _outline(spec: ModelSpec) -> Plan:
+    """The plan for one position, of which a start asks declarations and geometry several times."""
+    return _build(spec, 1)
 
 
 def check_sizes(spec: ModelSpec, origin: str) -> None:

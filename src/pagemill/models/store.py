@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -115,7 +114,7 @@ def remove_model(name: str) -> bool:
                 with suppress(FileNotFoundError):
                     _directory(name).rename(staging / "removed")
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                _remove_tree(staging, ignore_errors=True)
     return True
 
 
@@ -147,7 +146,7 @@ def staging_dir(name: str) -> Iterator[Path]:
     try:
         yield staging
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_tree(staging, ignore_errors=True)
 
 
 def publish_model(name: str, source: str, content: Path, files: list[StoredFile]) -> LocalModel:
@@ -167,12 +166,19 @@ def publish_model(name: str, source: str, content: Path, files: list[StoredFile]
     return _describe(target, name, source, files)
 
 
+def free_bytes(directory: Path) -> int:
+    """Room on a directory's file system. Raises OSError."""
+    import shutil  # brings three compressors, and most starts neither write nor delete a model
+
+    return shutil.disk_usage(directory).free
+
+
 def check_space(directory: Path, num_bytes: int, what: str) -> None:
     """Raise CapacityError when the file system of `directory` has not room for `num_bytes` more."""
-    free_bytes = shutil.disk_usage(directory).free
-    if free_bytes < num_bytes:
+    room_bytes = free_bytes(directory)
+    if room_bytes < num_bytes:
         raise CapacityError(
-            f"{models_dir()}: fetching {what} takes {num_bytes / 1e6:,.0f} MB, and {free_bytes / 1e6:,.0f} MB are "
+            f"{models_dir()}: fetching {what} takes {num_bytes / 1e6:,.0f} MB, and {room_bytes / 1e6:,.0f} MB are "
             f"free. Free some room (`pagemill models ls`, `pagemill models rm`). Or: {_HOW_TO_MOVE}."
         )
 
@@ -213,6 +219,12 @@ def _slug(name: str) -> str:
     return name.replace("/", "--")
 
 
+def _remove_tree(directory: Path, *, ignore_errors: bool = False) -> None:
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=ignore_errors)
+
+
 def _directory(name: str) -> Path:
     return models_dir() / _slug(name)
 
@@ -220,7 +232,7 @@ def _directory(name: str) -> Path:
 def _fresh_staging(name: str) -> Path:
     staging = models_dir() / _PARTIAL / _slug(name)
     if staging.exists():  # left by a process that was killed
-        shutil.rmtree(staging)
+        _remove_tree(staging)
     staging.mkdir(parents=True)
     return staging
 

@@ -49,7 +49,7 @@ def vocab_from_gguf(file: GGUFFile, vocab_size: int) -> VocabSpec:
     pre = file.get_str(key + "pre", "default")
     eos = _token_id(file, "eos_token_id", len(tokens))
     ends = [eos, _token_id(file, "eot_token_id", len(tokens)), _token_id(file, "eom_token_id", len(tokens))]
-    ends += [i for i, kind_of in enumerate(types) if kind_of == _CONTROL and tokens[i] in _END_TEXTS]
+    ends += [i for i in _all_at(types, _CONTROL) if tokens[i] in _END_TEXTS]
     template = file.get_str("tokenizer.chat_template") if file.has("tokenizer.chat_template") else None
     _check_template(template, str(file.path))
     return VocabSpec(
@@ -110,6 +110,16 @@ def _numbers(file: GGUFFile, key: str, count: int) -> tuple[int, ...]:
     if len(numbers) != count:
         raise ModelError(f"{file.path}: {key} has {len(numbers)} numbers for {count} tokens; fetch the file again")
     return numbers
+
+
+def _all_at(values: tuple[int, ...], wanted: int) -> list[int]:
+    """Every place of a value, in order."""
+    places: list[int] = []
+    at = -1
+    for _ in range(values.count(wanted)):
+        at = values.index(wanted, at + 1)
+        places.append(at)
+    return places
 
 
 def _token_id(file: GGUFFile, name: str, count: int) -> int | None:

@@ -111,8 +111,7 @@ def gather(
     """The tensors of a plan, by handle, matrices as [out, in].
 
     expected: the plan's declarations. tensors: the checkpoint's, under its own names. origin: names the checkpoint in
-    messages. Raises ModelError listing every missing and extra tensor, or every wrong shape, or the first tensor that
-    holds NaN or Inf.
+    messages. Raises ModelError listing every missing and extra tensor, or every wrong shape. Values are not looked at.
     """
     present = _without_ignored(names, tensors, source)
     rows = {row.handle: row for row in names.rows(num_layers)}
@@ -129,13 +128,17 @@ def gather(
             found[handle] = tensor
     _refuse_missing_or_extra(missing, present, origin)
     _check_shapes(expected, found, origin)
-    for handle, tensor in found.items():
-        if not is_finite(tensor):
+    return found
+
+
+def check_finite(tensors: Mapping[str, Tensor], handles: Iterable[str], origin: str) -> None:
+    """Raise ModelError for the first tensor that holds NaN or infinite values. Reads all of each."""
+    for handle in handles:
+        if not is_finite(tensors[handle]):
             raise ModelError(
                 f"{origin}: tensor {handle!r} holds NaN or infinite values; the file is damaged or the model diverged "
                 "in training: fetch it again, or use another checkpoint"
             )
-    return found
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -65,7 +65,8 @@ class StepCost:
 class ServeSettings:
     """The server that is simulated. num_blocks: of the cache, of the trace's block size. pace: by which times between
     arrivals are multiplied. tenant_of: number of a request -> its tenant, in the order of arrival. weights: of tenants.
-    deadline_s: of every request, after its arrival; None for none.
+    deadline_s: of every request, after its arrival; None for none. target_itl_s: held to instead of mixed_step_percent;
+    None for none.
     """
 
     num_blocks: int
@@ -78,6 +79,7 @@ class ServeSettings:
     tenant_of: Callable[[int], str] = field(default=lambda index: "default")
     weights: tuple[tuple[str, float], ...] = ()
     deadline_s: float | None = None
+    target_itl_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -189,6 +191,7 @@ class _Day:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             mixed_step_percent=settings.mixed_step_percent,
             max_queued_requests=settings.max_queued_requests,
+            target_itl_s=settings.target_itl_s,
         )
         executor = _Timed(cost, self._clock, own + len(trace.requests), len(trace.requests))
         self._engine = Engine(executor, self._cache, limits, _no_text, self._clock)

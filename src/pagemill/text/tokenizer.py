@@ -2,7 +2,8 @@
 file that imports the `tokenizers` library. Chat templates, streams and stop strings are elsewhere.
 
 Encoding is the library's; decoding is done here, from the bytes that each token stands for, so that a stream, a whole
-text and `token_bytes` can never disagree.
+text and `token_bytes` can never disagree. The library is loaded with the first text to be encoded: where ids come and
+go, a start does not wait for it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from threading import Lock
-from typing import Any, TypeVar
-
-import orjson
-import tokenizers
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pagemill.base.errors import ModelError, RequestError
 from pagemill.base.model_spec import VocabSpec
 from pagemill.text.pretokenizers import PRE_TOKENIZERS
+
+if TYPE_CHECKING:
+    import tokenizers
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_VOCAB = 2**21
@@ -68,7 +69,8 @@ class _Alphabet:
 
 
 class Tokenizer:
-    """A checkpoint's tokeniser. Caches bytes of tokens as it goes; otherwise immutable, safe to share among threads.
+    """A checkpoint's tokeniser. Caches bytes of tokens as it goes and makes what encodes when a text first needs it
+    (`prepare`); otherwise immutable, safe to share among threads.
 
     vocab_size: ids are 0 .. vocab_size - 1. stop_ids: ids that end a text or a turn. special_ids: control tokens,
     which `decode` leaves out unless asked; special_texts: their spellings -> ids. unknown_bytes: bytes that the
@@ -77,7 +79,8 @@ class Tokenizer:
 
     def __init__(
         self,
-        library: tokenizers.Tokenizer,
+        make_library: Callable[[], tokenizers.Tokenizer],
+        spell: Callable[[int], str | None],
         vocab: VocabSpec,
         *,
         vocab_size: int,
@@ -87,12 +90,15 @@ class Tokenizer:
         unknown_bytes: frozenset[int] = frozenset(),
         cuts_at_words: bool = False,
     ) -> None:
-        """special, literal: id -> text of control and of user-defined tokens. Raises ModelError on ids out of range."""
-        self._library = library
+        """make_library: called once at the most. spell: a token as the vocabulary writes it, None beyond its end.
+        special, literal: id -> text of control and of user-defined tokens. Raises ModelError on ids out of range."""
+        self._make_library = make_library
+        self._spell = spell
         self._alphabet = alphabet
         self._bytes = {token: text.encode(errors="replace") for token, text in (special | literal).items()}
-        self._plain_lock = Lock()
-        self._plain: tokenizers.Tokenizer | None = None if special else library
+        self._lock = Lock()
+        self._made: tokenizers.Tokenizer | None = None
+        self._plain: tokenizers.Tokenizer | None = None
         self.vocab_size = vocab_size
         self.bos_id = vocab.bos_id
         self.add_bos = vocab.add_bos
@@ -102,6 +108,19 @@ class Tokenizer:
         self.cuts_at_words = cuts_at_words
         self.stop_ids = frozenset(vocab.stop_ids) | (frozenset() if vocab.eos_id is None else {vocab.eos_id})
         _check_ids(vocab, self.vocab_size)
+
+    def prepare(self) -> None:
+        """Make now what the first text to be encoded would wait for, some 50 ms with 49,152 tokens."""
+        self._library  # noqa: B018 (made by being asked for)
+
+    @property
+    def _library(self) -> tokenizers.Tokenizer:
+        made = self._made
+        if made is None:
+            with self._lock:
+                if (made := self._made) is None:
+                    made = self._made = self._make_library()
+        return made
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
@@ -144,16 +163,19 @@ class Tokenizer:
             return known
         if token_id < 0:
             raise RequestError(f"token id {token_id} is negative; ids go from 0 to {self.vocab_size - 1}")
-        token = self._library.id_to_token(token_id) if token_id < 2**32 else None
+        token = self._spell(token_id)
         raw = b"" if token is None else self._alphabet.to_bytes(token)
         self._bytes[token_id] = raw
         return raw
 
     def _without_special(self) -> tokenizers.Tokenizer:
         """The same tokeniser, blind to control tokens; made when first wanted."""
-        with self._plain_lock:
+        library = self._library
+        if not self.special_ids:
+            return library
+        with self._lock:
             if self._plain is None:
-                self._plain = tokenizers.Tokenizer.from_str(self._library.to_str())
+                self._plain = type(library).from_str(library.to_str())
                 self._plain.encode_special_tokens = True
             return self._plain
 
@@ -183,7 +205,7 @@ def _checked_vocab(vocab: VocabSpec) -> dict[str, int]:
     tokens, types = vocab.tokens, vocab.token_types
     if len(tokens) > MAX_VOCAB:
         raise ModelError(f"the vocabulary has {len(tokens):,} tokens; up to {MAX_VOCAB:,} are supported")
-    ids = {token: i for i, token in enumerate(tokens)}
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(ids) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
         raise ModelError(f"token {twice!r} is in the vocabulary twice (ids {tokens.index(twice)} and {ids[twice]})")
@@ -212,25 +234,55 @@ def _check_ids(vocab: VocabSpec, vocab_size: int) -> None:
 
 
 def _of_type(vocab: VocabSpec, *types: int) -> dict[int, str]:
-    return {i: vocab.tokens[i] for i, token_type in enumerate(vocab.token_types) if token_type in types}
+    ids: list[int] = []
+    for wanted in types:
+        at = -1
+        for _ in range(vocab.token_types.count(wanted)):  # few of many, so that the searching is left to the tuple
+            at = vocab.token_types.index(wanted, at + 1)
+            ids.append(at)
+    return {i: vocab.tokens[i] for i in sorted(ids)}
 
 
-def _checked_merges(vocab: VocabSpec, ids: dict[str, int]) -> list[tuple[str, str]]:
-    added = _of_type(vocab, UNKNOWN, CONTROL, USER_DEFINED)
-    if not vocab.merges and any(len(token) > 1 for token in set(vocab.tokens) - set(added.values())):
+def _spelling(vocab: VocabSpec) -> Callable[[int], str | None]:
+    """Tokens of vocabulary lists by id."""
+    tokens = vocab.tokens
+    return lambda token: tokens[token] if token < len(tokens) else None
+
+
+def _check_merges(vocab: VocabSpec, ids: dict[str, int], added: Iterable[str]) -> None:
+    """Refuse merges that are not two tokens that make a third one, or are listed twice. added: tokens of no merges."""
+    merges = vocab.merges
+    if not merges and any(len(token) > 1 for token in set(vocab.tokens) - set(added)):
         raise ModelError("the byte-level vocabulary comes without merges (tokenizer.ggml.merges)")
-    pairs: list[tuple[str, str]] = []
-    for rank, merge in enumerate(vocab.merges):
+    if _all_merge(vocab, ids):
+        return
+    for rank, merge in enumerate(merges):
         left, space, right = merge.partition(" ")
         if not space or not left or not right or " " in right:
             raise ModelError(f"merge {rank} is {merge!r}; it must be two tokens with a space between them")
         if left not in ids or right not in ids or left + right not in ids:
             missing = next(part for part in (left, right, left + right) if part not in ids)
             raise ModelError(f"merge {rank} is {merge!r}, but {missing!r} is not in the vocabulary")
-        pairs.append((left, right))
-    if len(set(pairs)) != len(pairs):
-        raise ModelError("a merge is listed twice; the file is damaged")
-    return pairs
+    raise ModelError("a merge is listed twice; the file is damaged")
+
+
+def _all_merge(vocab: VocabSpec, ids: dict[str, int]) -> bool:
+    """Whether every merge is two tokens that make a third one, and none is listed twice: told at half the cost of
+    looking for one that is not."""
+    merges = vocab.merges
+    if set(map(str.count, merges, repeat(" "))) - {1} or not set(_halves(merges)) <= ids.keys():
+        return False
+    # Most vocabularies end with what their merges make, in the same order: compared as one text, a line for each.
+    # Tokens are all different, and so are then the merges.
+    last = "\n".join(vocab.tokens[max(0, len(ids) - len(merges)) :])
+    if last.count("\n") == len(merges) - 1 < len(ids) and last == "\n".join(merges).replace(" ", ""):
+        return True
+    return len(set(merges)) == len(merges) and all(merge.replace(" ", "") in ids for merge in merges)
+
+
+def _halves(merges: tuple[str, ...]) -> list[str]:
+    """Left and right token of each merge."""
+    return " ".join(merges).split(" ") if merges else []
 
 
 def _byte_level_bpe(vocab: VocabSpec, ids: dict[str, int]) -> Tokenizer:
@@ -238,26 +290,35 @@ def _byte_level_bpe(vocab: VocabSpec, ids: dict[str, int]) -> Tokenizer:
     if pre is None:
         names = ", ".join(sorted(PRE_TOKENIZERS))
         raise ModelError(f"pre-tokeniser {vocab.pre!r} is not supported; supported: {names}")
-    merges = _checked_merges(vocab, ids)
-    bpe = _guarded(
-        lambda: models.BPE(vocab=ids, merges=merges, ignore_merges=pre.whole_pieces),
-        "the vocabulary and merges make no tokeniser",
-    )
-    library = tokenizers.Tokenizer(bpe)
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre.patterns]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    library.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     special, literal = _of_type(vocab, UNKNOWN, CONTROL), _of_type(vocab, USER_DEFINED)
-    _add_tokens(library, special, literal)
-    unknown = frozenset(byte for character, byte in _BYTE_OF.items() if character not in ids)
+    _check_merges(vocab, ids, (*special.values(), *literal.values()))
+
+    def make_library() -> tokenizers.Tokenizer:
+        import tokenizers
+        from tokenizers import models, pre_tokenizers
+
+        halves = _halves(vocab.merges)
+        merges = list(zip(halves[::2], halves[1::2], strict=True))
+        bpe = _guarded(
+            lambda: models.BPE(vocab=ids, merges=merges, ignore_merges=pre.whole_pieces),
+            "the vocabulary and merges make no tokeniser",
+        )
+        library = tokenizers.Tokenizer(bpe)
+        splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated") for pattern in pre.patterns]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+        library.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+        _add_tokens(library, special, literal)
+        return library
+
     return Tokenizer(
-        library,
+        make_library,
+        _spelling(vocab),
         vocab,
         vocab_size=len(ids),
         alphabet=_Alphabet(_byte_level_bytes),
         special=special,
         literal=literal,
-        unknown_bytes=unknown,
+        unknown_bytes=frozenset(byte for character, byte in _BYTE_OF.items() if character not in ids),
         cuts_at_words=not any(_WORD_AND_SPACE.search(text) for text in (*special.values(), *literal.values())),
     )
 
@@ -272,19 +333,32 @@ def _sentencepiece_bpe(vocab: VocabSpec, ids: dict[str, int]) -> Tokenizer:
         raise ModelError(f"the vocabulary has neither an unknown token nor all byte tokens ({missing} is missing)")
     special, literal = _of_type(vocab, UNKNOWN, CONTROL), _of_type(vocab, USER_DEFINED)
     unknown = None if vocab.unk_id is None or vocab.unk_id >= len(vocab.tokens) else vocab.tokens[vocab.unk_id]
-    bpe = _guarded(
-        lambda: models.BPE(
-            vocab=ids, merges=_merges_from_scores(vocab, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True
-        ),
-        "the vocabulary and scores make no tokeniser",
+
+    def make_library() -> tokenizers.Tokenizer:
+        import tokenizers
+        from tokenizers import models, normalizers
+
+        merges = _merges_from_scores(vocab, ids)
+        bpe = _guarded(
+            lambda: models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True),
+            "the vocabulary and scores make no tokeniser",
+        )
+        library = tokenizers.Tokenizer(bpe)
+        spaces = [normalizers.Replace(" ", _WORD_START)]
+        prefix = [normalizers.Prepend(_WORD_START)] if vocab.add_space_prefix else []
+        library.normalizer = normalizers.Sequence([*prefix, *spaces])
+        _add_tokens(library, special, literal)
+        return library
+
+    return Tokenizer(
+        make_library,
+        _spelling(vocab),
+        vocab,
+        vocab_size=len(ids),
+        alphabet=_Alphabet(_sentencepiece_bytes, drop_space=vocab.add_space_prefix),
+        special=special,
+        literal=literal,
     )
-    library = tokenizers.Tokenizer(bpe)
-    spaces = [normalizers.Replace(" ", _WORD_START)]
-    prefix = [normalizers.Prepend(_WORD_START)] if vocab.add_space_prefix else []
-    library.normalizer = normalizers.Sequence([*prefix, *spaces])
-    _add_tokens(library, special, literal)
-    alphabet = _Alphabet(_sentencepiece_bytes, drop_space=vocab.add_space_prefix)
-    return Tokenizer(library, vocab, vocab_size=len(ids), alphabet=alphabet, special=special, literal=literal)
 
 
 def _merges_from_scores(vocab: VocabSpec, ids: dict[str, int]) -> list[tuple[str, str]]:
@@ -304,12 +378,10 @@ def _merges_from_scores(vocab: VocabSpec, ids: dict[str, int]) -> list[tuple[str
 
 
 def _add_tokens(library: tokenizers.Tokenizer, special: dict[int, str], literal: dict[int, str]) -> None:
-    library.add_special_tokens(_added(special.values(), special=True))
-    library.add_tokens(_added(literal.values(), special=False))
+    from tokenizers import AddedToken
 
-
-def _added(texts: Iterable[str], *, special: bool) -> list[AddedToken]:
-    return [AddedToken(text, special=special, normalized=False) for text in texts]
+    library.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special.values()])
+    library.add_tokens([AddedToken(text, special=False, normalized=False) for text in literal.values()])
 
 
 # ---- from tokenizer.json
@@ -317,6 +389,9 @@ def _added(texts: Iterable[str], *, special: bool) -> list[AddedToken]:
 
 def _from_json(vocab: VocabSpec, text: str) -> Tokenizer:
     """A tokeniser from the text of a tokenizer.json, which may be hostile."""
+    import orjson
+    import tokenizers
+
     if len(text) > MAX_JSON_BYTES:
         raise ModelError(f"tokenizer.json has {len(text):,} characters; up to {MAX_JSON_BYTES:,} are supported")
     try:
@@ -338,7 +413,14 @@ def _from_json(vocab: VocabSpec, text: str) -> Tokenizer:
             f"tokenizer.json has {vocab_size:,} token ids, but the model's vocabulary has {len(vocab.tokens):,}; "
             "take both from the same checkpoint"
         )
-    return Tokenizer(library, vocab, vocab_size=vocab_size, alphabet=alphabet, special=special, literal=literal)
+
+    def spell(token: int) -> str | None:
+        found: str | None = library.id_to_token(token) if token < 2**32 else None
+        return found
+
+    return Tokenizer(
+        lambda: library, spell, vocab, vocab_size=vocab_size, alphabet=alphabet, special=special, literal=literal
+    )
 
 
 def _checked_json_size(document: dict[str, Any]) -> int:
