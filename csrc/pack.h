@@ -16,7 +16,8 @@ namespace pagemill {
 
 size_t panel_bytes(Format format, int k);
 size_t source_row_bytes(Format format, int k);  // bytes of a row as it stands in the checkpoint
-// rows: [n][source_row_bytes], the checkpoint's blocks. Writes columns column0 .. column0+n-1 of a zeroed packed matrix.
+// rows: [n][source_row_bytes], the checkpoint's blocks. Writes columns column0 .. column0+n-1 of a packed matrix, whose
+// other columns stay; one that is not filled whole is zeroed before.
 void pack_rows(Format format, const uint8_t* rows, int n, int k, int column0, uint8_t* packed);
 // One row of the [n, k] matrix as f32, with the roundings of the format's own dequantisation.
 void unpack_row(const Matrix& matrix, int row, float* out);

@@ -30,8 +30,8 @@ PM_INLINE void near_lines(const uint8_t* from, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 3);
 }
 
-// Integer sums of a batch's queries against the pages of a split, a page at a time. C: times 64 dims. Tiles 0..3 hold sums of
-// values, 4 and 5 queries or weights, 6 keys or values, 7 sums.
+// Integer sums of a batch's queries against the pages of a split, a page at a time. C: times 64 dims. Tiles 0..3 hold the
+// queries, 4 keys, 6 sums; value_tiles takes all of them, so each batch's queries are loaded anew.
 template <int C> struct ScoreTiles {
     TileState& t;
     const HeadPages& pages;

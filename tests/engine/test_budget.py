@@ -256,7 +256,7 @@ def test_prompts_go_on_in_the_smallest_chunks_where_decoding_leaves_nothing_of_t
 
 
 @pytest.mark.parametrize("percent", [None, 150])
-def test_a_target_that_one_stream_alone_does_not_keep_to_changes_nothing(percent: int | None) -> None:
+def test_a_target_that_one_stream_alone_does_not_keep_to_gives_way_to_the_percentage(percent: int | None) -> None:
     machine = Machine(0.05, 0.001, 0.0005)
     held, usual = StepBudget(4096, percent, 0.02), StepBudget(4096, percent or 180)
     seen = run(held, machine, 8, 50, lambda seconds: seconds)

@@ -193,12 +193,14 @@ PASSED = [(1, None), (4, None), *[(1, None)] * 17, (1, 15), (1, None)]
 @given(st.lists(requests, min_size=1, max_size=25), st.integers(1, 3), st.booleans())
 @example(PASSED, 1, True)
 @settings(max_examples=30, deadline=None)
-def test_deadlines_of_others_never_make_a_request_without_one_wait_longer(
+def test_deadlines_of_others_cost_a_request_without_one_no_time_but_that_of_being_passed(
     drawn: list[tuple[int, int | None]], places: int, shared: bool
 ) -> None:
     """All with and without their deadlines: whoever has none enters no later, for those who will be late go behind it
-    and those whose time is over go. Where texts are shared, others may pass it as often as anybody may be passed."""
-    passing_s = MOST_PASSED * (20 + 1) * STEP_S if shared else 0.0
+    and those whose time is over go. Where texts are shared, others may pass it as often as anybody may be passed, and
+    it may no longer pass those that it did."""
+    longest = max(max_tokens for max_tokens, _ in drawn) + 1
+    passing_s = 2 * MOST_PASSED * longest * STEP_S if shared else 0.0
 
     def entered(deadlines: bool) -> list[float | None]:
         rig = learned(max_num_seqs=places, sharing=SharingConfig() if shared else None)

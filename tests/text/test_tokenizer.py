@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -288,7 +289,13 @@ def test_threads_that_encode_their_first_text_at_once_share_what_is_made() -> No
     made = []
     tokenizer = build_tokenizer(byte_level())
     make = tokenizer._make_library
-    tokenizer._make_library = lambda: made.append(None) or make()  # type: ignore[func-returns-value]
+
+    def make_slowly() -> Any:
+        made.append(None)
+        time.sleep(0.05)  # every thread has come for it by then
+        return make()
+
+    tokenizer._make_library = make_slowly
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(tokenizer.encode, ["hello world"] * 32))
     assert found == [build_tokenizer(byte_level()).encode("hello world")] * 32

@@ -154,17 +154,17 @@ class _Run:
         """Start a server and ask it a little, so that its first run meets no first times."""
         began_s = time.monotonic()
         try:
-            server = self.stack.enter_context(Server(contender))
+            server = self.servers[contender] = self.stack.enter_context(Server(contender))
             server.wait(_START_S, self.interrupted)
             self.found.starts[contender] = time.monotonic() - began_s
             warm = self.sessions(self.settings.works[0], -1)
-            self._generate(server, [replace(each, at_s=0.0) for each in warm], _WARM_S, _WARM_USERS)
+            told = self._generate(server, [replace(each, at_s=0.0) for each in warm], _WARM_S, _WARM_USERS)
+            self.ended_s += 0.0 if told is None else float(told["cpu_s"])
             self._settle(server)
         except ServerError as error:
             if not self.interrupted():
                 self._fail(contender, str(error))
             return
-        self.servers[contender] = server
         self.observer.started(contender, self.found.starts[contender])
 
     def turns(self, work: str, index: int, contenders: Sequence[Contender]) -> None:

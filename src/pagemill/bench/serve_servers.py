@@ -60,7 +60,8 @@ class Server:
         self.host, self.port = "", 0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a start is to be a second one's, without the compiler
+        environment["PYTHONUNBUFFERED"] = "1"
         if contender.python_path is not None:
             environment["PYTHONPATH"] = contender.python_path
         try:

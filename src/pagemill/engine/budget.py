@@ -73,7 +73,7 @@ class StepBudget:
     most: tokens of any step. percent: how long a step with prompts and decode rows may take, in percent of one that
     decodes alone; None for no bound. target_s: the time between tokens that such steps are held to, whatever `percent`
     says, as far as decoding leaves any of it; None for none. One that a single stream does not keep to by itself is out
-    of reach and changes nothing.
+    of reach, and steps are bounded by the percentage, 180 where there is none.
     """
 
     __slots__ = ("_alone_s", "_far_s", "_known", "_num_mixed", "_stretch", "_target", "_token_s", "most")

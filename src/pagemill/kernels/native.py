@@ -80,7 +80,7 @@ def pack(tensor: Tensor, layout: str | None = None) -> NDArray[np.uint8]:
 
 
 def pack_over(rows: Tensor, layout: str, column0: int, panels: NDArray[np.uint8]) -> None:
-    """Pack rows [n, k] in the place of those from `column0` on, in packed panels u8; every other byte stays."""
+    """Pack rows [n, k] in the place of those from `column0` on, in packed panels u8; the other columns stay."""
     _native.pack(LAYOUTS[layout], rows.shape[-1], np.ascontiguousarray(rows.data), column0, panels)
 
 

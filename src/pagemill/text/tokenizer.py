@@ -90,7 +90,7 @@ class Tokenizer:
         unknown_bytes: frozenset[int] = frozenset(),
         cuts_at_words: bool = False,
     ) -> None:
-        """make_library: called once at the most. spell: a token as the vocabulary writes it, None beyond its end.
+        """make_library: called until it succeeds. spell: a token as the vocabulary writes it, None beyond its end.
         special, literal: id -> text of control and of user-defined tokens. Raises ModelError on ids out of range."""
         self._make_library = make_library
         self._spell = spell
@@ -110,8 +110,9 @@ class Tokenizer:
         _check_ids(vocab, self.vocab_size)
 
     def prepare(self) -> None:
-        """Make now what the first text to be encoded would wait for, some 50 ms with 49,152 tokens."""
-        self._library  # noqa: B018 (made by being asked for)
+        """Make now what the first texts to be encoded would wait for, some 200 ms with 49,152 tokens: with control
+        tokens and without."""
+        self._without_special()
 
     @property
     def _library(self) -> tokenizers.Tokenizer:
