@@ -103,8 +103,8 @@ def _works(count: int) -> list[tuple[str, str, Callable[[Generation], float]]]:
 
 
 def _reading_rows(found: Measurement) -> list[Row]:
-    """How fast histories of up to nine lengths are read: as a prompt with the cache, as recomputation without. They should
-    be alike, else the comparison would be with a slow baseline."""
+    """How fast histories of up to nine lengths are read: as a prompt with the cache, as recomputation without. They
+    should be alike, else the comparison would be with a slow baseline."""
     work, runs = f"read {found.num_prefill:,} tokens", [run for run in found.readings if run]
     figures: tuple[tuple[str, str, Callable[[Reading], float]], ...] = (
         (WITH, "tok/s", lambda each: each.num_tokens / each.with_s),
