@@ -10,6 +10,7 @@ from pagemill.bench.peers_catalog import PAGEMILL
 from pagemill.bench.serve_report import ITL_P95, TOKENS, title_of
 
 _OURS, _THEIRS = "#1f6f8b", "#c8553d"
+_LINE = 0.06  # of the axis that a name is high
 
 
 def draw_serve(report: dict[str, Any], stem: Path) -> list[Path]:
@@ -43,22 +44,29 @@ def _draw_work(axes: Any, work: str, rows: list[dict[str, Any]]) -> None:
     axes.set_title(f"{work}: tok/s over p95 between tokens (ms)", loc="left", fontsize=10)
     samples = {(row["engine"], row["mode"], row["metric"]): row for row in rows}
     middle = max((row["median"] for row in rows if row["metric"] == ITL_P95), default=0.0) / 2
+    highest = max((row["median"] for row in rows if row["metric"] == TOKENS), default=0.0)
     ours: list[tuple[float, float]] = []
+    named: list[tuple[float, float]] = []
     for engine, mode in dict.fromkeys((row["engine"], row["mode"]) for row in rows):
-        y, x = (samples.get((engine, mode, metric)) for metric in (TOKENS, ITL_P95))
-        if x is None or y is None:
+        tokens, itl = (samples.get((engine, mode, metric)) for metric in (TOKENS, ITL_P95))
+        if itl is None or tokens is None:
             continue
         colour = _OURS if engine == PAGEMILL else _THEIRS
-        pairs = list(zip(x["samples"], y["samples"], strict=False))
-        face = colour if x["target_itl_ms"] is None else "none"
+        pairs = list(zip(itl["samples"], tokens["samples"], strict=False))
+        face = colour if itl["target_itl_ms"] is None else "none"
         axes.plot(*zip(*pairs, strict=True), "o", color=colour, markerfacecolor=face, markersize=4, alpha=0.7)
         text = mode if engine == PAGEMILL else engine
-        place = (x["median"], y["median"])
+        place = (itl["median"], tokens["median"])
         side, offset = ("right", -6) if place[0] > middle else ("left", 6)
-        axes.annotate(text, place, xytext=(offset, 4), textcoords="offset points", ha=side, color=colour, fontsize=8.5)
+        near = any(abs(x - place[0]) < middle and abs(y - place[1]) < highest * _LINE for x, y in named)
+        above = -11 if near else 4
+        axes.annotate(
+            text, place, xytext=(offset, above), textcoords="offset points", ha=side, color=colour, fontsize=8.5
+        )
+        named.append(place)
         if engine != PAGEMILL:
             axes.axvline(place[0], color=colour, linewidth=0.8, linestyle="--", alpha=0.5)
-        elif x["target_itl_ms"] is None:
+        elif itl["target_itl_ms"] is None:
             ours.append(place)
     if len(ours) > 1:
         axes.plot(*zip(*sorted(ours), strict=True), color=_OURS, linewidth=1, alpha=0.5)
