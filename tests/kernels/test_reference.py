@@ -66,7 +66,9 @@ def test_every_part_that_is_rounded_costs_something_and_all_cost_most() -> None:
     exact = plain(q, k, v, attention(), positions)
     parts = [np.sqrt(((int8(each, attention()) - exact) ** 2).mean()) for each in PARTS]
     whole = np.sqrt(((int8(Int8Rounding(), attention()) - exact) ** 2).mean())
-    assert all(1e-6 < part < whole for part in parts)
+    named = dict(zip((each.name for each in fields(Int8Rounding)), parts, strict=True))
+    assert 1e-6 < named.pop("probabilities") < 1e-5  # 16 bits instead of 8
+    assert all(1e-5 < part < whole for part in named.values())
     assert whole == pytest.approx(np.sqrt(np.square(parts).sum()), rel=0.3)
 
 
