@@ -124,30 +124,53 @@ PM_INLINE F peak_everywhere(F x) {
     return fmax2(x, fswap<1>(x));
 }
 
-// weigh_row for a row that sees a whole split, from its integer sums on.
-PM_INLINE void weigh_whole_row(const TileState& t, SplitBatch& b, int r0, int r, const RowScales& scales) {
-    F score[kSplitPages], peaks[2];
+// Scores of slots [FROM, TO) of a row that sees a whole split take the place of their integer sums; peaks: their largest.
+template <int FROM, int TO> PM_INLINE void score_slots(const TileState& t, SplitBatch& b, int r, F (&peaks)[2]) {
 #pragma GCC unroll 16
-    for (int slot = 0; slot < kSplitPages; slot++) {
+    for (int slot = FROM; slot < TO; slot++) {
         I sum;
         std::memcpy(&sum, b.scores[slot][r], sizeof sum);
-        score[slot] = fmul(itof(sum), fload(t.key_scale[slot]));
-        peaks[slot % 2] = slot < 2 ? score[slot] : fmax2(peaks[slot % 2], score[slot]);
+        const F score = fmul(itof(sum), fload(t.key_scale[slot]));
+        fstore(b.scores[slot][r], score);
+        peaks[slot % 2] = slot < 2 ? score : fmax2(peaks[slot % 2], score);
     }
-    const F top = peak_everywhere(fmax2(peaks[0], peaks[1])), unit = fset(t.q_scale[r0 + r]);
-    F sums[4] = {fzero(), fzero(), fzero(), fzero()};
+}
+
+// A run of such a row becomes weights.
+PM_INLINE void weigh_run(SplitBatch& b, int r, int run, F top, F unit, const RowScales& scales, F (&sums)[4]) {
+    F weights[4];
 #pragma GCC unroll 4
-    for (int run = 0; run < kSplitRuns; run++) {
-        F weights[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const F p = fexp2_near(fmul(fsub(score[run * 4 + i], top), unit));
-            sums[i] = fadd(sums[i], p);
-            weights[i] = fmla(p, fload(scales.scale[run * 4 + i]), fset(kRoundWeight));
-        }
-        store_halves(b.high[r] + run * kRun, b.low[r] + run * kRun, weights[0], weights[1], weights[2], weights[3]);
+    for (int i = 0; i < 4; i++) {
+        const F p = fexp2_near(fmul(fsub(fload(b.scores[run * 4 + i][r]), top), unit));
+        sums[i] = fadd(sums[i], p);
+        weights[i] = fmla(p, fload(scales.scale[run * 4 + i]), fset(kRoundWeight));
     }
-    end_row(b, r, ffirst(top), t.q_scale[r0 + r], scales.most, sums);
+    store_halves(b.high[r] + run * kRun, b.low[r] + run * kRun, weights[0], weights[1], weights[2], weights[3]);
+}
+
+// weigh_row for rows that all see a whole split, from their integer sums on: a row's largest score is found while the row before
+// is weighed.
+template <int C>
+static void weigh_whole_rows(const TileState& t, SplitBatch& b, int r0, int rows, RowScales& scales, ScoreTiles<C>& next) {
+    F peaks[2];
+    score_slots<0, kSplitPages>(t, b, 0, peaks);
+    F top = peak_everywhere(fmax2(peaks[0], peaks[1]));
+    for (int r = 0; r < rows; r++) {
+        const int after = r + 1;
+        const F unit = fset(t.q_scale[r0 + r]);
+        F sums[4] = {fzero(), fzero(), fzero(), fzero()};
+        weigh_run(b, r, 0, top, unit, scales, sums);
+        if (after < rows) score_slots<0, 6>(t, b, after, peaks);
+        weigh_run(b, r, 1, top, unit, scales, sums);
+        if (after < rows) score_slots<6, 11>(t, b, after, peaks);
+        weigh_run(b, r, 2, top, unit, scales, sums);
+        if (after < rows) score_slots<11, kSplitPages>(t, b, after, peaks);
+        const F upcoming = peak_everywhere(fmax2(peaks[0], peaks[1]));
+        weigh_run(b, r, 3, top, unit, scales, sums);
+        end_row(b, r, ffirst(top), t.q_scale[r0 + r], scales.most, sums);
+        top = upcoming;
+        next.one();
+    }
 }
 
 // Any other row.
@@ -168,15 +191,15 @@ static void weigh_part_row(const TileState& t, SplitBatch& b, int r0, int r, Spl
 // The integer sums of a batch become weights, while tiles score the next one.
 template <int C>
 static void weigh_batch(const TileState& t, SplitBatch& b, int r0, int rows, SplitRange range, int base, float scale, float softcap, ScoreTiles<C>& next) {
-    const bool whole = softcap <= 0.0f && range.page1 - range.page0 == kSplitPages;
+    bool whole = softcap <= 0.0f && range.page1 - range.page0 == kSplitPages;
+    for (int r = 0; r < rows; r++) whole = whole && sees_all(t, r0 + r, range);
     RowScales scales;
+    if (whole) {
+        scales.see(t, r0, range, base);
+        return weigh_whole_rows(t, b, r0, rows, scales, next);
+    }
     for (int r = 0; r < rows; r++) {
-        if (whole && sees_all(t, r0 + r, range)) {
-            scales.see(t, r0 + r, range, base);
-            weigh_whole_row(t, b, r0, r, scales);
-        } else {
-            weigh_part_row(t, b, r0, r, range, base, scale, softcap, scales);
-        }
+        weigh_part_row(t, b, r0, r, range, base, scale, softcap, scales);
         next.one();
     }
 }

@@ -33,14 +33,19 @@ PM_INLINE void quantize_group(const float* x, int8_t* q, float* scale, int32_t* 
     *scaled_sum = *scale * float(total);
 }
 
-// Columns [from, to) of a row of act.f32 (zero beyond `width`) into the other forms. from: a multiple of 32.
-static void fill_forms(const Activations& act, int row, int from, int to, int width, int forms) {
-    float* x = act.f32 + size_t(row) * act.ld;
+// Where a row stands before it takes its forms: in its row of act.f32, which products of floats read, or, when only its bytes
+// are read, in row `spare`, which stays in the nearest cache.
+PM_INLINE float* float_row(const Activations& act, int row, int spare, int forms) {
+    return act.f32 + size_t(forms == kFormRotated ? spare : row) * size_t(act.ld);
+}
+
+// Columns [from, to) of x (zero beyond `width`) into the forms of a row. from: a multiple of 32.
+static void fill_forms(const Activations& act, int row, float* x, int from, int to, int width, int forms) {
     if (forms & kFormBf16) {
         uint16_t* out = act.bf16 + size_t(row) * act.ld;
         for (int c = from; c < to; c += kLanes) fstore_bf16(out + c, fload_first(x + c, width - c));
     }
-    if (forms & kFormRotated) quantize_rotated_row(act, row, width);  // whole rows, and no other form beside it
+    if (forms & kFormRotated) quantize_rotated_row(act, row, x, x, width);  // whole rows, and no other form beside it
     if (forms & kFormI8) {
         const size_t base = size_t(row) * act.groups();
         for (int c = from; c < to; c += kGroup) {
@@ -73,24 +78,26 @@ static void normalize_row(const Phase& p, const float* src, int width, float* ou
 }
 
 // Row `src` through the phase's norm into row `row` of the activations.
-static void prepare_row(const Phase& p, const float* src, int width, const Activations& act, int row, int forms) {
-    float* x = act.f32 + size_t(row) * act.ld;
+static void prepare_row(const Phase& p, const float* src, int width, const Activations& act, int row, int spare, int forms) {
+    float* x = float_row(act, row, spare, forms);
     if (p.norm == NormKind::none) std::memcpy(x, src, size_t(width) * sizeof(float));
     else normalize_row(p, src, width, x);
-    fill_forms(act, row, 0, width, width, forms);
+    fill_forms(act, row, x, 0, width, width, forms);
 }
 
 // Columns [from, to) of a row without a norm: copied (attention output, or activated already) or activated (MLP).
-static void prepare_columns(const Phase& p, const float* src, int width, int from, int to, const Activations& act, int row, int forms, bool activated) {
-    float* x = act.f32 + size_t(row) * act.ld;
-    if (activated || p.activation == ActivationKind::none) std::memcpy(x + from, src + from, size_t(to - from) * sizeof(float));
+static void prepare_columns(const Phase& p, const float* src, int width, int from, int to, const Activations& act, int row, int spare, int forms, bool activated) {
+    float* x = float_row(act, row, spare, forms);
+    const bool as_is = activated || p.activation == ActivationKind::none;
+    if (as_is && forms == kFormRotated) return quantize_rotated_row(act, row, src, x, width);
+    if (as_is) std::memcpy(x + from, src + from, size_t(to - from) * sizeof(float));
     else for (int c = from; c < to; c += kLanes) {
         const int n = to - c;
         F y = factivate(p.activation, fload_first(src + c, n));
         if (p.gated) y = fmul(y, fload_first(src + width + c, n));
         fstore_first(x + c, y, n);
     }
-    fill_forms(act, row, from, to, width, forms);
+    fill_forms(act, row, x, from, to, width, forms);
 }
 
 }  // namespace PAGEMILL_TARGET

@@ -54,44 +54,6 @@ static void rotated_rows(int rows, const Activations& act, int row, const Matrix
 
 constexpr int kRotatedTileRows = 3;  // from so many rows on, tiles are faster
 
-// The sums of a whole panel, where nothing but scales and perhaps an addition is left to do.
-template <bool ADD>
-PM_INLINE void store_whole_panel(const Activations& act, const Output& out, int row, int rows, int column, const int32_t (*sums)[256], const float* w_scale) {
-    const F first = fload(w_scale), second = fload(w_scale + 16);
-    const size_t stride = size_t(act.groups());
-    const int32_t* sum = act.sum + size_t(row) * stride;
-    const float* scale = act.scale + size_t(row) * stride;
-    float* y = out.y + size_t(row) * size_t(out.ld) + column;
-    for (int m = 0; m < rows; m++, sum += stride, scale += stride, y += out.ld) {
-        const int32_t* s = sums[m / 16 * 2] + m % 16 * 16;
-        const __m512i offset = _mm512_set1_epi32(-128 * *sum);
-        const F a = fset(*scale);
-        F v = fmul(fmul(itof((I)_mm512_add_epi32(_mm512_load_si512(s), offset)), a), first);
-        F u = fmul(fmul(itof((I)_mm512_add_epi32(_mm512_load_si512(s + 256), offset)), a), second);
-        if (ADD) {
-            v = fadd(v, fload(y));
-            u = fadd(u, fload(y + 16));
-        }
-        fstore(y, v);
-        fstore(y + 16, u);
-    }
-}
-
-static void store_tiles(const Activations& act, const Output& out, const Matrix& w, int row, int rows, int panel, const int32_t (*sums)[256], const float* w_scale) {
-    if (panel * kPanel + kPanel <= w.n && !w.bias && out.scale == 1.0f) {
-        if (out.accumulate) store_whole_panel<true>(act, out, row, rows, panel * kPanel, sums, w_scale);
-        else store_whole_panel<false>(act, out, row, rows, panel * kPanel, sums, w_scale);
-        return;
-    }
-    const F first = fload(w_scale), second = fload(w_scale + 16);
-    for (int m = 0; m < rows; m++) {
-        const __m512i offset = _mm512_set1_epi32(-128 * act.sum[size_t(row + m) * act.groups()]);
-        const int32_t* s = sums[m / 16 * 2] + m % 16 * 16;
-        store_rotated(act, out, w, row + m, panel * kPanel, (I)_mm512_add_epi32(_mm512_load_si512(s), offset), first);
-        store_rotated(act, out, w, row + m, panel * kPanel + 16, (I)_mm512_add_epi32(_mm512_load_si512(s + 256), offset), second);
-    }
-}
-
 // The panel that is read next, on its way into the cache: a few lines with each step along k, spread over all rows.
 struct Fetch {
     const uint8_t *at, *end;
@@ -107,9 +69,35 @@ struct Fetch {
     }
 };
 
-// Integer sums of up to 32 rows x one panel: two tiles of 16 columns for rows 0 to 15, then, where `TWO`, for 16 to 31.
-template <bool TWO>
-PM_INLINE void rotated_sums(const Activations& act, int row, const uint8_t* p, int k, Fetch& next, int32_t (*sums)[256]) {
+// Sums of a block of rows that wait to become values: a few rows with each step along k of the next block, beside its tiles.
+// finish(sums, row, m) does it for row `row` of the step, which is the block's m-th.
+template <class Finish> struct Waiting {
+    Finish finish;
+    const int share;
+    const int32_t (*sums)[256] = nullptr;
+    int row = 0, next = 0, rows = 0;
+
+    Waiting(const Finish& f, int steps) : finish(f), share((32 + steps - 1) / steps) {}
+    inline __attribute__((always_inline)) void some() {
+        for (const int end = rows - next < share ? rows : next + share; next < end; next++) finish(sums, row + next, next);
+    }
+    void all() {
+        for (; next < rows; next++) finish(sums, row + next, next);
+    }
+    void add(const Finish& f, const int32_t (*block)[256], int first_row, int num_rows) {
+        all();
+        finish = f;
+        sums = block;
+        row = first_row;
+        next = 0;
+        rows = num_rows;
+    }
+};
+
+// Integer sums of up to 32 rows x one panel: two tiles of 16 columns for rows 0 to 15, then, where `TWO`, for 16 to 31. Sums of
+// the block before become values meanwhile.
+template <bool TWO, class Finish>
+PM_INLINE void rotated_sums(const Activations& act, int row, const uint8_t* p, int k, Fetch& next, Waiting<Finish>& before, int32_t (*sums)[256]) {
     const int8_t* a = act.i8 + size_t(row) * act.ld;
     _tile_zero(0);
     _tile_zero(1);
@@ -127,6 +115,7 @@ PM_INLINE void rotated_sums(const Activations& act, int row, const uint8_t* p, i
             _tile_dpbsud(2, 5, 6);
             _tile_dpbsud(3, 5, 7);
         }
+        before.some();
     }
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
@@ -136,50 +125,118 @@ PM_INLINE void rotated_sums(const Activations& act, int row, const uint8_t* p, i
     }
 }
 
-template <bool TWO>
-static void rotated_tiles(const Activations& act, int row, int rows, const Matrix& w, int panel, Fetch& next, const Output& out) {
-    const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
-    alignas(64) int32_t sums[4][256];
-    rotated_sums<TWO>(act, row, p, w.k, next, sums);
-    store_tiles(act, out, w, row, rows, panel, sums, reinterpret_cast<const float*>(p + size_t(w.k) * kPanel));
+// The values of one row of a panel.
+struct PanelRow {
+    const Activations* act;
+    const Output* out;
+    const Matrix* w;
+    bool plain;  // nothing but scales and perhaps an addition is left to do
+    int column = 0;
+    const float* scale = nullptr;
+
+    PanelRow(const Activations& a, const Output& o, const Matrix& m) : act(&a), out(&o), w(&m), plain(!m.bias && o.scale == 1.0f) {}
+    PanelRow at(int panel) const {
+        PanelRow copy = *this;
+        copy.plain = plain && panel * kPanel + kPanel <= w->n;
+        copy.column = panel * kPanel;
+        copy.scale = reinterpret_cast<const float*>(w->data + size_t(panel) * w->panel_bytes + size_t(w->k) * kPanel);
+        return copy;
+    }
+    inline __attribute__((always_inline)) void operator()(const int32_t (*sums)[256], int row, int m) const {
+        const int32_t* s = sums[m / 16 * 2] + m % 16 * 16;
+        const size_t of_row = size_t(row) * size_t(act->groups());
+        const __m512i offset = _mm512_set1_epi32(-128 * act->sum[of_row]);
+        const I first = (I)_mm512_add_epi32(_mm512_load_si512(s), offset), second = (I)_mm512_add_epi32(_mm512_load_si512(s + 256), offset);
+        if (!plain) {
+            store_rotated(*act, *out, *w, row, column, first, fload(scale));
+            store_rotated(*act, *out, *w, row, column + 16, second, fload(scale + 16));
+            return;
+        }
+        const F a = fset(act->scale[of_row]);
+        F v = fmul(fmul(itof(first), a), fload(scale)), u = fmul(fmul(itof(second), a), fload(scale + 16));
+        float* y = out->y + size_t(row) * size_t(out->ld) + column;
+        if (out->accumulate) {
+            v = fadd(v, fload(y));
+            u = fadd(u, fload(y + 16));
+        }
+        fstore(y, v);
+        fstore(y + 16, u);
+    }
+};
+
+static void product_rotated_tiles(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
+    alignas(64) int32_t sums[2][4][256];
+    const PanelRow finish(act, out, w);
+    Waiting<PanelRow> before(finish, w.k / 64);
+    int turn = 0;
+    for (int panel = p0; panel < p1; panel++) {
+        const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
+        Fetch next(w, panel, (r1 - r0 + 31) / 32 * (w.k / 64));
+        for (int row = r0; row < r1; row += 32, turn ^= 1) {
+            const int rows = r1 - row < 32 ? r1 - row : 32;
+            if (rows > 16) rotated_sums<true>(act, row, p, w.k, next, before, sums[turn]);
+            else rotated_sums<false>(act, row, p, w.k, next, before, sums[turn]);
+            before.add(finish.at(panel), sums[turn], row, rows);
+        }
+    }
+    before.all();
 }
 
 static bool can_gate(const Matrix& gate, const Matrix& up) {
     return gate.format == Format::i8_rotated && up.format == Format::i8_rotated && gate.n == up.n && gate.n % kPanel == 0 && !gate.bias && !up.bias;
 }
 
+// f(gate) * up of one row of a panel of each: sums of the gate's, then of the other's.
+struct GatedRow {
+    const Activations* act;
+    ActivationKind kind;
+    float* y;
+    int ld, column = 0;
+    const float *gate_scale = nullptr, *up_scale = nullptr;
+
+    inline __attribute__((always_inline)) void operator()(const int32_t (*sums)[256], int row, int m) const {
+        const size_t of_row = size_t(row) * size_t(act->groups());
+        const __m512i offset = _mm512_set1_epi32(-128 * act->sum[of_row]);
+        const F a = fset(act->scale[of_row]);
+        const int32_t* s = sums[m / 16 * 2] + m % 16 * 16;
+        float* to = y + size_t(row) * size_t(ld) + column;
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            const F v = fmul(fmul(itof((I)_mm512_add_epi32(_mm512_load_si512(s + 256 * h), offset)), a), fload(gate_scale + 16 * h));
+            const F x = fmul(fmul(itof((I)_mm512_add_epi32(_mm512_load_si512(s + 1024 + 256 * h), offset)), a), fload(up_scale + 16 * h));
+            fstore(to + 16 * h, fmul(factivate(kind, v), x));
+        }
+    }
+};
+
 // f(gate) * up of rows [r0, r1) to y, where `can_gate`: what two products and prepare_columns would give, bit for bit.
 static void product_gated(const Activations& act, int r0, int r1, const Matrix& gate, const Matrix& up, ActivationKind kind, float* y, int ld) {
     if (r1 <= r0) return;
+    alignas(64) int32_t sums[2][8][256];
     const int k = gate.k, steps = (r1 - r0 + 31) / 32 * (k / 64);
-    const size_t stride = size_t(act.groups());
+    GatedRow finish{&act, kind, y, ld};
+    Waiting<GatedRow> before(finish, k / 64 * 2);
+    int turn = 0;
     for (int panel = 0; panel < gate.panels(); panel++) {
         const uint8_t *g = gate.data + size_t(panel) * gate.panel_bytes, *u = up.data + size_t(panel) * up.panel_bytes;
-        const float *g_scale = reinterpret_cast<const float*>(g + size_t(k) * kPanel), *u_scale = reinterpret_cast<const float*>(u + size_t(k) * kPanel);
         Fetch next_gate(gate, panel, steps), next_up(up, panel, steps);
-        for (int row = r0; row < r1; row += 32) {
-            alignas(64) int32_t sums[8][256];
-            if (r1 - row > 16) {
-                rotated_sums<true>(act, row, g, k, next_gate, sums);
-                rotated_sums<true>(act, row, u, k, next_up, sums + 4);
+        finish.column = panel * kPanel;
+        finish.gate_scale = reinterpret_cast<const float*>(g + size_t(k) * kPanel);
+        finish.up_scale = reinterpret_cast<const float*>(u + size_t(k) * kPanel);
+        for (int row = r0; row < r1; row += 32, turn ^= 1) {
+            const int rows = r1 - row < 32 ? r1 - row : 32;
+            int32_t (*to)[256] = sums[turn];
+            if (rows > 16) {
+                rotated_sums<true>(act, row, g, k, next_gate, before, to);
+                rotated_sums<true>(act, row, u, k, next_up, before, to + 4);
             } else {
-                rotated_sums<false>(act, row, g, k, next_gate, sums);
-                rotated_sums<false>(act, row, u, k, next_up, sums + 4);
+                rotated_sums<false>(act, row, g, k, next_gate, before, to);
+                rotated_sums<false>(act, row, u, k, next_up, before, to + 4);
             }
-            for (int m = 0; m < 32 && row + m < r1; m++) {
-                const __m512i offset = _mm512_set1_epi32(-128 * act.sum[size_t(row + m) * stride]);
-                const F a = fset(act.scale[size_t(row + m) * stride]);
-                const int32_t* s = sums[m / 16 * 2] + m % 16 * 16;
-                float* out = y + size_t(row + m) * size_t(ld) + panel * kPanel;
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; h++) {
-                    const F v = fmul(fmul(itof((I)_mm512_add_epi32(_mm512_load_si512(s + 256 * h), offset)), a), fload(g_scale + 16 * h));
-                    const F x = fmul(fmul(itof((I)_mm512_add_epi32(_mm512_load_si512(s + 1024 + 256 * h), offset)), a), fload(u_scale + 16 * h));
-                    fstore(out + 16 * h, fmul(factivate(kind, v), x));
-                }
-            }
+            before.add(finish, to, row, rows);
         }
     }
+    before.all();
 }
 
 #else
@@ -194,15 +251,7 @@ static void product_rotated(const Activations& act, int r0, int r1, const Matrix
     if (rows <= 0) return;
 #ifdef PAGEMILL_AMX
     if (rows >= kRotatedTileRows) {
-        const int steps = (rows + 31) / 32 * (w.k / 64);
-        for (int panel = p0; panel < p1; panel++) {
-            Fetch next(w, panel, steps);
-            for (int row = r0; row < r1; row += 32) {
-                const int here = r1 - row < 32 ? r1 - row : 32;
-                if (here > 16) rotated_tiles<true>(act, row, here, w, panel, next, out);
-                else rotated_tiles<false>(act, row, here, w, panel, next, out);
-            }
-        }
+        product_rotated_tiles(act, r0, r1, w, p0, p1, out);
         return;
     }
 #endif

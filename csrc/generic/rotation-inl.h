@@ -16,12 +16,12 @@ template <int H> PM_INLINE F butterfly(F x) {
     return fmla(x, fload(signs.lanes), fswap<H>(x));
 }
 
-// Sylvester's Hadamard matrix of 16 V values, scaled to be orthonormal, in place. peak: grows to |x|; bad: becomes NaN where x is
+// Sylvester's Hadamard matrix times 16 V values, scaled to be orthonormal, to x, which may be where they are. peak: grows to |x|; bad: becomes NaN where x is
 // not finite, which a maximum would not tell.
-template <int V> PM_INLINE void rotate_block(float* x, F& peak, F& bad) {
+template <int V> PM_INLINE void rotate_block(const float* from, float* x, F& peak, F& bad) {
     F v[V];
 #pragma GCC unroll 16
-    for (int i = 0; i < V; i++) v[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(fload(x + 16 * i)))));
+    for (int i = 0; i < V; i++) v[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(fload(from + 16 * i)))));
 #pragma GCC unroll 4
     for (int half = 1; half < V; half *= 2)
 #pragma GCC unroll 16
@@ -41,26 +41,24 @@ template <int V> PM_INLINE void rotate_block(float* x, F& peak, F& bad) {
     }
 }
 
-// Rotates x in blocks of 256, the rest in one of 128 and one of 64. width: a multiple of 64. Returns the largest |x|, NaN
+// Rotates a row into x, in blocks of 256, the rest in one of 128 and one of 64. width: a multiple of 64. Returns the largest |x|, NaN
 // where one is not finite.
-static float rotate_row(float* x, int width) {
+static float rotate_row(const float* from, float* x, int width) {
     F peak = fzero(), bad = fzero();
     int c = 0;
-    for (; c + 256 <= width; c += 256) rotate_block<16>(x + c, peak, bad);
+    for (; c + 256 <= width; c += 256) rotate_block<16>(from + c, x + c, peak, bad);
     if (c + 128 <= width) {
-        rotate_block<8>(x + c, peak, bad);
+        rotate_block<8>(from + c, x + c, peak, bad);
         c += 128;
     }
-    if (c < width) rotate_block<4>(x + c, peak, bad);
+    if (c < width) rotate_block<4>(from + c, x + c, peak, bad);
     return fpeak(peak) + fsum(bad);
 }
 
-// A row of act.f32, which is rotated in place, to signed bytes: scale = max|x| / 127, q = round(x * (127 / max|x|)), to
-// nearest even.
-static void quantize_rotated_row(const Activations& act, int row, int width) {
-    float* x = act.f32 + size_t(row) * act.ld;
+// A row to signed bytes, after it was rotated into x, which may be where it is: scale = max|x| / 127, q = round(x * (127 / max|x|)), to nearest even.
+static void quantize_rotated_row(const Activations& act, int row, const float* from, float* x, int width) {
     int8_t* q = act.i8 + size_t(row) * act.ld;
-    const float peak = rotate_row(x, width);
+    const float peak = rotate_row(from, x, width);
     const F inverse = fset(peak > 0.0f ? 127.0f / peak : 0.0f);
     I total = iset(0);
     for (int c = 0; c < width; c += 64) {

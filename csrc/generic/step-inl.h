@@ -36,7 +36,7 @@ static int forms_of(const Model& model, const Phase& p) {
 
 // Rows [from, to) of src through the phase's norm, as the products read them; rows: of the whole product.
 static void prepare_rows(const Phase& p, const float* src, int ld, int width, const Activations& act, int from, int to, int rows, int forms) {
-    for (int row = from; row < to; row++) prepare_row(p, src + size_t(row) * ld, width, act, row, forms);
+    for (int row = from; row < to; row++) prepare_row(p, src + size_t(row) * ld, width, act, row, from, forms);
     if (forms & kFormTiles && rows > 1) fill_tiles(act, from, to, 0, width);
 }
 
@@ -111,12 +111,12 @@ static void run_out(Worker& w, const Phase& p, const float* src, int src_ld, boo
     const int forms = forms_of(model, p), width = model.matrices[size_t(p.matrices[0])].k;
     if (w.ctx->by_rows || forms & kFormRotated) {
         for (int row = w.first_row(); row < w.last_row(); row++)
-            prepare_columns(p, src + size_t(row) * src_ld, width, 0, width, s.act, row, forms, activated);
+            prepare_columns(p, src + size_t(row) * src_ld, width, 0, width, s.act, row, w.first_row(), forms, activated);
         if (forms & kFormTiles && step.rows > 1) fill_tiles(s.act, w.first_row(), w.last_row(), 0, width);
     } else {  // few rows: the columns of each are dealt out in groups
         const int groups = (width + kGroup - 1) / kGroup;
         const int from = w.begin_of(groups) * kGroup, to = w.id + 1 == w.ctx->threads ? width : w.end_of(groups) * kGroup;
-        for (int row = 0; row < step.rows; row++) prepare_columns(p, src + size_t(row) * src_ld, width, from, to, s.act, row, forms, activated);
+        for (int row = 0; row < step.rows; row++) prepare_columns(p, src + size_t(row) * src_ld, width, from, to, s.act, row, row, forms, activated);
         if (forms & kFormTiles && step.rows > 1) fill_tiles(s.act, 0, step.rows, from, to);
     }
     w.between_stages();
@@ -155,7 +155,7 @@ static void run_head(Worker& w, const Phase& p) {
     const int forms = forms_of(model, p), rows = step.num_logits;
     w.barrier();
     for (int i = w.begin_of(rows); i < w.end_of(rows); i++)
-        prepare_row(p, s.x + size_t(step.logit_rows[i]) * s.hidden_ld, model.hidden, s.act, i, forms);
+        prepare_row(p, s.x + size_t(step.logit_rows[i]) * s.hidden_ld, model.hidden, s.act, i, w.begin_of(rows), forms);
     if (forms & kFormTiles && rows > 1) fill_tiles(s.act, w.begin_of(rows), w.end_of(rows), 0, model.hidden);
     w.barrier();
     run_products(w, p, rows, step.logits, model.vocab, false, p.scale, false);

@@ -28,8 +28,9 @@ namespace PAGEMILL_TARGET {
 
 static void quantize_rows(const float* x, int rows, int width, bool rotated, Activations& act) {
     for (int row = 0; row < rows; row++) {
-        std::memcpy(act.f32 + size_t(row) * act.ld, x + size_t(row) * width, size_t(width) * sizeof(float));
-        fill_forms(act, row, 0, width, width, rotated ? kFormRotated : kFormI8 | kFormBf16);
+        float* at = act.f32 + size_t(row) * act.ld;
+        std::memcpy(at, x + size_t(row) * width, size_t(width) * sizeof(float));
+        fill_forms(act, row, at, 0, width, width, rotated ? kFormRotated : kFormI8 | kFormBf16);
     }
     if (!rotated) fill_tiles(act, 0, rows, 0, width);
 }
