@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 
 from pagemill.base.params import CacheOptions
+from pagemill.cache.block import Node
 from pagemill.cache.entry import SharingConfig
-from pagemill.engine.entering import MOST_PASSED
+from pagemill.cache.sharing import SharedBlocks
+from pagemill.engine.entering import LOOKAHEAD, MOST_PASSED
 from tests.fixtures.fake_engine import STEP_S, Rig
 from tests.fixtures.fake_executor import answer
 
@@ -328,4 +332,26 @@ def test_hits_of_those_who_wait_are_not_counted_anew_in_every_step(monkeypatch: 
     for _ in range(num_steps):
         rig.step()
     assert 6 <= len(counted) <= 4 * 6, "six wait"
+    rig.run()
+
+
+def test_few_texts_that_wait_are_looked_up_anew_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = shared(max_num_seqs=2, num_blocks=256, max_num_batched_tokens=4)
+    looked_up: list[int] = []
+    chain_of = SharedBlocks.chain_of
+
+    def counted(self: SharedBlocks, options: CacheOptions, tokens: array[int]) -> list[Node]:
+        looked_up[-1] += 1
+        return chain_of(self, options, tokens)
+
+    monkeypatch.setattr(SharedBlocks, "chain_of", counted)
+    rig.add("read", prompt(100), max_tokens=1)
+    for index in range(12):
+        rig.add(f"{index}", prompt(120, 2 + index), max_tokens=1)
+    for _ in range(20):  # a choice each, for which no tokens are left
+        looked_up.append(0)
+        rig.step()
+    assert looked_up[0] == LOOKAHEAD + 1, "and one more that came within reach"
+    assert max(looked_up[1:]) == 2, "of those that were looked up long ago"
+    assert sum(looked_up[1:]) >= LOOKAHEAD, "all in turn"
     rig.run()

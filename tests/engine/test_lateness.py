@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagemill.base.errors import DeadlineError
@@ -173,6 +173,16 @@ def test_a_long_queue_of_late_requests_is_passed_at_once_by_one_that_is_not() ->
     assert rig.answers["good", 0].finish_reason == "length"
 
 
+def test_a_late_request_passes_nobody_for_what_is_in_the_cache_of_its_text() -> None:
+    rig = learned(sharing=SharingConfig())
+    rig.add("before", range(96), max_tokens=1)
+    rig.run()
+    rig.add("late", range(97), max_tokens=40, ignore_eos=True, deadline_s=30 * STEP_S)
+    timed(rig, "good", 20, None)
+    timed(rig, "any", 5, None)
+    assert order(rig, "late", "good", "any") == ["good", "any", "late"]
+
+
 def test_a_rebuilt_cache_leaves_late_ones_behind_the_others() -> None:
     rig = learned(num_blocks=64)
     timed(rig, "late", 60, 40)
@@ -184,38 +194,70 @@ def test_a_rebuilt_cache_leaves_late_ones_behind_the_others() -> None:
 
 
 requests = st.tuples(st.integers(1, 20), st.sampled_from([None, 15, 40, 100]))
+COMMON = list(range(200, 220))  # a text that is in the cache before anybody asks, in blocks of 4
 
 
-# Request 19 goes back, so that 20 comes within reach of those who may pass 12 for what is in the cache of their texts.
-PASSED = [(1, None), (4, None), *[(1, None)] * 17, (1, 15), (1, None)]
+def begun(rig: Rig, prompts: list[list[int]], drawn: list[tuple[int, int | None]], *, deadlines: bool) -> list[float]:
+    """When each of the requests without a deadline entered, with or without the deadlines of the others."""
+    for index, ((max_tokens, steps), prompt) in enumerate(zip(drawn, prompts, strict=True)):
+        deadline_s = steps * STEP_S if deadlines and steps is not None else None
+        rig.add(f"{index}", prompt, max_tokens=max_tokens, ignore_eos=True, deadline_s=deadline_s)
+    rig.run()
+    marks = [rig.answers[f"{index}", 0].deltas[-1].marks for index, (_, steps) in enumerate(drawn) if steps is None]
+    return [each.scheduled_s for each in marks if each.scheduled_s is not None]
 
 
-@given(st.lists(requests, min_size=1, max_size=25), st.integers(1, 3), st.booleans())
-@example(PASSED, 1, True)
+@given(st.lists(st.tuples(requests, st.integers(0, 4)), min_size=1, max_size=25), st.integers(1, 3), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_deadlines_of_others_cost_a_request_without_one_no_time_but_that_of_being_passed(
-    drawn: list[tuple[int, int | None]], places: int, shared: bool
+def test_deadlines_of_others_cost_a_request_without_one_no_time(
+    drawn: list[tuple[tuple[int, int | None], int]], places: int, shared: bool
 ) -> None:
     """All with and without their deadlines: whoever has none enters no later, for those who will be late go behind it
-    and those whose time is over go. Where texts are shared, others may pass it as often as anybody may be passed, and
-    it may no longer pass those that it did."""
-    longest = max(max_tokens for max_tokens, _ in drawn) + 1
-    passing_s = 2 * MOST_PASSED * longest * STEP_S if shared else 0.0
+    and those whose time is over go. Who finds more of its text in the cache passes it as without deadlines."""
+    prompts = [[*COMMON[: 4 * num_found], index] for index, (_, num_found) in enumerate(drawn)]
 
-    def entered(deadlines: bool) -> list[float | None]:
-        rig = learned(max_num_seqs=places, sharing=SharingConfig() if shared else None)
-        for index, (max_tokens, steps) in enumerate(drawn):
-            timed(rig, f"{index}", max_tokens, steps if deadlines else None)
+    def entered(*, deadlines: bool) -> list[float]:
+        rig = learned(num_blocks=512, max_num_seqs=places, sharing=SharingConfig() if shared else None)
+        rig.add("common", COMMON, max_tokens=1)
         rig.run()
-        return [rig.answers[f"{index}", 0].deltas[-1].marks.scheduled_s for index in range(len(drawn))]
+        return begun(rig, prompts, [each for each, _ in drawn], deadlines=deadlines)
 
-    with_s, without_s = entered(True), entered(False)
-    for index, (_, steps) in enumerate(drawn):
-        if steps is None:
-            before, after = without_s[index], with_s[index]
-            assert before is not None
-            assert after is not None
-            assert after <= before + passing_s + 1e-9
+    with_s, without_s = entered(deadlines=True), entered(deadlines=False)
+    assert len(with_s) == len(without_s) == sum(steps is None for (_, steps), _ in drawn)
+    assert all(after <= before + 1e-9 for before, after in zip(without_s, with_s, strict=True))
+
+
+# Request 19 ends in the queue, where 20 is one place too far behind 12 to pass it for what is in the cache of its text.
+PASSED = [(1, None), (4, None), *[(1, None)] * 17, (1, 15), (1, None)]
+# The same where 19 is found to be late before its time is over.
+GONE_BACK = [(1, None), (4, None), *[(1, None)] * 17, (20, 25), (1, None)]
+
+
+@pytest.mark.parametrize("drawn", [PASSED, GONE_BACK])
+def test_nobody_comes_within_reach_of_another_because_one_between_them_has_gone(
+    drawn: list[tuple[int, int | None]],
+) -> None:
+    prompts = [[ord(each) for each in f"{index}"] for index in range(len(drawn))]
+    with_s, without_s = (
+        begun(learned(max_num_seqs=1, sharing=SharingConfig()), prompts, drawn, deadlines=deadlines)
+        for deadlines in (True, False)
+    )
+    assert all(after <= before + 1e-9 for before, after in zip(without_s, with_s, strict=True))
+
+
+@given(st.lists(requests, min_size=1, max_size=25), st.integers(1, 3))
+@settings(max_examples=15, deadline=None)
+def test_texts_that_deadlines_keep_out_of_the_cache_cost_no_more_than_being_passed(
+    drawn: list[tuple[int, int | None]], places: int
+) -> None:
+    """Texts that begin with others' texts: one that has ended at its deadline, or was not read, is not found."""
+    prompts = [[ord(each) for each in f"{index}"] for index in range(len(drawn))]
+    with_s, without_s = (
+        begun(learned(max_num_seqs=places, sharing=SharingConfig()), prompts, drawn, deadlines=deadlines)
+        for deadlines in (True, False)
+    )
+    passing_s = 2 * MOST_PASSED * (max(max_tokens for max_tokens, _ in drawn) + 1) * STEP_S
+    assert all(after <= before + passing_s + 1e-9 for before, after in zip(without_s, with_s, strict=True))
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=30), st.integers(5, 80), st.integers(1, 4), st.integers(1, 12))

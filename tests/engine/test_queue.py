@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagemill.engine.queue import PRIORITY_S, TenantQueue
+from pagemill.engine.queue import MOST_KEPT, PRIORITY_S, TenantQueue
 from pagemill.engine.request import Sequence
 from tests.fixtures.queued import sequence
 
@@ -54,3 +54,28 @@ def test_removed_ones_leave_the_order_of_the_others(drawn: list[tuple[int, int, 
             queue.remove(each)
     assert order(queue) == [each for each in before if each not in gone]
     assert len(queue) == len(before) - len(gone)
+
+
+def test_a_kept_place_is_no_waiting_sequence_and_is_found_where_it_was() -> None:
+    sequences = [sequence(number, float(number)) for number in (1, 2, 3)]
+    queue = filled(*sequences)
+    queue.remove(sequences[1])
+    sequences[1].status = "finished"
+    queue.keep_place(sequences[1])
+    assert len(queue) == 2
+    assert [each.seq_id for each in queue.first(3)] == [1, 2, 3]
+    queue.drop_place(sequences[1])
+    assert [each.seq_id for each in queue.first(3)] == [1, 3]
+    for each in (sequences[0], sequences[2]):
+        queue.remove(each)
+    assert not queue
+
+
+def test_only_so_many_places_are_kept_and_the_front_ones_stay() -> None:
+    queue = filled(sequence(1, 0.0))
+    for number in range(2, MOST_KEPT + 5):
+        gone = sequence(number, float(number))
+        gone.status = "finished"
+        queue.keep_place(gone)
+    assert len(queue) == 1
+    assert [each.seq_id for each in queue.first(2 * MOST_KEPT)] == list(range(1, MOST_KEPT + 2))

@@ -24,10 +24,11 @@ from pagemill.engine.request import Sequence, tenant_of
 
 LOOKAHEAD = 8  # of a tenant's queue
 MOST_PASSED = 8  # how often one may be passed by those behind it
-MOST_POSTPONED = 64  # of a tenant's queue at a time
+MOST_POSTPONED = 64  # of a tenant's queue at a time, while others run
 WORTH_WAITING = 64  # tokens
 _RETRY_PLANS = 8
 _RECOUNT = 8  # choices after which hits are counted anew
+_MOST_RECOUNTS = 2  # of a choice: to count is to look a whole text up
 _MOST_PAIRS = 4096
 
 _Fit = Literal["fits", "capped", "full"]
@@ -47,8 +48,8 @@ class Entering:
     pace: by which those are found who will be late."""
 
     __slots__ = (
-        "_blocked_room", "_cache", "_common", "_found", "_limits", "_num_choices", "_num_plans", "_pace", "_running",
-        "_shares",
+        "_blocked_room", "_cache", "_common", "_found", "_limits", "_num_choices", "_num_plans", "_num_recounts",
+        "_pace", "_running", "_shares",
     )  # fmt: skip
 
     def __init__(
@@ -62,8 +63,8 @@ class Entering:
         self._blocked_room: int | None = None  # blocks that were to be had when they did not suffice
         self._num_plans = 0
         self._common: dict[tuple[int, int], int] = {}
-        self._found: dict[int, int] = {}  # blocks of a waiting sequence that were there when last counted
-        self._num_choices = 0
+        self._found: dict[int, tuple[int, int]] = {}  # blocks of a waiting sequence that were there, at which choice
+        self._num_choices = self._num_recounts = 0
 
     def changed(self) -> None:
         """Somebody came or went: what did not fit may fit now."""
@@ -75,9 +76,7 @@ class Entering:
         read their prompt."""
         if len(self._running) >= self._limits.max_num_seqs or self._is_still_blocked():
             return None
-        self._num_choices += 1
-        if self._num_choices % _RECOUNT == 0:
-            self._found.clear()
+        self._count_choice()
         short = False
         for share in self._shares.waiting():
             if short and not self._has_floor(share):
@@ -99,6 +98,13 @@ class Entering:
             self._blocked_room, self._num_plans = stats.num_free_blocks + stats.num_cached_blocks, 0
         return None
 
+    def expired(self, sequence: Sequence) -> None:
+        """The deadline of a sequence has passed, and it is taken out. Where it waited for its turn its place stays, so
+        that nobody behind it comes within reach of those before it any sooner."""
+        share = self._shares.active.get(tenant_of(sequence))
+        if share is not None and self._cache.shared is not None and not sequence.rank and not sequence.is_late:
+            share.queue.keep_place(sequence)
+
     def displaced(self, now_s: float) -> Sequence | None:
         """Who gives its place to the tenant whose turn it is: where places or blocks are taken, the last of a tenant
         that runs more than its part and has had more, as long as the other runs less than its own part."""
@@ -116,6 +122,13 @@ class Entering:
             return None
         return next(each for each in reversed(running) if tenant_of(each) == over.name)
 
+    def _count_choice(self) -> None:
+        """Some of the hits that were counted long ago may be counted anew."""
+        self._num_choices += 1
+        self._num_recounts = 0
+        if len(self._found) >= _MOST_PAIRS:
+            self._found.clear()
+
     def _is_still_blocked(self) -> bool:
         """True where blocks were short and none have come free: asked again now and then, for hits may have grown."""
         if self._blocked_room is None or not self._running:
@@ -127,34 +140,53 @@ class Entering:
         return self._blocked_room is not None
 
     def _candidate(self, share: Share, reading: Ordered[Sequence], now_s: float) -> Sequence | None:
-        """Who of a tenant's queue comes next; None where all at its front wait for a prompt that is being read."""
+        """Who of a tenant's queue comes next; None where all at its front wait for a prompt that is being read.
+
+        Whoever would come next and cannot end by its deadline any more goes behind all others. To those that it leaves
+        that is as if it had entered: it has passed them, and none comes within reach any sooner.
+        """
+        num_gone = 0
+        while num_gone < MOST_POSTPONED or not self._running:
+            candidate = self._next_in_turn(share, reading)
+            if candidate is None:
+                return None
+            is_over = candidate.status == "finished"
+            if not is_over and not self._will_be_late(candidate, reading, now_s):
+                return candidate
+            num_gone += 1
+            self._count_choice()
+            self.enters(share, candidate)
+            if is_over:
+                share.queue.drop_place(candidate)
+            else:
+                share.queue.postpone(candidate)
+        return None
+
+    def _next_in_turn(self, share: Share, reading: Ordered[Sequence]) -> Sequence | None:
+        """The same, whatever its deadline. One that will be late passes none that will not."""
         found: Sequence | None = None
-        most = -1
+        most, size = -1, self._cache.block_size
         best: Sequence | None = None
-        self._postpone_late(share, reading, now_s)
         for sequence in share.queue.first(LOOKAHEAD):
-            if self._awaits(sequence, reading):
-                continue
             if found is None:
+                if self._awaits(sequence, reading):
+                    continue
                 found = best = sequence
                 if sequence.rank or self._cache.shared is None or sequence.num_passed >= MOST_PASSED:
                     break
                 continue
+            if sequence.is_late and not found.is_late:
+                break
             if sequence.request.params.priority != found.request.params.priority:
+                if self._awaits(sequence, reading):
+                    continue
                 break
             most = self._num_found(found) if most < 0 else most
-            if (count := self._num_found(sequence)) > most:
+            if -(-len(sequence.tokens) // size) <= most:
+                continue
+            if (count := self._num_found(sequence)) > most and not self._awaits(sequence, reading):
                 best, most = sequence, count
         return best
-
-    def _postpone_late(self, share: Share, reading: Ordered[Sequence], now_s: float) -> None:
-        """Of those who may come next, whoever cannot end by its deadline any more goes behind all others."""
-        for _ in range(MOST_POSTPONED):
-            front = share.queue.first(LOOKAHEAD)
-            late = next((each for each in front if self._will_be_late(each, reading, now_s)), None)
-            if late is None:
-                return
-            share.queue.postpone(late)
 
     def _will_be_late(self, sequence: Sequence, reading: Ordered[Sequence], now_s: float) -> bool:
         """True where a sequence that has not run would end after its deadline if it entered now."""
@@ -170,6 +202,7 @@ class Entering:
 
     def enters(self, share: Share, entering: Sequence) -> None:
         """`entering` leaves the queue to run: those in front of it have been passed once more."""
+        self._found.pop(entering.seq_id, None)
         for each in share.queue.first(LOOKAHEAD):
             if each is entering:
                 break
@@ -185,10 +218,12 @@ class Entering:
         """Blocks of its text that its own namespace holds, or held a few choices ago."""
         known = self._found.get(sequence.seq_id)
         if known is not None:
-            return known
+            if self._num_choices - known[1] < _RECOUNT or self._num_recounts == _MOST_RECOUNTS:
+                return known[0]
+            self._num_recounts += 1
         shared, options = self._cache.shared, sequence.request.cache
         found = 0 if shared is None or options.bypass else len(shared.chain_of(options, sequence.tokens))
-        self._found[sequence.seq_id] = found
+        self._found[sequence.seq_id] = found, self._num_choices
         return found
 
     def _has_floors(self, sequence: Sequence) -> bool:

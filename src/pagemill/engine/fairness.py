@@ -80,6 +80,7 @@ class Shares:
     def rest(self, share: Share) -> None:
         """A part with nothing waiting or running is no longer active. When the last one rests, all is forgiven."""
         assert share.is_idle
+        share.queue = TenantQueue()
         del self.active[share.name]
         if not self.active:
             self._idle.clear()

@@ -7,6 +7,7 @@ from bisect import bisect_left, insort
 from pagemill.engine.request import Sequence
 
 PRIORITY_S = 10.0  # seconds of waiting that one unit of priority is worth
+MOST_KEPT = 256  # places of sequences that are gone
 
 # 0 where it ran before, 2 where it will be late, else 1; its rank or moment of urgency; its number. The sequence is
 # never compared.
@@ -14,20 +15,25 @@ _Entry = tuple[int, float, int, Sequence]
 
 
 class TenantQueue:
-    """Waiting sequences of one tenant. Mutated by `add`, `remove` and `postpone`.
+    """Waiting sequences of one tenant. Mutated by every method that is not a question.
 
     Those that ran before and gave way come first, in the order of their first entry; then the others by arrival, where
     a unit of priority counts as `PRIORITY_S` seconds of waiting. So a low priority is a long wait and no endless one.
     Last come those that cannot end by their deadlines any more, in the same order.
+
+    One whose deadline passed while it waited is gone, but its place can be kept until its turn comes: who stands within
+    so many places of another is then the same as without deadlines.
     """
 
-    __slots__ = ("_entries",)
+    __slots__ = ("_entries", "_num_kept")
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
+        self._num_kept = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Sequences that wait, without kept places."""
+        return len(self._entries) - self._num_kept
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence where it belongs, in O(log n) and a move of memory."""
@@ -50,8 +56,20 @@ class TenantQueue:
         sequence.is_late = True
         self.add(sequence)
 
+    def keep_place(self, sequence: Sequence) -> None:
+        """Keep the place of a sequence that has just been taken out, finished; of MOST_KEPT the last one goes."""
+        self.add(sequence)
+        self._num_kept += 1
+        if self._num_kept > MOST_KEPT:
+            self.drop_place(next(entry[3] for entry in reversed(self._entries) if entry[3].status == "finished"))
+
+    def drop_place(self, sequence: Sequence) -> None:
+        """A kept place is no longer kept."""
+        self.remove(sequence)
+        self._num_kept -= 1
+
     def first(self, count: int) -> list[Sequence]:
-        """The `count` that come first, or all."""
+        """Those of the first `count` places, or all; a finished one is a kept place."""
         return [entry[3] for entry in self._entries[:count]]
 
 

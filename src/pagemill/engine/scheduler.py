@@ -138,6 +138,7 @@ class Scheduler:
             for sequence, error in self._deadlines.due(now_s):
                 self.num_expired += 1
                 self.remove(sequence)
+                self._entering.expired(sequence)
                 failed.append((sequence, error))
         if self._cache.mode == "none":
             return self._plan_recompute(now_s, failed)
