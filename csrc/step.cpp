@@ -149,6 +149,9 @@ void Runner::run(const Step& step) {
     ctx.step = &step;
     ctx.scratch = &scratch_;
     ctx.claims = claims.get();
+    std::unique_ptr<PanelShare[]> shares;
+    if (pool_.size() > 1) shares.reset(new PanelShare[model_.phases.size() * kMostMatrices * size_t(pool_.size())]);
+    ctx.shares = shares.get();
     ctx.barrier = &pool_.barrier();
     ctx.threads = pool_.size();
     ctx.by_rows = step.rows >= 32 * pool_.size();
@@ -167,6 +170,7 @@ void Runner::run(const Step& step) {
         rest.step = &kept;
         rest.scratch = ctx.scratch;
         rest.claims = ctx.claims;
+        rest.shares = ctx.shares;
         rest.barrier = ctx.barrier;
         rest.threads = ctx.threads;
         rest.by_rows = kept.rows >= 32 * rest.threads;

@@ -152,6 +152,12 @@ struct Model {
     KvArena kv;
 };
 
+// A worker's panels of a matrix: how many were taken of them, by others among them.
+struct alignas(64) PanelShare {
+    std::atomic<int> taken{0}, by_others{0};
+};
+constexpr int kMostMatrices = 4;  // of a phase; the panels of more are dealt out beforehand
+
 struct StepContext {
     const Model* model = nullptr;
     const Step* step = nullptr;
@@ -159,6 +165,7 @@ struct StepContext {
     std::vector<AttentionTasks> task_lists;
     std::vector<int> phase_tasks;  // phase -> task list (attention phases)
     std::atomic<int>* claims = nullptr;  // one counter per phase
+    PanelShare* shares = nullptr;  // [phases][kMostMatrices][threads]; null with one thread
     Barrier* barrier = nullptr;
     int threads = 1;
     bool by_rows = false;  // each thread keeps its rows through all products

@@ -69,9 +69,10 @@ static void tile_sums(const Activations& act, int row, bool two, const uint8_t* 
     }
 }
 
-static void product_tiles(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
+template <class Panels>
+static void product_tiles(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, const Output& out) {
     alignas(64) float sums[32 * 32];
-    for (int panel = p0; panel < p1; panel++)
+    for (int panel = panels.next(); panel >= 0; panel = panels.next())
         for (int row = r0; row < r1; row += 32) {
             const int rows = r1 - row < 32 ? r1 - row : 32;
             tile_sums(act, row, rows > 16, w.data + size_t(panel) * w.panel_bytes, w.k, sums);

@@ -12,6 +12,33 @@ struct Output {
     float scale;
 };
 
+// Panels [next, end).
+struct PanelRange {
+    int at, end;
+    int next() { return at < end ? at++ : -1; }
+};
+
+// A worker's own panels from the first on; then what is left of the others', from the last on.
+struct PanelClaims {
+    PanelShare* shares;  // [threads]
+    int panels, threads, id, own = 0, of = id;
+
+    int begin_of(int worker) const { return int(int64_t(panels) * worker / threads); }
+    int next() {
+        for (;;) {
+            const int begin = begin_of(of), end = begin_of(of + 1);
+            PanelShare& share = shares[of];
+            if (share.taken.load(std::memory_order_relaxed) < end - begin && share.taken.fetch_add(1, std::memory_order_relaxed) < end - begin)
+                return of == id ? begin + own++ : end - 1 - share.by_others.fetch_add(1, std::memory_order_relaxed);
+            of = (of + 1) % threads;
+            if (of == id) {
+                panels = 0;  // nothing is left
+                return -1;
+            }
+        }
+    }
+};
+
 PM_INLINE void store_columns(const Output& out, const Matrix& w, int row, int column, F value) {
     const int n = w.n - column;
     if (n <= 0) return;
@@ -155,15 +182,15 @@ static void tile(int rows, const Activations& act, int row, const Matrix& w, int
     else quant_tile<FMT, MR>(act, row, w, panel, out);
 }
 
-// Rows [r0, r1) x panels [p0, p1): a panel stays in cache while the row tiles pass over it; rows are dealt evenly to tiles.
-template <Format FMT>
-static void product(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
+// Rows [r0, r1) x panels: a panel stays in cache while the row tiles pass over it; rows are dealt evenly to tiles.
+template <Format FMT, class Panels>
+static void product(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, const Output& out) {
     constexpr bool is_float = FMT == Format::f32 || FMT == Format::f16 || FMT == Format::bf16;
     constexpr int most = is_float ? kFloatRows : kRows;
     const int rows = r1 - r0;
     if (rows <= 0) return;
     const int tiles = (rows + most - 1) / most;
-    for (int panel = p0; panel < p1; panel++)
+    for (int panel = panels.next(); panel >= 0; panel = panels.next())
         for (int t = 0; t < tiles; t++) {
             const int begin = int(int64_t(rows) * t / tiles), end = int(int64_t(rows) * (t + 1) / tiles);
             tile<FMT, most>(end - begin, act, r0 + begin, w, panel, out);

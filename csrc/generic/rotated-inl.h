@@ -58,9 +58,10 @@ constexpr int kRotatedTileRows = 3;  // from so many rows on, tiles are faster
 struct Fetch {
     const uint8_t *at, *end;
     int lines;
+    // panel: -1 for none.
     Fetch(const Matrix& w, int panel, int steps) {
-        at = end = w.data + size_t(panel + 1) * w.panel_bytes;
-        if (panel + 1 < w.panels()) end += w.panel_bytes;
+        at = end = w.data + size_t(panel < 0 ? 0 : panel) * w.panel_bytes;
+        if (panel >= 0 && panel < w.panels()) end += w.panel_bytes;
         lines = int((w.panel_bytes / 64 + size_t(steps) - 1) / size_t(steps));
     }
     inline __attribute__((always_inline)) void some() {
@@ -164,14 +165,16 @@ struct PanelRow {
     }
 };
 
-static void product_rotated_tiles(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
+template <class Panels>
+static void product_rotated_tiles(const Activations& act, int r0, int r1, const Matrix& w, Panels& panels, const Output& out) {
     alignas(64) int32_t sums[2][4][256];
     const PanelRow finish(act, out, w);
     Waiting<PanelRow> before(finish, w.k / 64);
     int turn = 0;
-    for (int panel = p0; panel < p1; panel++) {
+    for (int panel = panels.next(), upcoming; panel >= 0; panel = upcoming) {
+        upcoming = panels.next();
         const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
-        Fetch next(w, panel, (r1 - r0 + 31) / 32 * (w.k / 64));
+        Fetch next(w, upcoming, (r1 - r0 + 31) / 32 * (w.k / 64));
         for (int row = r0; row < r1; row += 32, turn ^= 1) {
             const int rows = r1 - row < 32 ? r1 - row : 32;
             if (rows > 16) rotated_sums<true>(act, row, p, w.k, next, before, sums[turn]);
@@ -219,7 +222,7 @@ static void product_gated(const Activations& act, int r0, int r1, const Matrix& 
     int turn = 0;
     for (int panel = 0; panel < gate.panels(); panel++) {
         const uint8_t *g = gate.data + size_t(panel) * gate.panel_bytes, *u = up.data + size_t(panel) * up.panel_bytes;
-        Fetch next_gate(gate, panel, steps), next_up(up, panel, steps);
+        Fetch next_gate(gate, panel + 1, steps), next_up(up, panel + 1, steps);
         finish.column = panel * kPanel;
         finish.gate_scale = reinterpret_cast<const float*>(g + size_t(k) * kPanel);
         finish.up_scale = reinterpret_cast<const float*>(u + size_t(k) * kPanel);
@@ -246,17 +249,18 @@ static void product_gated(const Activations&, int, int, const Matrix&, const Mat
 
 #endif
 
-static void product_rotated(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, const Output& out) {
+template <class Panels>
+static void product_rotated(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, const Output& out) {
     const int rows = r1 - r0;
     if (rows <= 0) return;
 #ifdef PAGEMILL_AMX
     if (rows >= kRotatedTileRows) {
-        product_rotated_tiles(act, r0, r1, w, p0, p1, out);
+        product_rotated_tiles(act, r0, r1, w, panels, out);
         return;
     }
 #endif
     const int tiles = (rows + kRotatedRows - 1) / kRotatedRows;
-    for (int panel = p0; panel < p1; panel++)
+    for (int panel = panels.next(); panel >= 0; panel = panels.next())
         for (int t = 0; t < tiles; t++) {
             const int begin = int(int64_t(rows) * t / tiles), end = int(int64_t(rows) * (t + 1) / tiles);
             rotated_rows<kRotatedRows>(end - begin, act, r0 + begin, w, panel, out);

@@ -40,17 +40,22 @@ static void prepare_rows(const Phase& p, const float* src, int ld, int width, co
     if (forms & kFormTiles && rows > 1) fill_tiles(act, from, to, 0, width);
 }
 
-// All matrices of a phase side by side into y [rows][ld].
-static void run_products(Worker& w, const Phase& p, int rows, float* y, int ld, bool accumulate, float scale, bool by_rows) {
+// All matrices of phase `index` side by side into y [rows][ld]: a thread's own rows, or panels as they are claimed.
+static void run_products(Worker& w, size_t index, int rows, float* y, int ld, bool accumulate, float scale, bool by_rows) {
     const Model& model = *w.ctx->model;
-    int column = 0;
-    for (int m : p.matrices) {
+    const Activations& act = w.ctx->scratch->act;
+    const int threads = w.ctx->threads;
+    int column = 0, nth = 0;
+    for (int m : model.phases[index].matrices) {
         const Matrix& matrix = model.matrices[size_t(m)];
         const Output out{y + column, ld, accumulate, scale};
-        const Activations& act = w.ctx->scratch->act;
-        if (by_rows) run_product(act, w.first_row(), w.last_row(), matrix, 0, matrix.panels(), w.panel(), out);
-        else run_product(act, 0, rows, matrix, w.begin_of(matrix.panels()), w.end_of(matrix.panels()), w.panel(), out);
+        if (by_rows) run_product(act, w.first_row(), w.last_row(), matrix, PanelRange{0, matrix.panels()}, w.panel(), out);
+        else if (w.ctx->shares && nth < kMostMatrices) {
+            PanelShare* shares = w.ctx->shares + (index * kMostMatrices + size_t(nth)) * size_t(threads);
+            run_product(act, 0, rows, matrix, PanelClaims{shares, matrix.panels(), threads, w.id}, w.panel(), out);
+        } else run_product(act, 0, rows, matrix, PanelRange{w.begin_of(matrix.panels()), w.end_of(matrix.panels())}, w.panel(), out);
         column += matrix.n;
+        nth++;
     }
 }
 
@@ -71,14 +76,14 @@ static void run_embed(Worker& w, const Phase& p) {
     w.between_stages();
 }
 
-static void run_attention_in(Worker& w, const Phase& p) {
+static void run_attention_in(Worker& w, const Phase& p, size_t index) {
     const Step& step = *w.ctx->step;
     const Scratch& s = *w.ctx->scratch;
     const Model& model = *w.ctx->model;
     const int forms = forms_of(model, p), r0 = w.first_row(), r1 = w.last_row();
     prepare_rows(p, s.x, s.hidden_ld, model.hidden, s.act, r0, r1, step.rows, forms);
     w.between_stages();
-    run_products(w, p, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
+    run_products(w, index, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
     w.between_stages();
     for (int row = r0; row < r1; row++) finish_heads(model, step, p, row, s.wide + size_t(row) * s.wide_ld);
     w.barrier();
@@ -104,7 +109,7 @@ static void run_attention(Worker& w, const Phase& p, size_t phase_index) {
 
 // attention_out and mlp_out: x += scale * (W f(src) + bias), f the activation or nothing.
 // activated: src holds f(src) already.
-static void run_out(Worker& w, const Phase& p, const float* src, int src_ld, bool activated) {
+static void run_out(Worker& w, const Phase& p, size_t index, const float* src, int src_ld, bool activated) {
     const Step& step = *w.ctx->step;
     const Scratch& s = *w.ctx->scratch;
     const Model& model = *w.ctx->model;
@@ -120,7 +125,7 @@ static void run_out(Worker& w, const Phase& p, const float* src, int src_ld, boo
         if (forms & kFormTiles && step.rows > 1) fill_tiles(s.act, 0, step.rows, from, to);
     }
     w.between_stages();
-    run_products(w, p, step.rows, s.x, s.hidden_ld, true, p.scale, w.ctx->by_rows);
+    run_products(w, index, step.rows, s.x, s.hidden_ld, true, p.scale, w.ctx->by_rows);
     w.between_stages();
 }
 
@@ -144,11 +149,11 @@ static void run_mlp_in(Worker& w, size_t index) {
     if (gates(w, index))
         product_gated(s.act, w.first_row(), w.last_row(), model.matrices[size_t(p.matrices[0])], model.matrices[size_t(p.matrices[1])],
                       model.phases[index + 1].activation, s.wide, s.wide_ld);
-    else run_products(w, p, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
+    else run_products(w, index, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
     w.between_stages();
 }
 
-static void run_head(Worker& w, const Phase& p) {
+static void run_head(Worker& w, const Phase& p, size_t index) {
     const Step& step = *w.ctx->step;
     const Scratch& s = *w.ctx->scratch;
     const Model& model = *w.ctx->model;
@@ -158,7 +163,7 @@ static void run_head(Worker& w, const Phase& p) {
         prepare_row(p, s.x + size_t(step.logit_rows[i]) * s.hidden_ld, model.hidden, s.act, i, w.begin_of(rows), forms);
     if (forms & kFormTiles && rows > 1) fill_tiles(s.act, w.begin_of(rows), w.end_of(rows), 0, model.hidden);
     w.barrier();
-    run_products(w, p, rows, step.logits, model.vocab, false, p.scale, false);
+    run_products(w, index, rows, step.logits, model.vocab, false, p.scale, false);
     if (p.softcap > 0.0f) {
         w.barrier();
         for (int i = w.begin_of(rows); i < w.end_of(rows); i++) {
@@ -172,8 +177,9 @@ static void run_head(Worker& w, const Phase& p) {
     }
 }
 
-// The largest logit of each row: every worker looks through the columns that it computed, worker 0 compares the finds.
+// The largest logit of each row: every worker looks through a part of the columns, worker 0 compares the finds.
 static void run_best(Worker& w) {
+    w.barrier();
     const Step& step = *w.ctx->step;
     const int vocab = w.ctx->model->vocab, rows = step.num_logits;
     int32_t* peaks = w.ctx->scratch->peaks;
@@ -215,14 +221,14 @@ static void run_phase(Worker& w, size_t i) {
     const Phase& p = w.ctx->model->phases[i];
     switch (p.kind) {
         case PhaseKind::embed: run_embed(w, p); break;
-        case PhaseKind::attention_in: run_attention_in(w, p); break;
+        case PhaseKind::attention_in: run_attention_in(w, p, i); break;
         case PhaseKind::attention: run_attention(w, p, i); break;
-        case PhaseKind::attention_out: run_out(w, p, s.attn, s.attn_ld, false); break;
+        case PhaseKind::attention_out: run_out(w, p, i, s.attn, s.attn_ld, false); break;
         case PhaseKind::mlp_in: run_mlp_in(w, i); break;
-        case PhaseKind::mlp_out: run_out(w, p, s.wide, s.wide_ld, gates(w, i - 1)); break;
+        case PhaseKind::mlp_out: run_out(w, p, i, s.wide, s.wide_ld, gates(w, i - 1)); break;
         case PhaseKind::head:
             if (w.ctx->step->num_logits > 0) {
-                run_head(w, p);
+                run_head(w, p, i);
                 run_best(w);
             }
             break;

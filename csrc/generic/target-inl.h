@@ -38,7 +38,7 @@ static void quantize_rows(const float* x, int rows, int width, bool rotated, Act
 static void multiply(const Activations& act, int rows, const Matrix& w, float* y) {
     std::vector<uint16_t> wide(size_t(w.k) * kPanel + 4096);
     enter_tiles();
-    run_product(act, 0, rows, w, 0, w.panels(), wide.data(), Output{y, w.n, false, 1.0f});
+    run_product(act, 0, rows, w, PanelRange{0, w.panels()}, wide.data(), Output{y, w.n, false, 1.0f});
     leave_tiles();
 }
 

@@ -208,17 +208,17 @@ static void widened_rows(const Activations& act, int row, int rows, const Matrix
     store_panel_sums(out, w, row, rows, panel, two);
 }
 
-template <Format FMT>
-static void product_wide(const Activations& act, int r0, int r1, const Matrix& w, int p0, int p1, uint16_t* wide, const Output& out) {
+template <Format FMT, class Panels>
+static void product_wide(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, uint16_t* wide, const Output& out) {
     const int rows = r1 - r0;
     if (rows <= 0) return;
     if (rows == 1) {
         shape_tiles(true);
-        for (int panel = p0; panel < p1; panel++) wide_row<FMT>(act, r0, w, panel, wide, out);
+        for (int panel = panels.next(); panel >= 0; panel = panels.next()) wide_row<FMT>(act, r0, w, panel, wide, out);
         shape_tiles(false);
         return;
     }
-    for (int panel = p0; panel < p1; panel++) {
+    for (int panel = panels.next(); panel >= 0; panel = panels.next()) {
         if (rows <= 16) wide_rows<FMT, false>(act, r0, rows, w, panel, wide, out);
         else if (rows <= 32) wide_rows<FMT, true>(act, r0, rows, w, panel, wide, out);
         else {

@@ -240,6 +240,23 @@ def test_the_first_nan_counts_as_largest(target: str, threads: int, bad: tuple[i
     assert best.tolist() == [bad[0]] * 5
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("format", "rotates"), [("q4_1", False), ("q8_0", False), ("bf16", False), ("f32", False), ("q4_1", True)]
+)
+def test_bits_do_not_depend_on_who_multiplies_a_panel(target: str, format: str, rotates: bool) -> None:
+    """More threads than cores: those that run take the panels of those that do not."""
+    shape = Shape(format=format, rotated=rotates, hidden=64, ffn=256, layers=3, vocab=1000)
+    alone, many = native(shape, target), native(shape, target, threads=5)
+    for start, count in ((0, 1), (1, 2), (3, 3), (6, 20), (26, 33)):
+        step = batch((tokens(59, shape.vocab)[start : start + count], start, list(range(4))), every_row=True)
+        logits, best = alone.forward_best(step)
+        for _ in range(4):
+            others, found = many.forward_best(step)
+            assert others.tobytes() == logits.tobytes()
+            assert found.tolist() == best.tolist()
+
+
 def test_equal_logits_go_to_the_lowest_index() -> None:
     plan, weights = build(Shape(layers=1, vocab=600))
     weights["head"] = quantized(np.zeros((600, 64), np.float32), "f32")
