@@ -45,6 +45,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer;
 PeerPython = Annotated[
     str | None, typer.Option(help="Python that has this peer already.", metavar="PATH", show_default=False)
 ]
+Environments = Annotated[str, typer.Option(help="Directory of the peers' environments.", metavar="DIRECTORY")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few small rows, to try it out.")]
 Output = Annotated[str, typer.Option(help="Directory for JSON and plots.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's own end of text.")]
@@ -258,11 +259,21 @@ def bench_kvcache(
     prompt: Annotated[
         str | None, typer.Option(help="The text to go on from (unset: Explain KV caching in transformers).")
     ] = None,
-    output: Annotated[str, typer.Option(help="Directory for JSON and plots.")] = "bench-results",
+    beside: Annotated[
+        str | None, typer.Option(help="An engine to run in turns with ours: transformers.", show_default=False)
+    ] = None,
+    python_transformers: PeerPython = None,
+    environments: Environments = "~/.cache/pagemill/peers",
+    timeout: Annotated[float, typer.Option(help="Seconds that a peer may take for one answer.")] = 600.0,
+    output: Output = "bench-results",
     json: Json = False,
     engine: dict[str, Any] | None = None,
 ) -> None:
-    """Generation with the KV cache and without it, token by token. --model gpt2-medium: that shape, random weights."""
+    """Generation with the KV cache and without it, token by token. --model gpt2-medium: that shape, random weights.
+
+    --beside transformers: the same shape there, in bfloat16 and float32, set up where it is missing; whole generations
+    in turns, those without the cache only with --runs-without. --dtype then takes several names, separated by commas.
+    """
     _act(
         ctx,
         "bench.kvcache",
@@ -270,6 +281,7 @@ def bench_kvcache(
         num_runs=runs,
         num_runs_without=runs_without,
         prompt=prompt,
+        beside={"name": beside, "python": python_transformers, "environments": environments, "timeout": timeout},
         output=output,
         as_json=json,
         engine=engine,
@@ -327,9 +339,7 @@ def bench_peers(
     python_vllm: PeerPython = None,
     python_openvino: PeerPython = None,
     python_transformers: PeerPython = None,
-    environments: Annotated[
-        str, typer.Option(help="Directory of the peers' environments.", metavar="DIRECTORY")
-    ] = "~/.cache/pagemill/peers",
+    environments: Environments = "~/.cache/pagemill/peers",
     runs: Annotated[int, typer.Option(help="Samples of each row, interleaved over the engines.")] = 5,
     rows: Annotated[str, typer.Option(help="Rows to measure, as 'prefill 256,decode 32,start' (unset: all).")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and shorter answers, to try it out.")] = False,
@@ -427,9 +437,7 @@ def bench_cache(
         ),
     ] = False,
     python_llama: PeerPython = None,
-    environments: Annotated[
-        str, typer.Option(help="Directory of the peers' environments.", metavar="DIRECTORY")
-    ] = "~/.cache/pagemill/peers",
+    environments: Environments = "~/.cache/pagemill/peers",
     output: Output = "bench-results",
     json: Json = False,
     engine: dict[str, Any] | None = None,

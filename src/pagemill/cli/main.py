@@ -31,7 +31,7 @@ ACTIONS: dict[str, tuple[str, str]] = {
     "doctor": ("pagemill.cli.doctor", "run"),
     "simulate": ("pagemill.cli.simulate", "run"),
     "simulate.serve": ("pagemill.cli.simulate_serve", "serve_trace"),
-    "bench.kvcache": ("pagemill.cli.bench", "kvcache"),
+    "bench.kvcache": ("pagemill.cli.kvcache_beside", "kvcache"),
     "bench.quality": ("pagemill.cli.quality", "quality"),
     "bench.peers": ("pagemill.cli.peers", "peers"),
     "bench.roofline": ("pagemill.cli.roofline", "roofline"),
