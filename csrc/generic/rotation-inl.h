@@ -16,8 +16,8 @@ template <int H> PM_INLINE F butterfly(F x) {
     return fmla(x, fload(signs.lanes), fswap<H>(x));
 }
 
-// Sylvester's Hadamard matrix times 16 V values, scaled to be orthonormal, to x, which may be where they are. peak: grows to |x|; bad: becomes NaN where x is
-// not finite, which a maximum would not tell.
+// Sylvester's Hadamard matrix times 16 V values, scaled to be orthonormal, to x, which may be where they are. peak: grows
+// to |x|; bad: becomes NaN where x is not finite, which a maximum would not tell.
 template <int V> PM_INLINE void rotate_block(const float* from, float* x, F& peak, F& bad) {
     F v[V];
 #pragma GCC unroll 16
@@ -41,8 +41,8 @@ template <int V> PM_INLINE void rotate_block(const float* from, float* x, F& pea
     }
 }
 
-// Rotates a row into x, in blocks of 256, the rest in one of 128 and one of 64. width: a multiple of 64. Returns the largest |x|, NaN
-// where one is not finite.
+// Rotates a row into x, in blocks of 256, the rest in one of 128 and one of 64. width: a multiple of 64. Returns the largest
+// |x|, NaN where one is not finite.
 static float rotate_row(const float* from, float* x, int width) {
     F peak = fzero(), bad = fzero();
     int c = 0;
@@ -55,7 +55,8 @@ static float rotate_row(const float* from, float* x, int width) {
     return fpeak(peak) + fsum(bad);
 }
 
-// A row to signed bytes, after it was rotated into x, which may be where it is: scale = max|x| / 127, q = round(x * (127 / max|x|)), to nearest even.
+// A row to signed bytes, after it was rotated into x, which may be where it is: scale = max|x| / 127,
+// q = round(x * (127 / max|x|)), to nearest even.
 static void quantize_rotated_row(const Activations& act, int row, const float* from, float* x, int width) {
     int8_t* q = act.i8 + size_t(row) * act.ld;
     const float peak = rotate_row(from, x, width);

@@ -56,26 +56,28 @@ def test_removed_ones_leave_the_order_of_the_others(drawn: list[tuple[int, int, 
     assert len(queue) == len(before) - len(gone)
 
 
-def test_a_kept_place_is_no_waiting_sequence_and_is_found_where_it_was() -> None:
+def test_a_kept_place_is_no_waiting_sequence_and_is_found_where_it_was_without_its_text() -> None:
     sequences = [sequence(number, float(number)) for number in (1, 2, 3)]
     queue = filled(*sequences)
     queue.remove(sequences[1])
-    sequences[1].status = "finished"
     queue.keep_place(sequences[1])
     assert len(queue) == 2
     assert [each.seq_id for each in queue.first(3)] == [1, 2, 3]
-    queue.drop_place(sequences[1])
+    place = queue.first(2)[1]
+    assert place.status == "finished"
+    assert not place.tokens
+    assert not place.request.prompt_token_ids
+    queue.drop_place(place)
     assert [each.seq_id for each in queue.first(3)] == [1, 3]
     for each in (sequences[0], sequences[2]):
         queue.remove(each)
     assert not queue
 
 
-def test_only_so_many_places_are_kept_and_the_front_ones_stay() -> None:
+@given(st.permutations(range(2, 2 * MOST_KEPT)))
+def test_only_so_many_places_are_kept_and_the_front_ones_stay(numbers: list[int]) -> None:
     queue = filled(sequence(1, 0.0))
-    for number in range(2, MOST_KEPT + 5):
-        gone = sequence(number, float(number))
-        gone.status = "finished"
-        queue.keep_place(gone)
+    for number in numbers:
+        queue.keep_place(sequence(number, float(number)))
     assert len(queue) == 1
     assert [each.seq_id for each in queue.first(2 * MOST_KEPT)] == list(range(1, MOST_KEPT + 2))

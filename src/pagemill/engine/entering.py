@@ -28,7 +28,7 @@ MOST_POSTPONED = 64  # of a tenant's queue at a time, while others run
 WORTH_WAITING = 64  # tokens
 _RETRY_PLANS = 8
 _RECOUNT = 8  # choices after which hits are counted anew
-_MOST_RECOUNTS = 2  # of a choice: to count is to look a whole text up
+_MOST_RECOUNTS = 2  # of a choice and tenant: to count is to look a whole text up
 _MOST_PAIRS = 4096
 
 _Fit = Literal["fits", "capped", "full"]
@@ -70,6 +70,10 @@ class Entering:
         """Somebody came or went: what did not fit may fit now."""
         self._blocked_room = None
 
+    def forget_hits(self) -> None:
+        """The cache was rebuilt: nothing is known of what it holds."""
+        self._found.clear()
+
     def choose(self, reading: Ordered[Sequence], now_s: float) -> Choice | None:
         """Who enters next, with place and blocks for it and a block of growth for each that runs: without this reserve
         the newcomer would soon be sent back and its prefill lost. None where nobody can. reading: those that run and
@@ -101,6 +105,7 @@ class Entering:
     def expired(self, sequence: Sequence) -> None:
         """The deadline of a sequence has passed, and it is taken out. Where it waited for its turn its place stays, so
         that nobody behind it comes within reach of those before it any sooner."""
+        self._found.pop(sequence.seq_id, None)
         share = self._shares.active.get(tenant_of(sequence))
         if share is not None and self._cache.shared is not None and not sequence.rank and not sequence.is_late:
             share.queue.keep_place(sequence)
@@ -145,21 +150,21 @@ class Entering:
         Whoever would come next and cannot end by its deadline any more goes behind all others. To those that it leaves
         that is as if it had entered: it has passed them, and none comes within reach any sooner.
         """
-        num_gone = 0
+        num_gone = self._num_recounts = 0
         while num_gone < MOST_POSTPONED or not self._running:
             candidate = self._next_in_turn(share, reading)
             if candidate is None:
                 return None
-            is_over = candidate.status == "finished"
-            if not is_over and not self._will_be_late(candidate, reading, now_s):
+            if candidate.status == "finished":
+                self.enters(share, candidate)
+                share.queue.drop_place(candidate)
+                continue
+            if not self._will_be_late(candidate, reading, now_s):
                 return candidate
             num_gone += 1
             self._count_choice()
             self.enters(share, candidate)
-            if is_over:
-                share.queue.drop_place(candidate)
-            else:
-                share.queue.postpone(candidate)
+            share.queue.postpone(candidate)
         return None
 
     def _next_in_turn(self, share: Share, reading: Ordered[Sequence]) -> Sequence | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
+from dataclasses import replace
 
 from pagemill.engine.request import Sequence
 
 PRIORITY_S = 10.0  # seconds of waiting that one unit of priority is worth
-MOST_KEPT = 256  # places of sequences that are gone
+MOST_KEPT = 64  # places of sequences that are gone
 
 # 0 where it ran before, 2 where it will be late, else 1; its rank or moment of urgency; its number. The sequence is
 # never compared.
@@ -21,19 +23,19 @@ class TenantQueue:
     a unit of priority counts as `PRIORITY_S` seconds of waiting. So a low priority is a long wait and no endless one.
     Last come those that cannot end by their deadlines any more, in the same order.
 
-    One whose deadline passed while it waited is gone, but its place can be kept until its turn comes: who stands within
-    so many places of another is then the same as without deadlines.
+    One whose deadline passed while it waited is gone, but its place can be kept until its turn comes, without its text:
+    who stands within so many places of another is then the same as without deadlines.
     """
 
-    __slots__ = ("_entries", "_num_kept")
+    __slots__ = ("_entries", "_kept")
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
-        self._num_kept = 0
+        self._kept: list[_Entry] = []  # of them, in the same order
 
     def __len__(self) -> int:
         """Sequences that wait, without kept places."""
-        return len(self._entries) - self._num_kept
+        return len(self._entries) - len(self._kept)
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence where it belongs, in O(log n) and a move of memory."""
@@ -46,9 +48,7 @@ class TenantQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a waiting sequence out."""
-        place = bisect_left(self._entries, _entry(sequence))
-        assert self._entries[place][3] is sequence
-        del self._entries[place]
+        _take(self._entries, _entry(sequence))
 
     def postpone(self, sequence: Sequence) -> None:
         """A waiting sequence will be late: it goes behind those that will not."""
@@ -57,20 +57,31 @@ class TenantQueue:
         self.add(sequence)
 
     def keep_place(self, sequence: Sequence) -> None:
-        """Keep the place of a sequence that has just been taken out, finished; of MOST_KEPT the last one goes."""
-        self.add(sequence)
-        self._num_kept += 1
-        if self._num_kept > MOST_KEPT:
-            self.drop_place(next(entry[3] for entry in reversed(self._entries) if entry[3].status == "finished"))
+        """Keep the place of a sequence that has just been taken out, in O(log n); of MOST_KEPT the last one goes."""
+        request = replace(sequence.request, prompt_token_ids=array("i"))
+        place = Sequence(
+            sequence.seq_id, request, sequence.choice, array("i"), sequence.marks, "finished",
+            num_passed=sequence.num_passed,
+        )  # fmt: skip
+        self.add(place)
+        insort(self._kept, _entry(place))
+        if len(self._kept) > MOST_KEPT:
+            self.drop_place(self._kept[-1][3])
 
-    def drop_place(self, sequence: Sequence) -> None:
+    def drop_place(self, place: Sequence) -> None:
         """A kept place is no longer kept."""
-        self.remove(sequence)
-        self._num_kept -= 1
+        _take(self._kept, _entry(place))
+        self.remove(place)
 
     def first(self, count: int) -> list[Sequence]:
         """Those of the first `count` places, or all; a finished one is a kept place."""
         return [entry[3] for entry in self._entries[:count]]
+
+
+def _take(entries: list[_Entry], entry: _Entry) -> None:
+    place = bisect_left(entries, entry)
+    assert entries[place][3] is entry[3]
+    del entries[place]
 
 
 def _entry(sequence: Sequence) -> _Entry:

@@ -284,6 +284,7 @@ class Scheduler:
         """The cache was rebuilt and knows no sequence any more: `sequences`, all that are unfinished, wait to be
         computed anew. What was noted of any others is forgotten."""
         self.num_preemptions += len(self.running)
+        self._entering.forget_hits()
         self.running.clear()
         for share in self.shares.active.values():
             share.queue, share.num_queued, share.num_running = TenantQueue(), 0, 0
