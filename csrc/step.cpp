@@ -149,9 +149,9 @@ void Runner::run(const Step& step) {
     ctx.step = &step;
     ctx.scratch = &scratch_;
     ctx.claims = claims.get();
-    std::unique_ptr<PanelShare[]> shares;
-    if (pool_.size() > 1) shares.reset(new PanelShare[model_.phases.size() * kMostMatrices * size_t(pool_.size())]);
-    ctx.shares = shares.get();
+    const size_t shares = pool_.size() > 1 ? model_.phases.size() * kMostMatrices * size_t(pool_.size()) : 0;
+    if (shares > shares_.size()) shares_ = std::vector<PanelShare>(shares);
+    ctx.shares = shares ? shares_.data() : nullptr;
     ctx.barrier = &pool_.barrier();
     ctx.threads = pool_.size();
     ctx.by_rows = step.rows >= 32 * pool_.size();

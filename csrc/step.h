@@ -31,6 +31,7 @@ private:
     int rows_ = 0, partials_ = 0, used_rows_ = 0;
     int64_t shared_splits_ = 0;
     std::vector<int32_t> first_rows_;
+    std::vector<PanelShare> shares_;  // as StepContext has them; each worker clears its own when a step begins
     std::vector<std::pair<uint8_t*, size_t>> memory_;
     std::pair<uint8_t*, size_t> partial_memory_{nullptr, 0};
 };

@@ -18,6 +18,15 @@ struct Worker {
     // Rows of the step: where a thread keeps its own, they are whole tiles of 16.
     int first_row() const { return row_before(id); }
     int last_row() const { return row_before(id + 1); }
+    // Before the first barrier, behind which the first product of few rows stands.
+    void clear_shares() const {
+        if (!ctx->shares) return;
+        for (size_t i = 0; i < ctx->model->phases.size() * kMostMatrices; i++) {
+            PanelShare& share = ctx->shares[i * size_t(ctx->threads) + size_t(id)];
+            share.taken.store(0, std::memory_order_relaxed);
+            share.by_others.store(0, std::memory_order_relaxed);
+        }
+    }
     uint16_t* panel() const { return ctx->scratch->panel + size_t(id) * ctx->scratch->panel_stride; }
 
 private:
@@ -237,6 +246,7 @@ static void run_phase(Worker& w, size_t i) {
 
 static void run_step(const StepContext& ctx, int worker) {
     Worker w(ctx, worker);
+    w.clear_shares();
     enter_tiles();
     for (size_t i = 0; i < ctx.model->phases.size(); i++) {
         if (ctx.rest && i == ctx.last_attention && ctx.step->num_logits == 0) break;  // keys and values are written
