@@ -355,3 +355,29 @@ def test_few_texts_that_wait_are_looked_up_anew_at_a_time(monkeypatch: pytest.Mo
     assert max(looked_up[1:]) == 2, "of those that were looked up long ago"
     assert sum(looked_up[1:]) >= LOOKAHEAD, "all in turn"
     rig.run()
+
+
+def test_texts_of_every_tenant_are_looked_up_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four tenants at their caps, eight texts each: those whose turn comes last are not left with what was counted once."""
+    rig = shared(num_blocks=256, max_num_batched_tokens=64)
+    counted: dict[str, int] = {}
+    chain_of = SharedBlocks.chain_of
+
+    def count(self: SharedBlocks, options: CacheOptions, tokens: array[int]) -> list[Node]:
+        counted[options.tenant] = counted.get(options.tenant, 0) + 1
+        return chain_of(self, options, tokens)
+
+    assert rig.cache.shared is not None
+    for name in "wxyz":
+        rig.cache.shared.set_quota(name, 0, 8)
+        rig.add(f"{name} runs", prompt(20, 30), CacheOptions(tenant=name), max_tokens=12)
+    rig.step()
+    for index in range(8):
+        for name in "wxyz":
+            rig.add(f"{name}{index}", prompt(24, 100 + index), CacheOptions(tenant=name), max_tokens=2)
+    rig.step()
+    monkeypatch.setattr(SharedBlocks, "chain_of", count)
+    for _ in range(9):
+        rig.step()
+    assert set(counted) == set("wxyz"), "while none of them can enter"
+    rig.run()
