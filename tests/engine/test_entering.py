@@ -358,7 +358,7 @@ def test_few_texts_that_wait_are_looked_up_anew_at_a_time(monkeypatch: pytest.Mo
 
 
 def test_texts_of_every_tenant_are_looked_up_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four tenants at their caps, eight texts each: those whose turn comes last are not left with what was counted once."""
+    """Four tenants at their caps, eight texts each: no turn is so late that what was counted once stands for ever."""
     rig = shared(num_blocks=256, max_num_batched_tokens=64)
     counted: dict[str, int] = {}
     chain_of = SharedBlocks.chain_of
