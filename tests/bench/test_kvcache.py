@@ -29,21 +29,11 @@ from pagemill.bench.kvcache_report import RATIO, curves, make_report, make_rows,
 from pagemill.bench.plots import draw_kvcache
 from pagemill.models.random_init import SHAPES
 from pagemill.planner.machine import Machine
+from tests.fixtures.small_peers import SMALL_GPT2
 from tests.fixtures.tiny import tiny_gpt2, tiny_llama
 
 NUM_TOKENS = 12
-SMALL = replace(
-    SHAPES["gpt2-medium"],
-    name="small",
-    num_layers=2,
-    hidden_dim=64,
-    num_q_heads=2,
-    num_kv_heads=2,
-    head_dim=32,
-    ffn_dim=128,
-    vocab_size=300,
-    context_length=64,
-)
+SMALL = replace(SMALL_GPT2, name="small")
 
 
 class Recorder:

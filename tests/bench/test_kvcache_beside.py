@@ -24,47 +24,29 @@ from pagemill.cli import kvcache_beside as command
 from pagemill.cli.main import main
 from pagemill.models.random_init import SHAPES
 from pagemill.models.registry import build_plan
-from tests.fixtures import fake_peer
+from tests.fixtures.small_peers import SMALL_GPT2, peer_script
 from tests.fixtures.tiny import tiny_gpt2, tiny_llama
 
 NUM_TOKENS = 9
 THEIRS_S = (8 / 1000 + 0.08, 8 / 2000 + 0.08)  # fake_peer's made-up times with and without the cache
-SMALL = replace(
-    SHAPES["gpt2-medium"],
-    num_layers=2,
-    hidden_dim=64,
-    num_q_heads=2,
-    num_kv_heads=2,
-    head_dim=32,
-    ffn_dim=128,
-    vocab_size=300,
-    context_length=64,
-)
 
 
 @pytest.fixture(autouse=True)
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, "gpt2-medium", SMALL)
+    monkeypatch.setitem(SHAPES, "gpt2-medium", SMALL_GPT2)
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> str:
-    """A worker that finds our package without PYTHONPATH, which peers do not get."""
-    path = tmp_path / "worker.py"
-    places = [str(Path(__file__).resolve().parents[2] / "src"), *filter(None, sys.path)]
-    path.write_text(
-        f"import runpy, sys\nsys.path += {places!r}\nrunpy.run_path({fake_peer.__file__!r}, run_name='__main__')\n"
-    )
-    return str(path)
+    return peer_script(tmp_path)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, script: str, *behaviours: tuple[str, str], module: str = "json") -> None:
     """Put made-up peers in transformers' place: (kind of weights, behaviour of its worker)."""
     forms = tuple(Form(dtype, "none", (("dtype", dtype), ("behaviour", each))) for dtype, each in behaviours)
     monkeypatch.setattr(
-        kvcache_beside, "PEERS", (Peer("transformers", module, "", ("transformers==1",), forms, 10**18),)
+        kvcache_beside, "PEERS", (Peer("transformers", module, script, ("transformers==1",), forms, 10**18),)
     )
-    monkeypatch.setattr(kvcache_beside, "_SCRIPT", script)
 
 
 @pytest.fixture
@@ -107,7 +89,7 @@ def test_json_holds_every_sample_of_both_with_versions_and_ratios(
     assert [(each["dtype"], each["versions"], each["failure"]) for each in report["peers"]] == [
         (dtype, {"fake": "1", "threads": "1"}, None) for dtype in ("bfloat16", "float32")
     ]
-    assert report["peers"][0]["config"] == peer_config(SMALL)
+    assert report["peers"][0]["config"] == peer_config(SMALL_GPT2)
     settings = report["settings"]
     assert (settings["num_tokens"], settings["num_threads"], settings["num_runs_without"]) == (NUM_TOKENS, 1, 0)
     assert settings["weights"] == "random, seed 0"
@@ -275,21 +257,16 @@ def test_checkpoint_of_gpt2_has_its_shape_put_beside_it_and_no_goal(
 
 def test_shape_with_a_head_of_its_own_is_refused() -> None:
     with pytest.raises(ConfigError, match="leave --beside out"):
-        peer_config(replace(SMALL, tied_head=False))
+        peer_config(replace(SMALL_GPT2, tied_head=False))
 
 
 def test_contestants_are_transformers_two_kinds_of_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     peer = next(each for each in PEERS if each.name == "transformers")
     monkeypatch.setattr(kvcache_beside, "PEERS", (replace(peer, module="json"),))
-    found, absent = contestants(SMALL, tmp_path, sys.executable, print)
+    found, absent = contestants(SMALL_GPT2, tmp_path, sys.executable, print)
     assert absent == {}
     assert [(each.mode, each.options["dtype"]) for each in found] == [("bfloat16",) * 2, ("float32",) * 2]
-    assert {each.command for each in found} == {(sys.executable, str(SCRIPTS / "run_gpt2.py"))}
-
-
-def test_worker_is_shipped_and_brings_in_nothing_of_ours() -> None:
-    text = (SCRIPTS / kvcache_beside._SCRIPT).read_text()
-    assert "pagemill" not in text.replace("pagemill bench kvcache", "")
+    assert {each.command for each in found} == {(sys.executable, str(SCRIPTS / "run_transformers.py"))}
 
 
 def python_with_torch() -> str:
@@ -302,10 +279,10 @@ def python_with_torch() -> str:
 
 
 def test_transformers_makes_the_same_shape_and_generates_with_and_without_its_cache() -> None:
-    weights = build_plan(SMALL, max_positions=1).weights.values()
-    with Worker((python_with_torch(), str(SCRIPTS / "run_gpt2.py")), timeout_s=240) as worker:
+    weights = build_plan(SMALL_GPT2, max_positions=1).weights.values()
+    with Worker((python_with_torch(), str(SCRIPTS / "run_transformers.py")), timeout_s=240) as worker:
         for dtype in ("bfloat16", "float32"):
-            loaded = worker.load("small", 1, {"dtype": dtype, "seed": 0, "config": peer_config(SMALL)})
+            loaded = worker.load("small", 1, {"dtype": dtype, "seed": 0, "config": peer_config(SMALL_GPT2)})
             assert loaded.versions["threads"] == "1"
             assert int(loaded.versions["parameters"]) == sum(math.prod(each.shape) for each in weights)
             assert {"torch", "transformers"} <= loaded.versions.keys()

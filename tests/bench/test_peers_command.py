@@ -15,7 +15,7 @@ from pagemill.bench import peers_catalog
 from pagemill.bench.peers_catalog import KNOWN, PEERS, WORKS, Contestant, Form, Peer, Work, choose
 from pagemill.cli import peers
 from pagemill.cli.main import main
-from tests.fixtures import fake_peer
+from tests.fixtures.small_peers import peer_script
 from tests.fixtures.tiny import tiny_llama
 
 ROW_KEYS = {"work", "engine", "mode", "unit", "median", "p10", "p90", "samples", "ratio", "best_peer", "barrier_ns"}
@@ -37,13 +37,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def script(tmp_path: Path) -> str:
-    """A worker that finds our package without PYTHONPATH, which peers do not get."""
-    path = tmp_path / "worker.py"
-    places = [str(Path(__file__).resolve().parents[2] / "src"), *filter(None, sys.path)]
-    path.write_text(
-        f"import runpy, sys\nsys.path += {places!r}\nrunpy.run_path({fake_peer.__file__!r}, run_name='__main__')\n"
-    )
-    return str(path)
+    return peer_script(tmp_path)
 
 
 @pytest.fixture

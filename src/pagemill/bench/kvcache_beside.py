@@ -30,8 +30,6 @@ WARM_UP_TOKENS = 17
 # In the order of the worker's alternatives.
 CACHES = (WITH, WITHOUT)
 
-_SCRIPT = "run_gpt2.py"
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -128,7 +126,7 @@ def contestants(spec: ModelSpec, root: Path, python: str | None, tell: Tell) -> 
         environment = find_environment(peer, root, python) or set_up(peer, root, tell)
     except SetupError as error:
         return [], {peer.name: str(error)}
-    command = (str(environment.python), str(SCRIPTS / _SCRIPT))
+    command = (str(environment.python), str(SCRIPTS / peer.script))
     return [
         Contestant(
             peer.name,

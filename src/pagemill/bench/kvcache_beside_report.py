@@ -15,6 +15,7 @@ from pagemill.bench.kvcache import DEFAULT_PROMPT, WEIGHTS_SEED, WITH, Subject
 from pagemill.bench.kvcache_beside import TRANSFORMERS, WARM_UP_TOKENS, Measurement, Series, Settings
 from pagemill.bench.machine import describe_machine
 from pagemill.bench.peers_catalog import PAGEMILL, Contestant
+from pagemill.bench.peers_report import engine_entry
 from pagemill.bench.report import Row, absence_remarks, machine_remarks, report_heading, rounded
 from pagemill.kernels.target import choose_target
 
@@ -64,17 +65,9 @@ def make_report(
 
 
 def _peer(contestant: Contestant, found: Measurement) -> dict[str, Any]:
-    loaded = found.loads.get(contestant)
-    return {
-        "engine": contestant.engine,
-        "dtype": contestant.mode,
-        "python": contestant.command[0],
-        "config": contestant.options["config"],
-        "note": contestant.note,
-        "versions": None if loaded is None else loaded.versions,
-        "load_s": None if loaded is None else rounded(loaded.seconds),
-        "failure": found.failures.get(contestant),
-    }
+    entry = engine_entry(contestant, found.loads.get(contestant), found.failures.get(contestant))
+    config = contestant.options["config"]
+    return {"engine": contestant.engine, "dtype": contestant.mode, "config": config, **entry}
 
 
 def _rows(series: Sequence[Series], num_tokens: int, goal: float | None) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from pagemill.bench.peers_catalog import (
     Contestant,
 )
 from pagemill.bench.peers_run import Measured, Measurement, Settings
+from pagemill.bench.peers_worker import Loaded
 from pagemill.bench.report import Row, absence_remarks, machine_remarks, report_heading, rounded
 from pagemill.kernels.target import choose_target
 
@@ -63,16 +64,18 @@ def make_report(context: Context, settings: Settings, found: Measurement) -> dic
 
 
 def _engine(contestant: Contestant, found: Measurement) -> dict[str, Any]:
-    loaded = found.loads.get(contestant)
+    entry = engine_entry(contestant, found.loads.get(contestant), found.failures.get(contestant))
+    return {"engine": contestant.engine, "mode": contestant.mode, "model": Path(contestant.model).name, **entry}
+
+
+def engine_entry(contestant: Contestant, loaded: Loaded | None, failure: str | None) -> dict[str, Any]:
+    """Where an engine came from, what it says of itself, and why it was left out if it was."""
     return {
-        "engine": contestant.engine,
-        "mode": contestant.mode,
         "python": contestant.command[0],
-        "model": Path(contestant.model).name,
         "note": contestant.note,
         "versions": None if loaded is None else loaded.versions,
         "load_s": None if loaded is None else rounded(loaded.seconds),
-        "failure": found.failures.get(contestant),
+        "failure": failure,
     }
 
 

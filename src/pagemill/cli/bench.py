@@ -29,6 +29,13 @@ _REFRESH_S = 0.25
 _INTERRUPTED = 130
 
 
+def paged_arguments(engine: dict[str, Any]) -> dict[str, str]:
+    """Options of the engine with the cache, which is also run without. Raises ConfigError where they name a mode."""
+    if "kv_cache" in engine["arguments"]:
+        raise ConfigError("--kv-cache: this bench runs both paged and none to compare them; leave the option out")
+    return {"max_num_seqs": "1", **engine["arguments"], "kv_cache": "paged"}
+
+
 def kvcache(
     *,
     num_tokens: int,
@@ -43,11 +50,8 @@ def kvcache(
 
     Returns 130 where Ctrl-C ended it; what had been measured by then is reported all the same.
     """
-    if "kv_cache" in engine["arguments"]:
-        raise ConfigError("--kv-cache: this bench runs both paged and none to compare them; leave the option out")
+    arguments = paged_arguments(engine)
     settings = Settings(num_tokens, num_runs, num_runs if num_runs_without is None else num_runs_without, prompt)
-    arguments = {**engine["arguments"], "kv_cache": "paged"}
-    arguments.setdefault("max_num_seqs", "1")
     config = resolve_config(arguments, file=engine["file"], origin="command line").config
     directory = prepare_directory(output)
     with byte_progress() as report_bytes:

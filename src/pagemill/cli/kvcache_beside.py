@@ -26,7 +26,7 @@ from pagemill.bench.peers_catalog import Contestant
 from pagemill.bench.peers_worker import Loaded
 from pagemill.bench.report import file_stem, prepare_directory
 from pagemill.cli import bench
-from pagemill.cli.bench import interrupts
+from pagemill.cli.bench import interrupts, paged_arguments
 from pagemill.cli.progress import byte_progress
 from pagemill.cli.publish import publish
 from pagemill.cli.terminal import note
@@ -73,10 +73,7 @@ def kvcache(
 
 def _configs(engine: dict[str, Any]) -> list[EngineConfig]:
     """One for each name of --dtype, which may hold several with commas between them."""
-    if "kv_cache" in engine["arguments"]:
-        raise ConfigError("--kv-cache: this bench runs both paged and none to compare them; leave the option out")
-    arguments = {**engine["arguments"], "kv_cache": "paged"}
-    arguments.setdefault("max_num_seqs", "1")
+    arguments = paged_arguments(engine)
     names = [each.strip() for each in arguments.pop("dtype", "").split(",") if each.strip()]
     configs: dict[str, EngineConfig] = {}
     for mode in [{"dtype": each} for each in names] or [{}]:
