@@ -92,6 +92,7 @@ void Runner::reserve(int rows, int logits, int partials) {
         s.act.bf16 = reinterpret_cast<uint16_t*>(take(n * size_t(s.act.ld) * 2));
         s.act.tiles = reinterpret_cast<uint16_t*>(take(n * size_t(s.act.ld) * 2));
         s.act.i8 = reinterpret_cast<int8_t*>(take(n * size_t(s.act.ld)));
+        s.act.low = reinterpret_cast<int8_t*>(take(n * size_t(s.act.ld)));
         const size_t groups = n * size_t(s.act.groups()) * 4;
         s.act.scale = reinterpret_cast<float*>(take(groups));
         s.act.sum = reinterpret_cast<int32_t*>(take(groups));

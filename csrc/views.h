@@ -83,6 +83,8 @@ struct Activations {
     uint16_t* bf16 = nullptr;   // [rows][ld], zero padded to an even width
     uint16_t* tiles = nullptr;  // the same in tiles of 16 rows: [rows / 16][ld / 2][16][2]
     int8_t* i8 = nullptr;       // [rows][ld], groups of 32, or whole rows for i8_rotated
+    int8_t* low = nullptr;      // [rows][ld] where two_bytes: a value is 256 * i8 + low
+    bool two_bytes = false;     // groups of 32 in 16 bits, which the head reads
     float* scale = nullptr;     // [rows][ld / 32], a whole row's in its first
     int32_t* sum = nullptr;     // [rows][ld / 32] sum of the group's integers
     float* scaled_sum = nullptr;  // [rows][ld / 32] scale * sum

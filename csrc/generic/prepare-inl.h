@@ -6,6 +6,9 @@ namespace PAGEMILL_TARGET {
 
 enum Form : int { kFormF32 = 1, kFormBf16 = 2, kFormI8 = 4, kFormTiles = 8, kFormRotated = 16 };
 
+constexpr float kMostI16 = 32512.0f;  // 127 * 256: its high byte, beside a signed low one, is a signed byte
+constexpr float kRoundI16 = 12582912.0f;  // 1.5 * 2^23: in a sum with it no bit is left for a fraction
+
 static int form_of(Format format) {
     switch (format) {
         case Format::f32:
@@ -33,6 +36,25 @@ PM_INLINE void quantize_group(const float* x, int8_t* q, float* scale, int32_t* 
     *scaled_sum = *scale * float(total);
 }
 
+// The same in 16 bits: q = 256 * high + low, both signed bytes, scale = max|x| / 32512.
+static void quantize_group_fine(const float* x, int8_t* high, int8_t* low, float* scale, int32_t* sum, float* scaled_sum) {
+    const F values[2] = {fload(x), fload(x + 16)};
+    const float peak = fpeak(fmax2(fabs1(values[0]), fabs1(values[1])));
+    const F inverse = fset(peak > 0.0f ? kMostI16 / peak : 0.0f), least = fset(-kMostI16), round = fset(kRoundI16);
+    F total = fzero();
+    for (int i = 0; i < 2; i++) {
+        const F y = fsub(fzero(), fmax2(fsub(fzero(), fmax2(fmul(values[i], inverse), least)), least));
+        const F q = fsub(fadd(y, round), round);
+        const F h = fsub(fadd(fmul(fadd(q, fset(0.5f)), fset(1.0f / 256.0f)), round), round);  // never halfway
+        istore_i8(high + 16 * i, h);
+        istore_i8(low + 16 * i, fmla(h, fset(-256.0f), q));
+        total = fadd(total, q);
+    }
+    *scale = peak / kMostI16;
+    *sum = int32_t(fsum(total));
+    *scaled_sum = *scale * float(*sum);
+}
+
 // Where a row stands before it takes its forms: in its row of act.f32, which products of floats read, or, when only its bytes
 // are read, in row `spare`, which stays in the nearest cache.
 PM_INLINE float* float_row(const Activations& act, int row, int spare, int forms) {
@@ -50,7 +72,9 @@ static void fill_forms(const Activations& act, int row, float* x, int from, int 
         const size_t base = size_t(row) * act.groups();
         for (int c = from; c < to; c += kGroup) {
             const size_t g = base + size_t(c / kGroup);
-            quantize_group(x + c, act.i8 + size_t(row) * act.ld + c, act.scale + g, act.sum + g, act.scaled_sum + g);
+            const size_t at = size_t(row) * act.ld + size_t(c);
+            if (act.two_bytes) quantize_group_fine(x + c, act.i8 + at, act.low + at, act.scale + g, act.sum + g, act.scaled_sum + g);
+            else quantize_group(x + c, act.i8 + at, act.scale + g, act.sum + g, act.scaled_sum + g);
         }
     }
 }

@@ -54,39 +54,49 @@ PM_INLINE int quad_at(const int8_t* p) { int q; std::memcpy(&q, p, 4); return q;
 
 template <Format FMT> constexpr int chunk_size() { return FMT == Format::q4_0 ? 576 : FMT == Format::q4_1 ? 640 : 1088; }
 
-// Integer sums of one group for MR rows x 32 columns. first: where the accumulators begin.
-template <Format FMT, int MR>
-PM_INLINE void group_sums(const int8_t* a, int ld, const uint8_t* chunk, I (&s)[MR][2]) {
+// Where the sums of a group begin: what the weights' offset takes away. total: of the activations.
+template <Format FMT> PM_INLINE int group_start(int total) { return FMT == Format::q4_0 ? -8 * total : FMT == Format::q8_0 ? -128 * total : 0; }
+
+// Integer sums of one group for MR rows x 32 columns, added to s. a: each byte of the activations, [BYTES][rows][ld].
+template <Format FMT, int MR, int BYTES>
+PM_INLINE void group_sums(const int8_t* const (&a)[BYTES], int ld, const uint8_t* chunk, I (&s)[BYTES][MR][2]) {
     constexpr int steps = FMT == Format::q8_0 ? 8 : 4;
 #pragma GCC unroll 8
     for (int j = 0; j < steps; j++) {
         if constexpr (FMT == Format::q8_0) {
             const U w0 = uload(chunk + 128 * j), w1 = uload(chunk + 128 * j + 64);
+#pragma GCC unroll 2
+            for (int i = 0; i < BYTES; i++)
 #pragma GCC unroll 16
-            for (int m = 0; m < MR; m++) {
-                const int x = quad_at(a + size_t(m) * ld + 4 * j);
-                s[m][0] = idot(s[m][0], w0, x);
-                s[m][1] = idot(s[m][1], w1, x);
-            }
+                for (int m = 0; m < MR; m++) {
+                    const int x = quad_at(a[i] + size_t(m) * ld + 4 * j);
+                    s[i][m][0] = idot(s[i][m][0], w0, x);
+                    s[i][m][1] = idot(s[i][m][1], w1, x);
+                }
         } else {
             const U v0 = uload(chunk + 128 * j), v1 = uload(chunk + 128 * j + 64);
             const U l0 = ulow(v0), l1 = ulow(v1), h0 = uhigh(v0), h1 = uhigh(v1);
+#pragma GCC unroll 2
+            for (int i = 0; i < BYTES; i++)
 #pragma GCC unroll 16
-            for (int m = 0; m < MR; m++) {
-                const int x = quad_at(a + size_t(m) * ld + 4 * j), y = quad_at(a + size_t(m) * ld + 16 + 4 * j);
-                s[m][0] = idot_small(s[m][0], l0, x);
-                s[m][1] = idot_small(s[m][1], l1, x);
-                s[m][0] = idot_small(s[m][0], h0, y);
-                s[m][1] = idot_small(s[m][1], h1, y);
-            }
+                for (int m = 0; m < MR; m++) {
+                    const int x = quad_at(a[i] + size_t(m) * ld + 4 * j), y = quad_at(a[i] + size_t(m) * ld + 16 + 4 * j);
+                    s[i][m][0] = idot_small(s[i][m][0], l0, x);
+                    s[i][m][1] = idot_small(s[i][m][1], l1, x);
+                    s[i][m][0] = idot_small(s[i][m][0], h0, y);
+                    s[i][m][1] = idot_small(s[i][m][1], h1, y);
+                }
         }
     }
 }
 
-// W4A8 and W8A8 on groups of 32: y = sum over groups of (isum * a_scale) * w_scale (+ minimum * a_scaled_sum).
-template <Format FMT, int MR>
+// W4A8 and W8A8 on groups of 32, activations of one byte or two: y = sum over groups of (isum * a_scale) * w_scale
+// (+ minimum * a_scaled_sum).
+template <Format FMT, int MR, int BYTES>
 static __attribute__((noinline)) void quant_tile(const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
-    const int8_t* a = act.i8 + size_t(row) * act.ld;
+    const int8_t* a[BYTES];
+    a[0] = act.i8 + size_t(row) * act.ld;
+    if constexpr (BYTES == 2) a[1] = act.low + size_t(row) * act.ld;
     const int groups = w.k / kGroup, stride = act.groups();
     const float* a_scale = act.scale + size_t(row) * stride;
     const float* a_min = act.scaled_sum + size_t(row) * stride;
@@ -95,17 +105,18 @@ static __attribute__((noinline)) void quant_tile(const Activations& act, int row
     F f[MR][2];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) f[m][0] = f[m][1] = fzero();
-    for (int g = 0; g < groups; g++, chunk += chunk_size<FMT>(), a += kGroup) {
-        I s[MR][2];
+    for (int g = 0; g < groups; g++, chunk += chunk_size<FMT>()) {
+        I s[BYTES][MR][2];  // the last byte's begin at what is taken away
 #pragma GCC unroll 16
         for (int m = 0; m < MR; m++) {
-            const int start = FMT == Format::q4_0 ? -8 * a_sum[m * stride + g] : FMT == Format::q8_0 ? -128 * a_sum[m * stride + g] : 0;
-            s[m][0] = s[m][1] = iset(start);
+            if constexpr (BYTES == 2) s[0][m][0] = s[0][m][1] = iset(0);
+            s[BYTES - 1][m][0] = s[BYTES - 1][m][1] = iset(group_start<FMT>(a_sum[m * stride + g]));
         }
         if constexpr (MR <= 2) {
             for (int line = 0; line < chunk_size<FMT>(); line += 64) __builtin_prefetch(chunk + 4096 + line);
         }
-        group_sums<FMT, MR>(a, act.ld, chunk, s);
+        group_sums<FMT, MR, BYTES>(a, act.ld, chunk, s);
+        for (int i = 0; i < BYTES; i++) a[i] += kGroup;
         constexpr int tail = FMT == Format::q8_0 ? 1024 : 512;
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(chunk + tail);
 #pragma GCC unroll 2
@@ -115,7 +126,9 @@ static __attribute__((noinline)) void quant_tile(const Activations& act, int row
             if constexpr (FMT == Format::q4_1) low = fload_f16(scales + 32 + 16 * h);
 #pragma GCC unroll 16
             for (int m = 0; m < MR; m++) {
-                f[m][h] = fmla(fmul(itof(s[m][h]), fset(a_scale[m * stride + g])), d, f[m][h]);
+                I sum = s[0][m][h];
+                if constexpr (BYTES == 2) sum = ijoin(sum, s[1][m][h]);
+                f[m][h] = fmla(fmul(itof(sum), fset(a_scale[m * stride + g])), d, f[m][h]);
                 if constexpr (FMT == Format::q4_1) f[m][h] = fmla(low, fset(a_min[m * stride + g]), f[m][h]);
             }
         }
@@ -173,28 +186,36 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
     }
 }
 
-template <Format FMT, int MR>
+template <Format FMT> constexpr bool is_float() { return FMT == Format::f32 || FMT == Format::f16 || FMT == Format::bf16; }
+
+template <Format FMT, int MR, int BYTES>
 static void tile(int rows, const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
     if constexpr (MR > 1) {
-        if (rows < MR) return tile<FMT, MR - 1>(rows, act, row, w, panel, out);
+        if (rows < MR) return tile<FMT, MR - 1, BYTES>(rows, act, row, w, panel, out);
     }
-    if constexpr (FMT == Format::f32 || FMT == Format::f16 || FMT == Format::bf16) float_tile<FMT, MR>(act, row, w, panel, out);
-    else quant_tile<FMT, MR>(act, row, w, panel, out);
+    if constexpr (is_float<FMT>()) float_tile<FMT, MR>(act, row, w, panel, out);
+    else quant_tile<FMT, MR, BYTES>(act, row, w, panel, out);
 }
 
 // Rows [r0, r1) x panels: a panel stays in cache while the row tiles pass over it; rows are dealt evenly to tiles.
-template <Format FMT, class Panels>
+template <Format FMT, int BYTES = 1, class Panels>
 static void product(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, const Output& out) {
-    constexpr bool is_float = FMT == Format::f32 || FMT == Format::f16 || FMT == Format::bf16;
-    constexpr int most = is_float ? kFloatRows : kRows;
+    constexpr int most = is_float<FMT>() ? kFloatRows : BYTES == 1 ? kRows : (2 * kRows + 2) / 3;
     const int rows = r1 - r0;
     if (rows <= 0) return;
     const int tiles = (rows + most - 1) / most;
     for (int panel = panels.next(); panel >= 0; panel = panels.next())
         for (int t = 0; t < tiles; t++) {
             const int begin = int(int64_t(rows) * t / tiles), end = int(int64_t(rows) * (t + 1) / tiles);
-            tile<FMT, most>(end - begin, act, r0 + begin, w, panel, out);
+            tile<FMT, most, BYTES>(end - begin, act, r0 + begin, w, panel, out);
         }
+}
+
+// Quantised weights, by the activations' bytes.
+template <Format FMT, class Panels>
+static void product_groups(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, const Output& out) {
+    if (act.two_bytes) product<FMT, 2>(act, r0, r1, w, panels, out);
+    else product<FMT, 1>(act, r0, r1, w, panels, out);
 }
 
 }  // namespace PAGEMILL_TARGET

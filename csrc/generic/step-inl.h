@@ -50,9 +50,8 @@ static void prepare_rows(const Phase& p, const float* src, int ld, int width, co
 }
 
 // All matrices of phase `index` side by side into y [rows][ld]: a thread's own rows, or panels as they are claimed.
-static void run_products(Worker& w, size_t index, int rows, float* y, int ld, bool accumulate, float scale, bool by_rows) {
+static void run_products(Worker& w, const Activations& act, size_t index, int rows, float* y, int ld, bool accumulate, float scale, bool by_rows) {
     const Model& model = *w.ctx->model;
-    const Activations& act = w.ctx->scratch->act;
     const int threads = w.ctx->threads;
     int column = 0, nth = 0;
     for (int m : model.phases[index].matrices) {
@@ -92,7 +91,7 @@ static void run_attention_in(Worker& w, const Phase& p, size_t index) {
     const int forms = forms_of(model, p), r0 = w.first_row(), r1 = w.last_row();
     prepare_rows(p, s.x, s.hidden_ld, model.hidden, s.act, r0, r1, step.rows, forms);
     w.between_stages();
-    run_products(w, index, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
+    run_products(w, s.act, index, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
     w.between_stages();
     for (int row = r0; row < r1; row++) finish_heads(model, step, p, row, s.wide + size_t(row) * s.wide_ld);
     w.barrier();
@@ -134,7 +133,7 @@ static void run_out(Worker& w, const Phase& p, size_t index, const float* src, i
         if (forms & kFormTiles && step.rows > 1) fill_tiles(s.act, 0, step.rows, from, to);
     }
     w.between_stages();
-    run_products(w, index, step.rows, s.x, s.hidden_ld, true, p.scale, w.ctx->by_rows);
+    run_products(w, s.act, index, step.rows, s.x, s.hidden_ld, true, p.scale, w.ctx->by_rows);
     w.between_stages();
 }
 
@@ -158,7 +157,7 @@ static void run_mlp_in(Worker& w, size_t index) {
     if (gates(w, index))
         product_gated(s.act, w.first_row(), w.last_row(), model.matrices[size_t(p.matrices[0])], model.matrices[size_t(p.matrices[1])],
                       model.phases[index + 1].activation, s.wide, s.wide_ld);
-    else run_products(w, index, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
+    else run_products(w, s.act, index, step.rows, s.wide, s.wide_ld, false, 1.0f, w.ctx->by_rows);
     w.between_stages();
 }
 
@@ -167,12 +166,14 @@ static void run_head(Worker& w, const Phase& p, size_t index) {
     const Scratch& s = *w.ctx->scratch;
     const Model& model = *w.ctx->model;
     const int forms = forms_of(model, p), rows = step.num_logits;
+    Activations act = s.act;
+    act.two_bytes = true;
     w.barrier();
     for (int i = w.begin_of(rows); i < w.end_of(rows); i++)
-        prepare_row(p, s.x + size_t(step.logit_rows[i]) * s.hidden_ld, model.hidden, s.act, i, w.begin_of(rows), forms);
-    if (forms & kFormTiles && rows > 1) fill_tiles(s.act, w.begin_of(rows), w.end_of(rows), 0, model.hidden);
+        prepare_row(p, s.x + size_t(step.logit_rows[i]) * s.hidden_ld, model.hidden, act, i, w.begin_of(rows), forms);
+    if (forms & kFormTiles && rows > 1) fill_tiles(act, w.begin_of(rows), w.end_of(rows), 0, model.hidden);
     w.barrier();
-    run_products(w, index, rows, step.logits, model.vocab, false, p.scale, false);
+    run_products(w, act, index, rows, step.logits, model.vocab, false, p.scale, false);
     if (p.softcap > 0.0f) {
         w.barrier();
         for (int i = w.begin_of(rows); i < w.end_of(rows); i++) {

@@ -42,19 +42,31 @@ static void multiply(const Activations& act, int rows, const Matrix& w, float* y
     leave_tiles();
 }
 
-template <Format FMT>
+template <Format FMT, int BYTES>
 static void sums_of_group(const Activations& act, int row, const Matrix& w, int group, int32_t* out) {
+    const size_t at = size_t(row) * act.ld + size_t(group * kGroup);
+    const int8_t* a[BYTES];
+    a[0] = act.i8 + at;
+    if constexpr (BYTES == 2) a[1] = act.low + at;
     for (int panel = 0; panel < w.panels(); panel++) {
-        I s[1][2];
-        const int32_t total = act.sum[size_t(row) * size_t(act.groups()) + size_t(group)];
-        s[0][0] = s[0][1] = iset(FMT == Format::q4_0 ? -8 * total : FMT == Format::q8_0 ? -128 * total : 0);
-        group_sums<FMT, 1>(act.i8 + size_t(row) * act.ld + group * kGroup, act.ld,
-                           w.data + size_t(panel) * w.panel_bytes + size_t(group) * chunk_size<FMT>(), s);
+        I s[BYTES][1][2];
+        s[0][0][0] = s[0][0][1] = iset(0);
+        s[BYTES - 1][0][0] = s[BYTES - 1][0][1] = iset(group_start<FMT>(act.sum[size_t(row) * size_t(act.groups()) + size_t(group)]));
+        group_sums<FMT, 1, BYTES>(a, act.ld, w.data + size_t(panel) * w.panel_bytes + size_t(group) * chunk_size<FMT>(), s);
         int32_t lanes[32];
-        std::memcpy(lanes, &s[0][0], 64);
-        std::memcpy(lanes + 16, &s[0][1], 64);
+        for (int h = 0; h < 2; h++) {
+            I sum = s[0][0][h];
+            if constexpr (BYTES == 2) sum = ijoin(sum, s[1][0][h]);
+            std::memcpy(lanes + 16 * h, &sum, 64);
+        }
         for (int c = 0; c < kPanel && panel * kPanel + c < w.n; c++) out[panel * kPanel + c] = lanes[c];
     }
+}
+
+template <Format FMT>
+static void sums_of_group(const Activations& act, int row, const Matrix& w, int group, int32_t* out) {
+    if (act.two_bytes) sums_of_group<FMT, 2>(act, row, w, group, out);
+    else sums_of_group<FMT, 1>(act, row, w, group, out);
 }
 
 // Integer sums per group: out [rows][groups][n].

@@ -39,6 +39,7 @@ def test_packed_rows_unpack_to_the_checkpoints_values(layout: str, n: int, k: in
         assert np.array_equal(_native.unpack_row(LAYOUTS[layout], n, k, packed, row), dense[row])
 
 
+@pytest.mark.parametrize("two_bytes", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
 @settings(max_examples=60, deadline=None)
 @given(
@@ -47,63 +48,87 @@ def test_packed_rows_unpack_to_the_checkpoints_values(layout: str, n: int, k: in
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4, 3e37]),
 )
-def test_quantised_activations_equal_the_reference(target: str, rows: int, groups: int, seed: int, size: float) -> None:
+def test_quantised_activations_equal_the_reference(
+    target: str, two_bytes: bool, rows: int, groups: int, seed: int, size: float
+) -> None:
     x = (np.random.default_rng(seed).standard_normal((rows, 32 * groups)) * size).astype(np.float32)
     x[0, : seed % 32] = 0.0
     with np.errstate(over="ignore"):
-        expected = reference.quantize_rows(x)
-    for ours, wanted in zip(_native.quantize_rows(target, x), expected, strict=True):
+        expected = reference.quantize_rows(x, two_bytes)
+    for ours, wanted in zip(_native.quantize_rows(target, x, two_bytes=two_bytes), expected, strict=True):
         assert np.array_equal(ours, wanted)
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@settings(max_examples=30, deadline=None)
+@given(st.integers(-32512, 32512))
+def test_every_value_of_two_bytes_survives_being_cut_in_two(target: str, value: int) -> None:
+    x = np.full((1, 32), np.float32(value), np.float32)
+    x[0, 7] = -32512
+    q, scale, total = _native.quantize_rows(target, x, two_bytes=True)
+    assert np.array_equal(q, x.astype(np.int32))
+    assert (scale.item(), total.item()) == (1.0, 31 * value - 32512)
+
+
+@pytest.mark.parametrize("two_bytes", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("fmt", INTEGER)
-def test_integer_sums_equal_the_reference_exactly(target: str, fmt: str) -> None:
+def test_integer_sums_equal_the_reference_exactly(target: str, fmt: str, two_bytes: bool) -> None:
     x, tensor = case(fmt, 5, 70, 192)
-    sums = _native.integer_sums(target, FORMATS[fmt], 70, pack(tensor), x)
-    assert np.array_equal(sums, reference.integer_sums(x, tensor))
+    sums = _native.integer_sums(target, FORMATS[fmt], 70, pack(tensor), x, two_bytes)
+    assert np.array_equal(sums, reference.integer_sums(x, tensor, two_bytes))
 
 
+@pytest.mark.parametrize(("two_bytes", "most"), [(False, 127), (True, 32512)])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("fmt", "raw", "total"), [("q4_0", 0xFF, 7), ("q4_1", 0xFF, 15), ("q8_0", 0x7F, 127)])
-def test_extreme_integers_do_not_saturate(target: str, fmt: str, raw: int, total: int) -> None:
-    """Activations at 127 against the largest weights: the sums that 16-bit steps would clip."""
+def test_extreme_integers_do_not_saturate(
+    target: str, fmt: str, raw: int, total: int, two_bytes: bool, most: int
+) -> None:
+    """Activations at their most against the largest weights: the sums that 16-bit steps would clip."""
     x = np.full((1, 32), 5.0, np.float32)
     data = quantized(np.ones((1, 32), np.float32), fmt).data.copy()
     data[0, -(32 if fmt == "q8_0" else 16) :] = raw
-    sums = _native.integer_sums(target, FORMATS[fmt], 1, pack(reference.Tensor(fmt, (1, 32), data)), x)
-    assert sums.item() == 32 * 127 * total
+    sums = _native.integer_sums(target, FORMATS[fmt], 1, pack(reference.Tensor(fmt, (1, 32), data)), x, two_bytes)
+    assert sums.item() == 32 * most * total
 
 
+@pytest.mark.parametrize(("two_bytes", "most"), [(False, 127), (True, 32512)])
 @pytest.mark.parametrize("target", TARGETS)
-def test_stored_byte_of_minus_128_is_exact(target: str) -> None:
+def test_stored_byte_of_minus_128_is_exact(target: str, two_bytes: bool, most: int) -> None:
     """Quantisers write -127..127 into Q8_0, a file may say -128."""
     x = np.full((1, 32), -3.0, np.float32)
     tensor = quantized(np.ones((1, 32), np.float32), "q8_0")
     data = tensor.data.copy()
     data[0, 2:] = 0x80
     hostile = reference.Tensor("q8_0", (1, 32), data)
-    sums = _native.integer_sums(target, FORMATS["q8_0"], 1, pack(hostile), x)
-    assert sums.item() == 32 * 127 * 128
+    sums = _native.integer_sums(target, FORMATS["q8_0"], 1, pack(hostile), x, two_bytes)
+    assert sums.item() == 32 * most * 128
 
 
+@pytest.mark.parametrize("two_bytes", [False, True])
 @pytest.mark.parametrize(("target", "layout"), READ)
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 32, 32), (13, 70, 96), (31, 7, 576), (50, 33, 64)])
-def test_products_agree_with_the_reference(target: str, layout: str, rows: int, n: int, k: int) -> None:
+def test_products_agree_with_the_reference(
+    target: str, layout: str, rows: int, n: int, k: int, two_bytes: bool
+) -> None:
     x, tensor = case(layout, rows, n, k)
-    y = _native.product(target, LAYOUTS[layout], n, pack(tensor, layout), x)
-    expected = reference.product(x, tensor, arithmetic="bf16" if layout in TILES else "int8")
+    y = _native.product(target, LAYOUTS[layout], n, pack(tensor, layout), x, two_bytes)
+    expected = reference.product(
+        x, tensor, arithmetic="bf16" if layout in TILES else "int8", two_bytes=two_bytes and layout not in TILES
+    )
     scale = np.abs(x).max(axis=1, keepdims=True) * np.sqrt(k)
     assert np.all(np.abs(y - expected) <= 2e-6 * scale)
 
 
+@pytest.mark.parametrize("two_bytes", [False, True])
 @pytest.mark.parametrize(("target", "layout"), READ)
-def test_a_rows_product_has_the_same_bits_in_any_batch(target: str, layout: str) -> None:
+def test_a_rows_product_has_the_same_bits_in_any_batch(target: str, layout: str, two_bytes: bool) -> None:
     x, tensor = case(layout, 67, 70, 160)
-    packed = pack(tensor, layout)
-    together = _native.product(target, LAYOUTS[layout], 70, packed, x)
+    packed, form = pack(tensor, layout), LAYOUTS[layout]
+    together = _native.product(target, form, 70, packed, x, two_bytes)
     for size in (1, 2, 5, 7, 16, 17, 31, 33):
-        parts = [_native.product(target, LAYOUTS[layout], 70, packed, x[i : i + size]) for i in range(0, 67, size)]
+        parts = [_native.product(target, form, 70, packed, x[i : i + size], two_bytes) for i in range(0, 67, size)]
         assert np.array_equal(np.concatenate(parts), together)
 
 

@@ -41,16 +41,18 @@ def store(codec: str, x: Float32) -> Float32:
     return to_bf16(x) if codec == "bf16" else x
 
 
-def quantize_rows(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
-    """Activations [rows, k] to signed bytes in groups of 32: q [rows, k], scale and integer sum [rows, k/32].
+def quantize_rows(x: Float32, two_bytes: bool = False) -> tuple[NDArray[np.int32], Float32, NDArray[np.int32]]:
+    """Activations [rows, k] to whole numbers in groups of 32: q [rows, k], scale and integer sum [rows, k/32].
 
-    scale = max|x| / 127, q = round(x · (127 / max|x|)), to nearest even; a group of zeros has scale 0.
+    scale = max|x| / m, q = round(x · (m / max|x|)), to nearest even, m = 127, and with two_bytes 127 · 256, the most
+    that a signed high byte holds beside a signed low one; a group of zeros has scale 0.
     """
+    most = np.float32(32512 if two_bytes else 127)
     groups = x.reshape(x.shape[0], -1, QUANT_GROUP)
     peak = np.abs(groups).max(axis=2)
-    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
-    q = np.rint(groups * inverse[..., None]).clip(-128, 127).astype(np.int8)
-    return q.reshape(x.shape), peak / np.float32(127), q.sum(axis=2, dtype=np.int32)
+    inverse = np.divide(most, peak, out=np.zeros_like(peak), where=peak > 0)
+    q = np.rint(groups * inverse[..., None]).clip(-most - (not two_bytes), most).astype(np.int32)
+    return q.reshape(x.shape), peak / most, q.sum(axis=2, dtype=np.int32)
 
 
 def split_groups(tensor: Tensor) -> tuple[NDArray[np.int8], Float32, Float32]:
@@ -73,22 +75,23 @@ def split_groups(tensor: Tensor) -> tuple[NDArray[np.int8], Float32, Float32]:
     return (q - 8 if tensor.format == "q4_0" else q).astype(np.int8), scale, minimum
 
 
-def integer_sums(x: Float32, tensor: Tensor) -> NDArray[np.int32]:
+def integer_sums(x: Float32, tensor: Tensor, two_bytes: bool = False) -> NDArray[np.int32]:
     """Sums of activation · weight integers per group: [rows, k/32, n] i32, exact. Q4_1's minimum stands apart."""
-    a, _, _ = quantize_rows(x)
+    a, _, _ = quantize_rows(x, two_bytes)
     q, _, _ = split_groups(tensor)
-    groups = a.reshape(x.shape[0], -1, QUANT_GROUP)
-    # Sums stay below 2^24, so that f32 holds them exactly and the product runs at matrix speed.
-    sums = np.matmul(groups.transpose(1, 0, 2).astype(np.float32), q.transpose(1, 2, 0).astype(np.float32))
+    groups = a.reshape(x.shape[0], -1, QUANT_GROUP).transpose(1, 0, 2)
+    # Sums of 32 products of two bytes fit in 28 bits, so that f64 holds them exactly and the product runs at matrix speed.
+    wide = np.float64 if two_bytes else np.float32
+    sums = np.matmul(groups.astype(wide), q.transpose(1, 2, 0).astype(wide))
     exact: NDArray[np.int32] = sums.transpose(1, 0, 2).astype(np.int32)
     return exact
 
 
-def integer_product(x: Float32, tensor: Tensor) -> Float32:
+def integer_product(x: Float32, tensor: Tensor, two_bytes: bool = False) -> Float32:
     """x [rows, k] times a quantised matrix [n, k]: activations in groups of 32, one f32 addition chain over groups."""
-    _, a_scale, a_sum = quantize_rows(x)
+    _, a_scale, a_sum = quantize_rows(x, two_bytes)
     _, scale, minimum = split_groups(tensor)
-    sums = integer_sums(x, tensor).astype(np.float32)
+    sums = integer_sums(x, tensor, two_bytes).astype(np.float32)
     y = np.zeros((x.shape[0], tensor.shape[0]), np.float32)
     for g in range(sums.shape[1]):
         y += (sums[:, g] * a_scale[:, g, None]) * scale[None, :, g]
@@ -96,16 +99,23 @@ def integer_product(x: Float32, tensor: Tensor) -> Float32:
     return y
 
 
-def product(x: Float32, tensor: Tensor, dense: Float32 | None = None, arithmetic: str = "int8") -> Float32:
+def product(
+    x: Float32,
+    tensor: Tensor,
+    dense: Float32 | None = None,
+    arithmetic: str = "int8",
+    two_bytes: bool = False,
+) -> Float32:
     """y = x Wᵀ in the arithmetic of the weight format: x [rows, k] f32, W [n, k]. dense: W in f32, if at hand.
 
-    arithmetic: of quantised formats (`target.arithmetic_of`): int8 sums, or both sides rounded to bfloat16.
+    arithmetic: of quantised formats (`target.arithmetic_of`): int8 sums, or both sides rounded to bfloat16. two_bytes:
+    of int8 sums, activations in 16 bits instead of 8.
     """
     if tensor.format == ROTATED:
         return rotated_product(x, tensor)
     quantised = tensor.format in INTEGER_FORMATS
     if quantised and arithmetic == "int8":
-        return integer_product(x, tensor)
+        return integer_product(x, tensor, two_bytes)
     w = dequantize(tensor.format, tensor.data) if dense is None else dense
     if quantised:
         w = to_bf16(w)
@@ -355,10 +365,10 @@ class ReferenceExecutor:
             self._dense[handle] = self._tensor(handle).dequantize()
         return self._dense[handle]
 
-    def _product(self, x: Float32, weight: str, bias: str | None) -> Float32:
+    def _product(self, x: Float32, weight: str, bias: str | None, *, two_bytes: bool = False) -> Float32:
         tensor = self._tensor(weight)
         integer = tensor.format == ROTATED or (tensor.format in INTEGER_FORMATS and self._arithmetic == "int8")
-        y = product(x, tensor, None if integer else self._dense_of(weight), self._arithmetic)
+        y = product(x, tensor, None if integer else self._dense_of(weight), self._arithmetic, two_bytes)
         return y if bias is None else y + self._dense_of(bias)
 
     def _sequence(
@@ -459,5 +469,5 @@ class ReferenceExecutor:
 
     @_run.register
     def _(self, op: ops.Head, reg: dict[str, Float32], batch: Batch) -> None:
-        y = self._product(reg[op.src][batch.logit_rows], op.weight, op.bias) * np.float32(op.scale)
+        y = self._product(reg[op.src][batch.logit_rows], op.weight, op.bias, two_bytes=True) * np.float32(op.scale)
         reg["logits"] = np.float32(op.softcap) * np.tanh(y / np.float32(op.softcap)) if op.softcap > 0 else y

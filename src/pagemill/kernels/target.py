@@ -9,7 +9,7 @@ from pagemill.kernels import _native
 
 # Part of what makes two cached blocks the same. Every change of a kernel's result must raise it; a golden test fails
 # until it is.
-NUMERICS_VERSION = 4
+NUMERICS_VERSION = 5
 
 
 def available_targets() -> list[str]:
@@ -39,9 +39,18 @@ def choose_target() -> str:
 def arithmetic_of(target: str) -> str:
     """How a target multiplies 4-bit and 8-bit weights. A property of the target, never of the step.
 
-    "int8": with activations in groups of 32 signed bytes. "bf16": weights and activations are rounded to bfloat16.
+    "int8": with activations in groups of 32 signed bytes, the head's of 16 bits. "bf16": weights and activations are
+    rounded to bfloat16.
     """
     return "bf16" if target == "amx" else "int8"
+
+
+def rotates(target: str) -> bool:
+    """Whether weight_format "auto" means "int8" for 4-bit and 8-bit checkpoints; elsewhere it means "exact".
+
+    So it is on targets with an instruction for integer dot products over 512 bits, or on tiles.
+    """
+    return target in ("amx", "avx512_bf16", "avx512")
 
 
 def numerics_id(target: str) -> str:
