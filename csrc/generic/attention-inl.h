@@ -16,21 +16,43 @@ struct HeadPages {  // pages of one sequence, layer and KV head
     }
 };
 
-// Pages that are attended to next: asked for while the present ones are computed, keys with keys and values with values.
+// Pages that are attended to next, some way ahead of those that are: the rest of this task's, then the next one's. They are
+// asked for while the present ones are computed, keys with keys and values with values.
 struct Ahead {
-    HeadPages pages{};
+    static constexpr int kDistance = 16;  // pages
+    struct Part {
+        HeadPages pages{};
+        int first = 0, end = 0, key_page = 0, value_page = 0;
+    };
+    Part now, next;
     size_t value_offset = 0;
-    int key_page = 0, value_page = 0, end = 0, per_page = 1;
+    const void* upcoming = nullptr;  // the task that `next` is of
 
     static void lines(const uint8_t* from, size_t bytes) {
         for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
     }
-    void keys(int count) {
-        for (count *= per_page; count > 0 && key_page < end; count--) lines(pages.at(key_page++), value_offset);
+    // A page that is wanted next, where reading has come to page `until`; null where nothing is.
+    static const uint8_t* take(Part& now, Part& next, int Part::* page, int until) {
+        const int last = until + kDistance, rest = now.end > until ? now.end - until : 0;
+        if (now.*page < now.end) return now.*page < last ? now.pages.at((now.*page)++) : nullptr;
+        if (next.*page < next.end && next.*page < next.first + kDistance - rest) return next.pages.at((next.*page)++);
+        return nullptr;
     }
-    void values(int count) {
-        for (count *= per_page; count > 0 && value_page < end; count--)
-            lines(pages.at(value_page++) + value_offset, pages.page_bytes - value_offset);
+    // `count` pages before `until` were read.
+    void keys(int until, int count) {
+        for (count *= 2; count > 0; count--) {
+            const uint8_t* page = take(now, next, &Part::key_page, until);
+            if (!page) return;
+            lines(page, value_offset);
+        }
+    }
+    void values(int until) {
+        for (int count = 2; count > 0; count--) {
+            const bool own = now.value_page < now.end;
+            const uint8_t* page = take(now, next, &Part::value_page, until);
+            if (!page) return;
+            lines(page + value_offset, (own ? now : next).pages.page_bytes - value_offset);
+        }
     }
 };
 
@@ -119,7 +141,7 @@ static void weigh_values(TileState& t, SplitBatch& b, const HeadPages& pages, in
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) acc[r][v] = fzero();
     for (int position = from; position < to;) {
-        t.ahead.values(1);
+        t.ahead.values(position / kPage);
         const uint8_t* values = pages.at(position / kPage) + size_t(dim_pad) * kPage * value_bytes<C>();
         const int end = to < (position / kPage + 1) * kPage ? to : (position / kPage + 1) * kPage;
         for (; position < end; position++) {
@@ -166,11 +188,11 @@ static __attribute__((noinline)) void attend_split(TileState& t, SplitBatch& b, 
     constexpr int pair = R <= 3 ? 2 : 1;
     int page = page0;
     for (; page + pair <= page1; page += pair) {
-        t.ahead.keys(pair);
+        t.ahead.keys(page, pair);
         score_pages<C, R, pair>(t, b, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
     }
     if constexpr (pair > 1) {
-        t.ahead.keys(1);
+        t.ahead.keys(page, 1);
         if (page < page1) score_pages<C, R, 1>(t, b, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
     }
     for (int r = 0; r < R; r++) {

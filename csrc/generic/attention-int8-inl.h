@@ -103,12 +103,12 @@ static void score_range_int8(TileState& t, SplitBatch& b, int r0, const HeadPage
     constexpr int together = R <= 3 ? kScorePages : (kScorePages + 1) / 2;
     int page = range.page0;
     for (; page + together <= range.page1; page += together) {
-        t.ahead.keys(together);
+        t.ahead.keys(page, together);
         score_pages_int8<R, together, EDGES>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
     }
     if constexpr (together > 1) {
         for (; page < range.page1; page++) {
-            t.ahead.keys(1);
+            t.ahead.keys(page, 1);
             score_pages_int8<R, 1, EDGES>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
         }
     }
@@ -185,7 +185,7 @@ static void weigh_values_int8(TileState& t, SplitBatch& b, const HeadPages& page
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) high[r][v] = low[r][v] = iset(0);
     for (int page = range.page0; page < range.page1; page++) {
-        t.ahead.values(1);
+        t.ahead.values(page);
         const uint8_t* values = page_values(pages.at(page), dim_pad) + size_t(column) * 4;
 #pragma GCC unroll 4
         for (int quad = 0; quad < 4; quad++) {

@@ -100,32 +100,29 @@ PM_INLINE void finish_row(const AttentionCall& call, const AttentionTask& task, 
     for (int c = 0; c < head_dim; c += kLanes) fstore_first(y + c, fmul(fload(out + c), inverse), head_dim - c);
 }
 
-// The pages that will be read after `split` of `task`: the next split's, or the first of the next task.
-static void look_ahead(const AttentionCall& call, const AttentionTask& task, int split, const AttentionTask* next, Ahead& ahead) {
-    ahead.key_page = ahead.value_page = ahead.end = 0;
-    const bool same = split + 1 < task.split_to;
-    if (!same && !next) return;
-    const AttentionTask& upcoming = same ? task : *next;
-    const int first = call.step->positions[call.row(upcoming, 0).row] + 1 - call.phase->window;  // a window's table begins there
-    const int base = (same ? split + 1 : upcoming.split_from) * kSplitPages;
-    const int from = call.phase->window > 0 ? std::max(base, first / kPage) : base;
-    const int last = call.step->positions[call.row(upcoming, upcoming.num_rows - 1).row] / kPage + 1;
-    ahead.pages = call.pages(upcoming);
+// The pages that a task reads.
+static Ahead::Part pages_of(const AttentionCall& call, const AttentionTask& task) {
+    const int window = call.phase->window;
+    const int from = window > 0 ? call.step->positions[call.row(task, 0).row] + 1 - window : 0;  // a window's table begins there
+    const int last = call.step->positions[call.row(task, task.num_rows - 1).row] / kPage + 1;
+    const int first = std::max(task.split_from * kSplitPages, from / kPage), end = std::min(task.split_to * kSplitPages, last);
+    return {call.pages(task), first, end, first, first};
+}
+
+static void look_ahead(const AttentionCall& call, const AttentionTask& task, const AttentionTask* next, Ahead& ahead) {
+    ahead.now = ahead.upcoming == &task ? ahead.next : pages_of(call, task);
+    ahead.next = next ? pages_of(call, *next) : Ahead::Part{};
+    ahead.upcoming = next;
     ahead.value_offset = call.value_offset();
-    ahead.key_page = ahead.value_page = from;
-    ahead.end = last < base + kSplitPages ? last : base + kSplitPages;
-    // A short split asks for a long one faster.
-    const int own = call.step->positions[call.row(task, task.num_rows - 1).row] / kPage + 1 - split * kSplitPages;
-    ahead.per_page = own >= kSplitPages || own <= 0 ? 1 : (ahead.end - from + own - 1) / own;
 }
 
 static void run_attention_task(const AttentionCall& call, const AttentionTask& task, const AttentionTask* next, TileState& t) {
     const int dim_pad = call.kv().dim_pad;
+    look_ahead(call, task, next, t.ahead);
     prepare_rows_of(call, task, t);
     const HeadPages pages = call.pages(task);
     const bool apart = task.part >= 0 && task.num_parts == task.split_to - task.split_from;
     for (int split = task.split_from; split < task.split_to; split++) {
-        look_ahead(call, task, split, next, t.ahead);
         prepare_split(call, task, t, pages, split);
         const auto done = [&](const SplitBatch& b, int r0, int rows) {
             if (!apart) return merge_batch(t, b, r0, rows, dim_pad);

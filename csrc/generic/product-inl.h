@@ -39,6 +39,28 @@ struct PanelClaims {
     }
 };
 
+#ifdef PAGEMILL_AMX
+constexpr int kFetchHint = 3;  // into the nearest cache
+#else
+constexpr int kFetchHint = 2;  // into the second
+#endif
+
+// The panel that is read next, on its way into the cache: a few lines with each step along k, spread over all rows.
+struct Fetch {
+    const uint8_t *at, *end;
+    int lines;
+    // panel: -1 for none. steps: calls of `some` that there will be.
+    Fetch(const Matrix& w, int panel, int steps) {
+        at = end = w.data + size_t(panel < 0 ? 0 : panel) * w.panel_bytes;
+        if (panel >= 0 && panel < w.panels()) end += w.panel_bytes;
+        lines = int((w.panel_bytes / 64 + size_t(steps) - 1) / size_t(steps));
+    }
+    inline __attribute__((always_inline)) void some() {
+        if (at >= end) return;
+        for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, kFetchHint);
+    }
+};
+
 PM_INLINE void store_columns(const Output& out, const Matrix& w, int row, int column, F value) {
     const int n = w.n - column;
     if (n <= 0) return;
@@ -93,7 +115,7 @@ PM_INLINE void group_sums(const int8_t* const (&a)[BYTES], int ld, const uint8_t
 // W4A8 and W8A8 on groups of 32, activations of one byte or two: y = sum over groups of (isum * a_scale) * w_scale
 // (+ minimum * a_scaled_sum).
 template <Format FMT, int MR, int BYTES>
-static __attribute__((noinline)) void quant_tile(const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
+static __attribute__((noinline)) void quant_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch& next, const Output& out) {
     const int8_t* a[BYTES];
     a[0] = act.i8 + size_t(row) * act.ld;
     if constexpr (BYTES == 2) a[1] = act.low + size_t(row) * act.ld;
@@ -114,7 +136,7 @@ static __attribute__((noinline)) void quant_tile(const Activations& act, int row
         }
         if constexpr (MR <= 2) {
             for (int line = 0; line < chunk_size<FMT>(); line += 64) __builtin_prefetch(chunk + 4096 + line);
-        }
+        } else next.some();
         group_sums<FMT, MR, BYTES>(a, act.ld, chunk, s);
         for (int i = 0; i < BYTES; i++) a[i] += kGroup;
         constexpr int tail = FMT == Format::q8_0 ? 1024 : 512;
@@ -142,7 +164,7 @@ static __attribute__((noinline)) void quant_tile(const Activations& act, int row
 
 // f32 and f16 weights with f32 activations; bf16 weights with bf16 activations; f32 sums.
 template <Format FMT, int MR>
-static __attribute__((noinline)) void float_tile(const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
+static __attribute__((noinline)) void float_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch& next, const Output& out) {
     const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
     F f[MR][2];
 #pragma GCC unroll 16
@@ -150,6 +172,10 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
     if constexpr (FMT == Format::bf16) {
         const uint16_t* a = act.bf16 + size_t(row) * act.ld;
         for (int k = 0; k < w.k; k += 2, p += 128) {
+            if constexpr (MR <= 2) {
+                __builtin_prefetch(p + 4096);
+                __builtin_prefetch(p + 4096 + 64);
+            } else next.some();
             const U w0 = uload(p), w1 = uload(p + 64);
 #pragma GCC unroll 16
             for (int m = 0; m < MR; m++) {
@@ -163,6 +189,9 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
         const float* a = act.f32 + size_t(row) * act.ld;
         constexpr int step = FMT == Format::f32 ? 128 : 64;
         for (int k = 0; k < w.k; k++, p += step) {
+            if constexpr (MR <= 2) {
+                for (int line = 0; line < step; line += 64) __builtin_prefetch(p + 4096 + line);
+            } else next.some();
             F w0, w1;
             if constexpr (FMT == Format::f32) {
                 w0 = fload(reinterpret_cast<const float*>(p));
@@ -189,12 +218,12 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
 template <Format FMT> constexpr bool is_float() { return FMT == Format::f32 || FMT == Format::f16 || FMT == Format::bf16; }
 
 template <Format FMT, int MR, int BYTES>
-static void tile(int rows, const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
+static void tile(int rows, const Activations& act, int row, const Matrix& w, int panel, Fetch& next, const Output& out) {
     if constexpr (MR > 1) {
-        if (rows < MR) return tile<FMT, MR - 1, BYTES>(rows, act, row, w, panel, out);
+        if (rows < MR) return tile<FMT, MR - 1, BYTES>(rows, act, row, w, panel, next, out);
     }
-    if constexpr (is_float<FMT>()) float_tile<FMT, MR>(act, row, w, panel, out);
-    else quant_tile<FMT, MR, BYTES>(act, row, w, panel, out);
+    if constexpr (is_float<FMT>()) float_tile<FMT, MR>(act, row, w, panel, next, out);
+    else quant_tile<FMT, MR, BYTES>(act, row, w, panel, next, out);
 }
 
 // Rows [r0, r1) x panels: a panel stays in cache while the row tiles pass over it; rows are dealt evenly to tiles.
@@ -203,12 +232,15 @@ static void product(const Activations& act, int r0, int r1, const Matrix& w, Pan
     constexpr int most = is_float<FMT>() ? kFloatRows : BYTES == 1 ? kRows : (2 * kRows + 2) / 3;
     const int rows = r1 - r0;
     if (rows <= 0) return;
-    const int tiles = (rows + most - 1) / most;
-    for (int panel = panels.next(); panel >= 0; panel = panels.next())
+    const int tiles = (rows + most - 1) / most, steps = FMT == Format::bf16 ? (w.k + 1) / 2 : is_float<FMT>() ? w.k : w.k / kGroup;
+    for (int panel = panels.next(), upcoming; panel >= 0; panel = upcoming) {
+        upcoming = panels.next();
+        Fetch next(w, upcoming, tiles * steps);
         for (int t = 0; t < tiles; t++) {
             const int begin = int(int64_t(rows) * t / tiles), end = int(int64_t(rows) * (t + 1) / tiles);
-            tile<FMT, most, BYTES>(end - begin, act, r0 + begin, w, panel, out);
+            tile<FMT, most, BYTES>(end - begin, act, r0 + begin, w, panel, next, out);
         }
+    }
 }
 
 // Quantised weights, by the activations' bytes.

@@ -7,68 +7,9 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
-// Integer sums to y: compensation for the weights' + 128, then both scales.
-PM_INLINE void store_rotated(const Activations& act, const Output& out, const Matrix& w, int row, int column, I sums, F w_scale) {
-    const size_t at = size_t(row) * act.groups();
-    store_columns(out, w, row, column, fmul(fmul(itof(sums), fset(act.scale[at])), w_scale));
-}
-
-template <int MR>
-static __attribute__((noinline)) void rotated_tile(const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
-    const int8_t* a = act.i8 + size_t(row) * act.ld;
-    const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
-    const float* w_scale = reinterpret_cast<const float*>(p + size_t(w.k) * kPanel);
-    I s[MR][2];
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) s[m][0] = s[m][1] = iset(-128 * act.sum[size_t(row + m) * act.groups()]);
-    for (int k = 0; k < w.k; k += 4, p += 128, a += 4) {
-        if constexpr (MR <= 2) {
-            __builtin_prefetch(p + 4096);
-            __builtin_prefetch(p + 4096 + 64);
-        }
-        const U w0 = uload(p), w1 = uload(p + 64);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) {
-            const int x = quad_at(a + size_t(m) * act.ld);
-            s[m][0] = idot(s[m][0], w0, x);
-            s[m][1] = idot(s[m][1], w1, x);
-        }
-    }
-    const F first = fload(w_scale), second = fload(w_scale + 16);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) {
-        store_rotated(act, out, w, row + m, panel * kPanel, s[m][0], first);
-        store_rotated(act, out, w, row + m, panel * kPanel + 16, s[m][1], second);
-    }
-}
-
-template <int MR>
-static void rotated_rows(int rows, const Activations& act, int row, const Matrix& w, int panel, const Output& out) {
-    if constexpr (MR > 1) {
-        if (rows < MR) return rotated_rows<MR - 1>(rows, act, row, w, panel, out);
-    }
-    rotated_tile<MR>(act, row, w, panel, out);
-}
-
 #ifdef PAGEMILL_AMX
 
 constexpr int kRotatedTileRows = 3;  // from so many rows on, tiles are faster
-
-// The panel that is read next, on its way into the cache: a few lines with each step along k, spread over all rows.
-struct Fetch {
-    const uint8_t *at, *end;
-    int lines;
-    // panel: -1 for none.
-    Fetch(const Matrix& w, int panel, int steps) {
-        at = end = w.data + size_t(panel < 0 ? 0 : panel) * w.panel_bytes;
-        if (panel >= 0 && panel < w.panels()) end += w.panel_bytes;
-        lines = int((w.panel_bytes / 64 + size_t(steps) - 1) / size_t(steps));
-    }
-    inline __attribute__((always_inline)) void some() {
-        if (at >= end) return;
-        for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at);
-    }
-};
 
 // Sums of a block of rows that wait to become values: a few rows with each step along k of the next block, beside its tiles.
 // finish(sums, row, m) does it for row `row` of the step, which is the block's m-th.
@@ -126,42 +67,14 @@ PM_INLINE void rotated_sums(const Activations& act, int row, const uint8_t* p, i
     }
 }
 
-// The values of one row of a panel.
-struct PanelRow {
-    const Activations* act;
-    const Output* out;
-    const Matrix* w;
-    bool plain;  // nothing but scales and perhaps an addition is left to do
-    int column = 0;
-    const float* scale = nullptr;
+// The values of one row of a panel, from its sums of a block.
+struct PanelSums {
+    PanelRow values;
 
-    PanelRow(const Activations& a, const Output& o, const Matrix& m) : act(&a), out(&o), w(&m), plain(!m.bias && o.scale == 1.0f) {}
-    PanelRow at(int panel) const {
-        PanelRow copy = *this;
-        copy.plain = plain && panel * kPanel + kPanel <= w->n;
-        copy.column = panel * kPanel;
-        copy.scale = reinterpret_cast<const float*>(w->data + size_t(panel) * w->panel_bytes + size_t(w->k) * kPanel);
-        return copy;
-    }
     inline __attribute__((always_inline)) void operator()(const int32_t (*sums)[256], int row, int m) const {
         const int32_t* s = sums[m / 16 * 2] + m % 16 * 16;
-        const size_t of_row = size_t(row) * size_t(act->groups());
-        const __m512i offset = _mm512_set1_epi32(-128 * act->sum[of_row]);
-        const I first = (I)_mm512_add_epi32(_mm512_load_si512(s), offset), second = (I)_mm512_add_epi32(_mm512_load_si512(s + 256), offset);
-        if (!plain) {
-            store_rotated(*act, *out, *w, row, column, first, fload(scale));
-            store_rotated(*act, *out, *w, row, column + 16, second, fload(scale + 16));
-            return;
-        }
-        const F a = fset(act->scale[of_row]);
-        F v = fmul(fmul(itof(first), a), fload(scale)), u = fmul(fmul(itof(second), a), fload(scale + 16));
-        float* y = out->y + size_t(row) * size_t(out->ld) + column;
-        if (out->accumulate) {
-            v = fadd(v, fload(y));
-            u = fadd(u, fload(y + 16));
-        }
-        fstore(y, v);
-        fstore(y + 16, u);
+        const __m512i offset = _mm512_set1_epi32(-128 * values.act->sum[size_t(row) * size_t(values.act->groups())]);
+        values(row, m, (I)_mm512_add_epi32(_mm512_load_si512(s), offset), (I)_mm512_add_epi32(_mm512_load_si512(s + 256), offset));
     }
 };
 
@@ -169,7 +82,7 @@ template <class Panels>
 static void product_rotated_tiles(const Activations& act, int r0, int r1, const Matrix& w, Panels& panels, const Output& out) {
     alignas(64) int32_t sums[2][4][256];
     const PanelRow finish(act, out, w);
-    Waiting<PanelRow> before(finish, w.k / 64);
+    Waiting<PanelSums> before(PanelSums{finish}, w.k / 64);
     int turn = 0;
     for (int panel = panels.next(), upcoming; panel >= 0; panel = upcoming) {
         upcoming = panels.next();
@@ -179,14 +92,10 @@ static void product_rotated_tiles(const Activations& act, int r0, int r1, const 
             const int rows = r1 - row < 32 ? r1 - row : 32;
             if (rows > 16) rotated_sums<true>(act, row, p, w.k, next, before, sums[turn]);
             else rotated_sums<false>(act, row, p, w.k, next, before, sums[turn]);
-            before.add(finish.at(panel), sums[turn], row, rows);
+            before.add(PanelSums{finish.at(panel)}, sums[turn], row, rows);
         }
     }
     before.all();
-}
-
-static bool can_gate(const Matrix& gate, const Matrix& up) {
-    return gate.format == Format::i8_rotated && up.format == Format::i8_rotated && gate.n == up.n && gate.n % kPanel == 0 && !gate.bias && !up.bias;
 }
 
 // f(gate) * up of one row of a panel of each: sums of the gate's, then of the other's.
@@ -244,8 +153,9 @@ static void product_gated(const Activations& act, int r0, int r1, const Matrix& 
 
 #else
 
-static bool can_gate(const Matrix&, const Matrix&) { return false; }
-static void product_gated(const Activations&, int, int, const Matrix&, const Matrix&, ActivationKind, float*, int) {}
+static void product_gated(const Activations& act, int r0, int r1, const Matrix& gate, const Matrix& up, ActivationKind kind, float* y, int ld) {
+    if (r1 > r0) gated_rows(act, r0, r1, gate, up, kind, y, ld);
+}
 
 #endif
 
@@ -259,12 +169,7 @@ static void product_rotated(const Activations& act, int r0, int r1, const Matrix
         return;
     }
 #endif
-    const int tiles = (rows + kRotatedRows - 1) / kRotatedRows;
-    for (int panel = panels.next(); panel >= 0; panel = panels.next())
-        for (int t = 0; t < tiles; t++) {
-            const int begin = int(int64_t(rows) * t / tiles), end = int(int64_t(rows) * (t + 1) / tiles);
-            rotated_rows<kRotatedRows>(end - begin, act, r0 + begin, w, panel, out);
-        }
+    product_rotated_rows(act, r0, r1, w, panels, out);
 }
 
 }  // namespace PAGEMILL_TARGET

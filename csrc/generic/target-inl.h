@@ -12,6 +12,7 @@
 #include "product-inl.h"
 #include "amx-inl.h"
 #include "wide-inl.h"
+#include "rotated-rows-inl.h"
 #include "rotated-inl.h"
 #include "dispatch-inl.h"
 #include "attention-inl.h"
