@@ -20,6 +20,7 @@ from pagemill.base.errors import ConfigError
 from pagemill.base.params import SamplingParams
 from pagemill.execution import loader, packed
 from pagemill.execution.packed_file import PackedFile, open_packed
+from pagemill.kernels.target import choose_target
 from pagemill.llm import LLM
 from pagemill.models.random_init import SHAPES, random_checkpoint
 from tests.fixtures.default_model import default_model_path
@@ -79,6 +80,21 @@ def test_files_of_each_weight_format_stand_side_by_side_and_none_is_used_for_ano
         assert (found.converted, found.notices) == (0, [])
         assert same(found, expected[each])
     assert not any(same(expected[a], expected[b]) for a in formats for b in formats if a < b)
+
+
+def test_targets_on_which_auto_differs_do_not_take_turns_with_one_file(
+    model: Path, start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = ("scalar", choose_target())
+    for target in targets:
+        monkeypatch.setenv("PAGEMILL_FORCE_TARGET", target)
+        start(model)
+        assert packed_of(model).is_file()
+    for target in targets:
+        monkeypatch.setenv("PAGEMILL_FORCE_TARGET", target)
+        found = start(model)
+        assert (found.converted, found.notices) == (0, [])
+        assert same(found, start(model, "off"))
 
 
 def test_a_dtype_and_its_weight_format_share_a_file(model: Path, start: Starter) -> None:

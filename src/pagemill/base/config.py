@@ -93,9 +93,9 @@ class EngineConfig:
     )
     weight_format: str = option(
         "auto",
-        "Format of the weights in memory: auto follows dtype and the machine: with AMX it is int8 for 4-bit and 8-bit "
-        "checkpoints, else exact. exact keeps the checkpoint's own numbers; int8 makes the layers rotated signed bytes "
-        "with a scale a row; q8_0 makes groups of 32 signed bytes, a scale each.",
+        "Format of the weights in memory: auto follows dtype and the machine: with AMX or AVX-512 VNNI it is int8 for "
+        "4-bit and 8-bit checkpoints, else exact. exact keeps the checkpoint's own numbers; int8 makes the layers "
+        "rotated signed bytes with a scale a row; q8_0 makes groups of 32 signed bytes, a scale each.",
         choices=("auto", "exact", "int8", "q8_0", "bf16", "f32"),
         refused={"q4_0": _NO_4_BITS, "q4_1": _NO_4_BITS},
     )

@@ -22,7 +22,7 @@ from pagemill.kernels.native import PACKING_VERSION, NativeExecutor
 from pagemill.kernels.ops import Plan
 from pagemill.kernels.plan import lower
 from pagemill.kernels.reference import INTEGER_FORMATS, ReferenceExecutor
-from pagemill.kernels.target import arithmetic_of, choose_target
+from pagemill.kernels.target import arithmetic_of, choose_target, rotates
 from pagemill.kernels.tensors import ROTATED, Tensor
 from pagemill.models.checkpoint import Checkpoint
 from pagemill.models.registry import build_plan
@@ -52,11 +52,11 @@ _ROTATING: Final = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 def rotated_handles(plan: Plan, tensors: Mapping[str, Tensor], weight_format: str, target: str) -> frozenset[str]:
     """The matrices that become signed bytes of rotated rows: those of all layers with int8, and with auto those of
-    4-bit and 8-bit checkpoints where the target would else widen them. The embedding and the head never do.
+    4-bit and 8-bit checkpoints where the target `rotates`. The embedding and the head never do.
 
     A phase's matrices share their activations, so that all of them are rotated or none.
     """
-    if weight_format != "int8" and (weight_format != "auto" or arithmetic_of(target) != "bf16"):
+    if weight_format != "int8" and (weight_format != "auto" or not rotates(target)):
         return frozenset()
 
     def fits(tensor: Tensor) -> bool:
@@ -74,6 +74,12 @@ class ConvertedWeights(Mapping[str, Tensor]):
         self._tensors = tensors
         self._weight_format = weight_format
         self._rotated = rotated_handles(plan, tensors, weight_format, target)
+
+    @property
+    def name(self) -> str:
+        """What they are converted to: the weight format as asked, with a mark where auto rotates, since on another
+        target it means other numbers."""
+        return "auto.rotated" if self._weight_format == "auto" and self._rotated else self._weight_format
 
     def __getitem__(self, handle: str) -> Tensor:
         tensor = self._tensors[handle]
@@ -159,7 +165,7 @@ def load_executor(
             checkpoint,
             weights,
             (ref.weight for phase in lower(plan) for ref in phase.matrices),
-            weight_format=weight_format,
+            weight_format=weights.name,
             target=target,
             conversion_version=CONVERSION_VERSION,
             cache=packed_weights_cache,
@@ -180,7 +186,7 @@ def load_executor(
         source_digest = packed.source_digest
     else:
         raise ConfigError(f"unknown executor {executor!r}; choose native or reference")
-    return Runner(model, weights_id(source_digest, weight_format))
+    return Runner(model, weights_id(source_digest, weights.name))
 
 
 def weights_id(source_digest: str, weight_format: str) -> str:

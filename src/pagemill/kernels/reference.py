@@ -80,7 +80,7 @@ def integer_sums(x: Float32, tensor: Tensor, two_bytes: bool = False) -> NDArray
     a, _, _ = quantize_rows(x, two_bytes)
     q, _, _ = split_groups(tensor)
     groups = a.reshape(x.shape[0], -1, QUANT_GROUP).transpose(1, 0, 2)
-    # Sums of 32 products of two bytes fit in 28 bits, so that f64 holds them exactly and the product runs at matrix speed.
+    # Sums fit in 24 bits, of two bytes in 28: the floats hold them exactly, and the product runs at matrix speed.
     wide = np.float64 if two_bytes else np.float32
     sums = np.matmul(groups.astype(wide), q.transpose(1, 2, 0).astype(wide))
     exact: NDArray[np.int32] = sums.transpose(1, 0, 2).astype(np.int32)
