@@ -81,6 +81,7 @@ struct TileState {
     int from[kTileRows], to[kTileRows];                      // positions that the row sees
     SplitBatch batches[2];                                   // tiles score one while the other is weighed
     // One split of all rows.
+    const uint8_t* page[kSplitPages];                        // int8
     alignas(64) float key_scale[kSplitPages][kLanes], value_scale[kSplitPages][kLanes];
     alignas(64) int8_t values[kSplitRuns][kMaxDim / kLanes][kBatch][64];  // tiles: [run][16 columns][4 positions][column, position]
     alignas(64) int32_t sums[4][kBatch][kLanes];

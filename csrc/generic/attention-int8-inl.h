@@ -42,7 +42,7 @@ static void prepare_query(TileState& t, const float* q, int dim, int dim_pad, in
 // Key scales are times `factor`.
 static void load_scales(TileState& t, const HeadPages& pages, SplitRange range, int base, int dim_pad, float factor) {
     for (int page = range.page0; page < range.page1; page++) {
-        const uint8_t* at = pages.at(page);
+        const uint8_t* at = t.page[page - base / kPage] = pages.at(page);
         fstore(t.key_scale[page - base / kPage], fmul(fload_f16(key_scales(at, dim_pad)), fset(factor)));
         fstore(t.value_scale[page - base / kPage], fload_f16(value_scales(at, dim_pad)));
     }
@@ -65,9 +65,9 @@ static bool sees_all(const TileState& t, int r, SplitRange range) { return t.fro
 
 // EDGES: some row does not see all of the pages.
 template <int R, int P, bool EDGES>
-static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, const HeadPages& pages, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
+static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
     const uint8_t* k[P];
-    for (int p = 0; p < P; p++) k[p] = pages.at(page + p);
+    for (int p = 0; p < P; p++) k[p] = t.page[page + p - base / kPage];
     I acc[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -99,17 +99,17 @@ static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, const He
 }
 
 template <int R, bool EDGES>
-static void score_range_int8(TileState& t, SplitBatch& b, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
+static void score_range_int8(TileState& t, SplitBatch& b, int r0, SplitRange range, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
     constexpr int together = R <= 3 ? kScorePages : (kScorePages + 1) / 2;
     int page = range.page0;
     for (; page + together <= range.page1; page += together) {
         t.ahead.keys(page, together);
-        score_pages_int8<R, together, EDGES>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
+        score_pages_int8<R, together, EDGES>(t, b, r0, page, base, dim_pad, scale, softcap, peak);
     }
     if constexpr (together > 1) {
         for (; page < range.page1; page++) {
             t.ahead.keys(page, 1);
-            score_pages_int8<R, 1, EDGES>(t, b, r0, pages, page, base, dim_pad, scale, softcap, peak);
+            score_pages_int8<R, 1, EDGES>(t, b, r0, page, base, dim_pad, scale, softcap, peak);
         }
     }
 }
@@ -178,7 +178,7 @@ static void weigh_any_row(const TileState& t, SplitBatch& b, int r0, int r, Spli
 
 // Weights times values: integer sums of both bytes, joined.
 template <int R, int V>
-static void weigh_values_int8(TileState& t, SplitBatch& b, const HeadPages& pages, SplitRange range, int base, int dim_pad, int column) {
+static void weigh_values_int8(TileState& t, SplitBatch& b, SplitRange range, int base, int dim_pad, int column) {
     I high[R][V], low[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -186,7 +186,7 @@ static void weigh_values_int8(TileState& t, SplitBatch& b, const HeadPages& page
         for (int v = 0; v < V; v++) high[r][v] = low[r][v] = iset(0);
     for (int page = range.page0; page < range.page1; page++) {
         t.ahead.values(page);
-        const uint8_t* values = page_values(pages.at(page), dim_pad) + size_t(column) * 4;
+        const uint8_t* values = page_values(t.page[page - base / kPage], dim_pad) + size_t(column) * 4;
 #pragma GCC unroll 4
         for (int quad = 0; quad < 4; quad++) {
             U value[V];
@@ -212,32 +212,32 @@ static void weigh_values_int8(TileState& t, SplitBatch& b, const HeadPages& page
 }
 
 template <int R>
-static __attribute__((noinline)) void attend_split_int8(TileState& t, SplitBatch& b, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap) {
+static __attribute__((noinline)) void attend_split_int8(TileState& t, SplitBatch& b, int r0, SplitRange range, int base, int dim_pad, float scale, float softcap) {
     F peak[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
     bool whole = true;
     for (int r = 0; r < R; r++) whole = whole && sees_all(t, r0 + r, range);
-    if (whole) score_range_int8<R, false>(t, b, r0, pages, range, base, dim_pad, scale, softcap, peak);
-    else score_range_int8<R, true>(t, b, r0, pages, range, base, dim_pad, scale, softcap, peak);
+    if (whole) score_range_int8<R, false>(t, b, r0, range, base, dim_pad, scale, softcap, peak);
+    else score_range_int8<R, true>(t, b, r0, range, base, dim_pad, scale, softcap, peak);
     RowScales scales;
     for (int r = 0; r < R; r++) weigh_any_row(t, b, r0, r, range, base, fpeak(peak[r]), score_unit(t, r0 + r, softcap), scales);
     constexpr int vectors = R <= 3 || kValueVectors < 2 ? kValueVectors : kValueVectors / 2;  // sums of two bytes stay in registers
     int column = 0;
     for (; column + vectors * kLanes <= dim_pad; column += vectors * kLanes)
-        weigh_values_int8<R, vectors>(t, b, pages, range, base, dim_pad, column);
+        weigh_values_int8<R, vectors>(t, b, range, base, dim_pad, column);
     if constexpr (vectors > 1) {
-        for (; column < dim_pad; column += kLanes) weigh_values_int8<R, 1>(t, b, pages, range, base, dim_pad, column);
+        for (; column < dim_pad; column += kLanes) weigh_values_int8<R, 1>(t, b, range, base, dim_pad, column);
     }
 }
 
 // One split of `rows` rows from r0 on, at most R.
 template <int R>
-static void attend_from_int8(int rows, TileState& t, SplitBatch& b, int r0, const HeadPages& pages, SplitRange range, int base, int dim_pad, float scale, float softcap) {
+static void attend_from_int8(int rows, TileState& t, SplitBatch& b, int r0, SplitRange range, int base, int dim_pad, float scale, float softcap) {
     if constexpr (R > 1) {
-        if (rows < R) return attend_from_int8<R - 1>(rows, t, b, r0, pages, range, base, dim_pad, scale, softcap);
+        if (rows < R) return attend_from_int8<R - 1>(rows, t, b, r0, range, base, dim_pad, scale, softcap);
     }
-    attend_split_int8<R>(t, b, r0, pages, range, base, dim_pad, scale, softcap);
+    attend_split_int8<R>(t, b, r0, range, base, dim_pad, scale, softcap);
 }
 
 }  // namespace PAGEMILL_TARGET

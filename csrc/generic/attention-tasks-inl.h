@@ -53,7 +53,7 @@ static int attend_batch(const AttentionCall& call, TileState& t, SplitBatch& b, 
         case Codec::f32: attend_from<Codec::f32, kAttendRows>(batch, t, b, r0, pages, range, base, kv, scale, softcap); break;
         case Codec::f16: attend_from<Codec::f16, kAttendRows>(batch, t, b, r0, pages, range, base, kv, scale, softcap); break;
         case Codec::bf16: attend_from<Codec::bf16, kAttendRows>(batch, t, b, r0, pages, range, base, kv, scale, softcap); break;
-        case Codec::int8: attend_from_int8<kAttendRows>(batch, t, b, r0, pages, range, base, kv.dim_pad, scale, softcap); break;
+        case Codec::int8: attend_from_int8<kAttendRows>(batch, t, b, r0, range, base, kv.dim_pad, scale, softcap); break;
     }
     return batch;
 }
