@@ -32,9 +32,21 @@ public:
         if (!members_.empty()) share(0, members_.size(), 0, 0);
         auto cost = [](const AttentionTask& t) { return (t.split_to - t.split_from) * t.num_rows; };
         std::stable_sort(out_.tasks.begin(), out_.tasks.end(), [&](const AttentionTask& a, const AttentionTask& b) { return cost(a) > cost(b); });
+        if (whole_sequences()) out_.bundle = out_.kv_heads;
     }
 
 private:
+    // Whether the tasks are all KV heads of a sequence, one after the other, and such enough to keep every thread busy.
+    bool whole_sequences() const {
+        const size_t heads = size_t(out_.kv_heads), count = out_.tasks.size();
+        if (count % heads || count / heads < size_t(4 * threads_)) return false;
+        for (size_t i = 0; i < count; i++) {
+            const AttentionTask &task = out_.tasks[i], &first = out_.tasks[i / heads * heads];
+            if (task.seq != first.seq || task.split_from != first.split_from || task.split_to != first.split_to || task.kv_head != int(i % heads)) return false;
+        }
+        return true;
+    }
+
     int rows_of(int seq) const { return (step_.starts[seq + 1] - step_.starts[seq]) * group_; }
     int first_position(int seq) const { return step_.positions[step_.starts[seq]]; }
     int last_position(int seq) const { return step_.positions[step_.starts[seq + 1] - 1]; }

@@ -115,6 +115,7 @@ struct AttentionTasks {
     std::vector<AttentionTask> tasks;
     std::vector<AttentionTask> merges;  // rows whose parts are merged at the end
     int num_partials = 0;
+    int bundle = 1;  // tasks that one thread takes together: all KV heads of a sequence, whose pages are neighbours
     int shared_splits = 0;  // (sequence, split) pairs that needed no reading of their own
 };
 

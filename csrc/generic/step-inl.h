@@ -101,12 +101,16 @@ static void run_attention(Worker& w, const Phase& p, size_t phase_index) {
     const Scratch& s = *w.ctx->scratch;
     const AttentionTasks& list = w.ctx->task_lists[size_t(w.ctx->phase_tasks[phase_index])];
     const AttentionCall call{&w.ctx->model->kv, w.ctx->step, &p, &list, s.wide, s.wide_ld, s.attn, s.attn_ld, s.partials};
-    const int count = int(list.tasks.size());
+    const int count = int(list.tasks.size()), bundle = list.bundle;
+    const auto claim = [&] { return w.ctx->claims[phase_index].fetch_add(bundle, std::memory_order_relaxed); };
     // Claimed one ahead, so that the next task's pages are on their way while this one runs.
-    for (int claimed = w.ctx->claims[phase_index].fetch_add(1, std::memory_order_relaxed); claimed < count;) {
-        const int next = w.ctx->claims[phase_index].fetch_add(1, std::memory_order_relaxed);
-        run_attention_task(call, list.tasks[size_t(claimed)], next < count ? &list.tasks[size_t(next)] : nullptr, w.tile);
-        claimed = next;
+    for (int claimed = claim(); claimed < count;) {
+        const int upcoming = claim();
+        for (int at = claimed; at < claimed + bundle; at++) {
+            const int next = at + 1 < claimed + bundle ? at + 1 : upcoming;
+            run_attention_task(call, list.tasks[size_t(at)], next < count ? &list.tasks[size_t(next)] : nullptr, w.tile);
+        }
+        claimed = upcoming;
     }
     w.barrier();
     if (list.merges.empty()) return;
