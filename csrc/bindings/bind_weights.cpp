@@ -38,6 +38,7 @@ static nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate_array(size_t bytes)
 static nb::tuple quantize_rows(const std::string& target, ConstFloats2 x, bool rotated, bool two_bytes) {
     const int rows = int(x.shape(0)), width = int(x.shape(1));
     require(rows > 0 && width > 0 && width % (rotated ? 64 : kGroup) == 0, "rows of multiples of 32 values, 64 if rotated");
+    require(!(rotated && two_bytes), "rotated rows are of one byte a value");
     OwnedActivations act(rows, width, two_bytes);
     target_of(target).quantize_rows(x.data(), rows, width, rotated, act.view);
     auto q = array_of<int32_t>({size_t(rows), size_t(width)});

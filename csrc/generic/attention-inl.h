@@ -26,32 +26,33 @@ struct Ahead {
     };
     Part now, next;
     size_t value_offset = 0;
-    const void* upcoming = nullptr;  // the task that `next` is of
+    const AttentionTask* upcoming = nullptr;  // that `next` is of
 
     static void lines(const uint8_t* from, size_t bytes) {
         for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
     }
-    // A page that is wanted next, where reading has come to page `until`; null where nothing is.
-    static const uint8_t* take(Part& now, Part& next, int Part::* page, int until) {
-        const int last = until + kDistance, rest = now.end > until ? now.end - until : 0;
-        if (now.*page < now.end) return now.*page < last ? now.pages.at((now.*page)++) : nullptr;
+    // A page that is wanted next, while page `at` is read; null where nothing is.
+    const uint8_t* take(int Part::* page, int at) {
+        const int rest = now.end > at ? now.end - at : 0;
+        if (now.*page < now.end) return now.*page < at + kDistance ? now.pages.at((now.*page)++) : nullptr;
         if (next.*page < next.end && next.*page < next.first + kDistance - rest) return next.pages.at((next.*page)++);
         return nullptr;
     }
-    // `count` pages before `until` were read.
-    void keys(int until, int count) {
-        for (count *= 2; count > 0; count--) {
-            const uint8_t* page = take(now, next, &Part::key_page, until);
+    // How many pages to ask for while `count` from `at` on are read: twice as many, so that the distance is soon reached, and
+    // with a task's last ones all that is missing, since the task may be short.
+    int pace(int at, int count) const { return at + count >= now.end ? kDistance : 2 * count; }
+    void keys(int at, int count) {
+        for (int left = pace(at, count); left > 0; left--) {
+            const uint8_t* page = take(&Part::key_page, at + count - 1);
             if (!page) return;
             lines(page, value_offset);
         }
     }
-    void values(int until) {
-        for (int count = 2; count > 0; count--) {
-            const bool own = now.value_page < now.end;
-            const uint8_t* page = take(now, next, &Part::value_page, until);
+    void values(int at) {
+        for (int left = pace(at, 1); left > 0; left--) {
+            const uint8_t* page = take(&Part::value_page, at);
             if (!page) return;
-            lines(page + value_offset, (own ? now : next).pages.page_bytes - value_offset);
+            lines(page + value_offset, now.pages.page_bytes - value_offset);  // both parts are of one layer
         }
     }
 };

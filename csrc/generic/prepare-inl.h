@@ -7,7 +7,9 @@ namespace PAGEMILL_TARGET {
 enum Form : int { kFormF32 = 1, kFormBf16 = 2, kFormI8 = 4, kFormTiles = 8, kFormRotated = 16 };
 
 constexpr float kMostI16 = 32512.0f;  // 127 * 256: its high byte, beside a signed low one, is a signed byte
-constexpr float kRoundI16 = 12582912.0f;  // 1.5 * 2^23: in a sum with it no bit is left for a fraction
+
+// 0, or NaN where a value is not finite, which a maximum does not always tell.
+PM_INLINE float not_finite(F a, F b) { return fsum(fmla(a, fzero(), fmul(b, fzero()))); }
 
 static int form_of(Format format) {
     switch (format) {
@@ -31,7 +33,7 @@ PM_INLINE void quantize_group(const float* x, int8_t* q, float* scale, int32_t* 
     istore_i8(q + 16, fmul(b, inverse));
     int total = 0;
     for (int i = 0; i < kGroup; i++) total += q[i];
-    *scale = peak / 127.0f;
+    *scale = peak / 127.0f + not_finite(a, b);
     *sum = total;
     *scaled_sum = *scale * float(total);
 }
@@ -40,17 +42,17 @@ PM_INLINE void quantize_group(const float* x, int8_t* q, float* scale, int32_t* 
 static void quantize_group_fine(const float* x, int8_t* high, int8_t* low, float* scale, int32_t* sum, float* scaled_sum) {
     const F values[2] = {fload(x), fload(x + 16)};
     const float peak = fpeak(fmax2(fabs1(values[0]), fabs1(values[1])));
-    const F inverse = fset(peak > 0.0f ? kMostI16 / peak : 0.0f), least = fset(-kMostI16), round = fset(kRoundI16);
+    const F inverse = fset(peak > 0.0f ? kMostI16 / peak : 0.0f), least = fset(-kMostI16);
     F total = fzero();
     for (int i = 0; i < 2; i++) {
         const F y = fsub(fzero(), fmax2(fsub(fzero(), fmax2(fmul(values[i], inverse), least)), least));
-        const F q = fsub(fadd(y, round), round);
-        const F h = fsub(fadd(fmul(fadd(q, fset(0.5f)), fset(1.0f / 256.0f)), round), round);  // never halfway
+        const F q = fround(y);
+        const F h = fround(fmul(fadd(q, fset(0.5f)), fset(1.0f / 256.0f)));  // never halfway
         istore_i8(high + 16 * i, h);
         istore_i8(low + 16 * i, fmla(h, fset(-256.0f), q));
         total = fadd(total, q);
     }
-    *scale = peak / kMostI16;
+    *scale = peak / kMostI16 + not_finite(values[0], values[1]);
     *sum = int32_t(fsum(total));
     *scaled_sum = *scale * float(*sum);
 }

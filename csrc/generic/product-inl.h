@@ -39,14 +39,11 @@ struct PanelClaims {
     }
 };
 
-#ifdef PAGEMILL_AMX
-constexpr int kFetchHint = 3;  // into the nearest cache
-#else
-constexpr int kFetchHint = 2;  // into the second
-#endif
+constexpr int kIntoFirst = 3, kIntoSecond = 2;  // caches, as __builtin_prefetch has them
+constexpr int kStreamRows = 2;  // up to so many rows a panel is read faster than the next could come: it is fetched a little ahead instead
 
 // The panel that is read next, on its way into the cache: a few lines with each step along k, spread over all rows.
-struct Fetch {
+template <int CACHE> struct Fetch {
     const uint8_t *at, *end;
     int lines;
     // panel: -1 for none. steps: calls of `some` that there will be.
@@ -57,7 +54,27 @@ struct Fetch {
     }
     inline __attribute__((always_inline)) void some() {
         if (at >= end) return;
-        for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, kFetchHint);
+        for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, CACHE);
+    }
+};
+
+// Panels one by one, each with the one behind it, which can be fetched meanwhile; of few rows without, since what a thread has
+// claimed nobody else takes.
+template <class Panels> struct Following {
+    Panels& panels;
+    const bool ahead;
+    int known = -1;  // what comes behind the present panel; -1: nothing, or not known
+
+    Following(Panels& p, int rows) : panels(p), ahead(rows > kStreamRows) {}
+    int first() {
+        const int panel = panels.next();
+        if (ahead && panel >= 0) known = panels.next();
+        return panel;
+    }
+    int next() {
+        const int panel = ahead ? known : panels.next();
+        known = ahead && panel >= 0 ? panels.next() : -1;
+        return panel;
     }
 };
 
@@ -115,7 +132,7 @@ PM_INLINE void group_sums(const int8_t* const (&a)[BYTES], int ld, const uint8_t
 // W4A8 and W8A8 on groups of 32, activations of one byte or two: y = sum over groups of (isum * a_scale) * w_scale
 // (+ minimum * a_scaled_sum).
 template <Format FMT, int MR, int BYTES>
-static __attribute__((noinline)) void quant_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch& next, const Output& out) {
+static __attribute__((noinline)) void quant_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch<kIntoSecond>& next, const Output& out) {
     const int8_t* a[BYTES];
     a[0] = act.i8 + size_t(row) * act.ld;
     if constexpr (BYTES == 2) a[1] = act.low + size_t(row) * act.ld;
@@ -134,7 +151,7 @@ static __attribute__((noinline)) void quant_tile(const Activations& act, int row
             if constexpr (BYTES == 2) s[0][m][0] = s[0][m][1] = iset(0);
             s[BYTES - 1][m][0] = s[BYTES - 1][m][1] = iset(group_start<FMT>(a_sum[m * stride + g]));
         }
-        if constexpr (MR <= 2) {
+        if constexpr (MR <= kStreamRows) {
             for (int line = 0; line < chunk_size<FMT>(); line += 64) __builtin_prefetch(chunk + 4096 + line);
         } else next.some();
         group_sums<FMT, MR, BYTES>(a, act.ld, chunk, s);
@@ -164,7 +181,7 @@ static __attribute__((noinline)) void quant_tile(const Activations& act, int row
 
 // f32 and f16 weights with f32 activations; bf16 weights with bf16 activations; f32 sums.
 template <Format FMT, int MR>
-static __attribute__((noinline)) void float_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch& next, const Output& out) {
+static __attribute__((noinline)) void float_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch<kIntoSecond>& next, const Output& out) {
     const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
     F f[MR][2];
 #pragma GCC unroll 16
@@ -172,7 +189,7 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
     if constexpr (FMT == Format::bf16) {
         const uint16_t* a = act.bf16 + size_t(row) * act.ld;
         for (int k = 0; k < w.k; k += 2, p += 128) {
-            if constexpr (MR <= 2) {
+            if constexpr (MR <= kStreamRows) {
                 __builtin_prefetch(p + 4096);
                 __builtin_prefetch(p + 4096 + 64);
             } else next.some();
@@ -189,7 +206,7 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
         const float* a = act.f32 + size_t(row) * act.ld;
         constexpr int step = FMT == Format::f32 ? 128 : 64;
         for (int k = 0; k < w.k; k++, p += step) {
-            if constexpr (MR <= 2) {
+            if constexpr (MR <= kStreamRows) {
                 for (int line = 0; line < step; line += 64) __builtin_prefetch(p + 4096 + line);
             } else next.some();
             F w0, w1;
@@ -218,7 +235,7 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
 template <Format FMT> constexpr bool is_float() { return FMT == Format::f32 || FMT == Format::f16 || FMT == Format::bf16; }
 
 template <Format FMT, int MR, int BYTES>
-static void tile(int rows, const Activations& act, int row, const Matrix& w, int panel, Fetch& next, const Output& out) {
+static void tile(int rows, const Activations& act, int row, const Matrix& w, int panel, Fetch<kIntoSecond>& next, const Output& out) {
     if constexpr (MR > 1) {
         if (rows < MR) return tile<FMT, MR - 1, BYTES>(rows, act, row, w, panel, next, out);
     }
@@ -229,13 +246,13 @@ static void tile(int rows, const Activations& act, int row, const Matrix& w, int
 // Rows [r0, r1) x panels: a panel stays in cache while the row tiles pass over it; rows are dealt evenly to tiles.
 template <Format FMT, int BYTES = 1, class Panels>
 static void product(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, const Output& out) {
-    constexpr int most = is_float<FMT>() ? kFloatRows : BYTES == 1 ? kRows : (2 * kRows + 2) / 3;
+    constexpr int most = is_float<FMT>() ? kFloatRows : BYTES == 1 ? kRows : kFineRows;
     const int rows = r1 - r0;
     if (rows <= 0) return;
     const int tiles = (rows + most - 1) / most, steps = FMT == Format::bf16 ? (w.k + 1) / 2 : is_float<FMT>() ? w.k : w.k / kGroup;
-    for (int panel = panels.next(), upcoming; panel >= 0; panel = upcoming) {
-        upcoming = panels.next();
-        Fetch next(w, upcoming, tiles * steps);
+    Following<Panels> following(panels, rows);
+    for (int panel = following.first(); panel >= 0; panel = following.next()) {
+        Fetch<kIntoSecond> next(w, following.known, tiles * steps);
         for (int t = 0; t < tiles; t++) {
             const int begin = int(int64_t(rows) * t / tiles), end = int(int64_t(rows) * (t + 1) / tiles);
             tile<FMT, most, BYTES>(end - begin, act, r0 + begin, w, panel, next, out);

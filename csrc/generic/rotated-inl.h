@@ -39,7 +39,7 @@ template <class Finish> struct Waiting {
 // Integer sums of up to 32 rows x one panel: two tiles of 16 columns for rows 0 to 15, then, where `TWO`, for 16 to 31. Sums of
 // the block before become values meanwhile.
 template <bool TWO, class Finish>
-PM_INLINE void rotated_sums(const Activations& act, int row, const uint8_t* p, int k, Fetch& next, Waiting<Finish>& before, int32_t (*sums)[256]) {
+PM_INLINE void rotated_sums(const Activations& act, int row, const uint8_t* p, int k, Fetch<kIntoFirst>& next, Waiting<Finish>& before, int32_t (*sums)[256]) {
     const int8_t* a = act.i8 + size_t(row) * act.ld;
     _tile_zero(0);
     _tile_zero(1);
@@ -87,7 +87,7 @@ static void product_rotated_tiles(const Activations& act, int r0, int r1, const 
     for (int panel = panels.next(), upcoming; panel >= 0; panel = upcoming) {
         upcoming = panels.next();
         const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
-        Fetch next(w, upcoming, (r1 - r0 + 31) / 32 * (w.k / 64));
+        Fetch<kIntoFirst> next(w, upcoming, (r1 - r0 + 31) / 32 * (w.k / 64));
         for (int row = r0; row < r1; row += 32, turn ^= 1) {
             const int rows = r1 - row < 32 ? r1 - row : 32;
             if (rows > 16) rotated_sums<true>(act, row, p, w.k, next, before, sums[turn]);
@@ -131,7 +131,7 @@ static void product_gated(const Activations& act, int r0, int r1, const Matrix& 
     int turn = 0;
     for (int panel = 0; panel < gate.panels(); panel++) {
         const uint8_t *g = gate.data + size_t(panel) * gate.panel_bytes, *u = up.data + size_t(panel) * up.panel_bytes;
-        Fetch next_gate(gate, panel + 1, steps), next_up(up, panel + 1, steps);
+        Fetch<kIntoFirst> next_gate(gate, panel + 1, steps), next_up(up, panel + 1, steps);
         finish.column = panel * kPanel;
         finish.gate_scale = reinterpret_cast<const float*>(g + size_t(k) * kPanel);
         finish.up_scale = reinterpret_cast<const float*>(u + size_t(k) * kPanel);
@@ -153,8 +153,50 @@ static void product_gated(const Activations& act, int r0, int r1, const Matrix& 
 
 #else
 
+// f(gate) of some rows of a panel, kept for the other half.
+struct GateRow {
+    const Activations* act;
+    ActivationKind kind;
+    const float* scale;
+    float (*kept)[kPanel];
+    inline __attribute__((always_inline)) void operator()(int row, int m, I first, I second) const {
+        const F a = fset(act->scale[size_t(row) * size_t(act->groups())]);
+        fstore(kept[m], factivate(kind, fmul(fmul(itof(first), a), fload(scale))));
+        fstore(kept[m] + 16, factivate(kind, fmul(fmul(itof(second), a), fload(scale + 16))));
+    }
+};
+
+// What was kept times up.
+struct UpRow {
+    const Activations* act;
+    const float* scale;
+    const float (*kept)[kPanel];
+    float* y;
+    int ld, column;
+    inline __attribute__((always_inline)) void operator()(int row, int m, I first, I second) const {
+        const F a = fset(act->scale[size_t(row) * size_t(act->groups())]);
+        float* to = y + size_t(row) * size_t(ld) + column;
+        fstore(to, fmul(fload(kept[m]), fmul(fmul(itof(first), a), fload(scale))));
+        fstore(to + 16, fmul(fload(kept[m] + 16), fmul(fmul(itof(second), a), fload(scale + 16))));
+    }
+};
+
+// f(gate) * up of rows [r0, r1) to y, where `can_gate`: what two products and prepare_columns would give, bit for bit.
 static void product_gated(const Activations& act, int r0, int r1, const Matrix& gate, const Matrix& up, ActivationKind kind, float* y, int ld) {
-    if (r1 > r0) gated_rows(act, r0, r1, gate, up, kind, y, ld);
+    if (r1 <= r0) return;
+    alignas(64) float kept[kRotatedRows][kPanel];
+    const RowTiles tiles(r0, r1);
+    const int k = gate.k, steps = tiles.count * (k / 4);
+    for (int panel = 0; panel < gate.panels(); panel++) {
+        const uint8_t *g = gate.data + size_t(panel) * gate.panel_bytes, *u = up.data + size_t(panel) * up.panel_bytes;
+        const GateRow first{&act, kind, reinterpret_cast<const float*>(g + size_t(k) * kPanel), kept};
+        const UpRow second{&act, reinterpret_cast<const float*>(u + size_t(k) * kPanel), kept, y, ld, panel * kPanel};
+        Fetch<kIntoSecond> next_gate(gate, panel + 1, steps), next_up(up, panel + 1, steps);
+        for (int t = 0; t < tiles.count; t++) {
+            rotated_rows<kRotatedRows>(tiles.size(t), act, tiles.begin(t), g, k, next_gate, first);
+            rotated_rows<kRotatedRows>(tiles.size(t), act, tiles.begin(t), u, k, next_up, second);
+        }
+    }
 }
 
 #endif

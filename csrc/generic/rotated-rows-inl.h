@@ -40,43 +40,15 @@ struct PanelRow {
     }
 };
 
-// f(gate) of some rows of a panel, kept for the other half.
-struct GateRow {
-    const Activations* act;
-    ActivationKind kind;
-    const float* scale;
-    float (*kept)[kPanel];
-    inline __attribute__((always_inline)) void operator()(int row, int m, I first, I second) const {
-        const F a = fset(act->scale[size_t(row) * size_t(act->groups())]);
-        fstore(kept[m], factivate(kind, fmul(fmul(itof(first), a), fload(scale))));
-        fstore(kept[m] + 16, factivate(kind, fmul(fmul(itof(second), a), fload(scale + 16))));
-    }
-};
-
-// What was kept times up.
-struct UpRow {
-    const Activations* act;
-    const float* scale;
-    const float (*kept)[kPanel];
-    float* y;
-    int ld, column;
-    inline __attribute__((always_inline)) void operator()(int row, int m, I first, I second) const {
-        const F a = fset(act->scale[size_t(row) * size_t(act->groups())]);
-        float* to = y + size_t(row) * size_t(ld) + column;
-        fstore(to, fmul(fload(kept[m]), fmul(fmul(itof(first), a), fload(scale))));
-        fstore(to + 16, fmul(fload(kept[m] + 16), fmul(fmul(itof(second), a), fload(scale + 16))));
-    }
-};
-
 // Integer sums of MR rows x one panel p; finish(row, m, sums of 16 columns, of the next 16) for row `row`, the m-th of them.
 template <int MR, class Finish>
-static __attribute__((noinline)) void rotated_tile(const Activations& act, int row, const uint8_t* p, int k, Fetch& next, const Finish& finish) {
+static __attribute__((noinline)) void rotated_tile(const Activations& act, int row, const uint8_t* p, int k, Fetch<kIntoSecond>& next, const Finish& finish) {
     const int8_t* a = act.i8 + size_t(row) * act.ld;
     I s[MR][2];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) s[m][0] = s[m][1] = iset(-128 * act.sum[size_t(row + m) * act.groups()]);  // weights are + 128
     for (const uint8_t* end = p + size_t(k) * kPanel; p < end; p += 128, a += 4) {
-        if constexpr (MR <= 2) {
+        if constexpr (MR <= kStreamRows) {
             __builtin_prefetch(p + 4096);
             __builtin_prefetch(p + 4096 + 64);
         } else next.some();
@@ -93,7 +65,7 @@ static __attribute__((noinline)) void rotated_tile(const Activations& act, int r
 }
 
 template <int MR, class Finish>
-static void rotated_rows(int rows, const Activations& act, int row, const uint8_t* p, int k, Fetch& next, const Finish& finish) {
+static void rotated_rows(int rows, const Activations& act, int row, const uint8_t* p, int k, Fetch<kIntoSecond>& next, const Finish& finish) {
     if constexpr (MR > 1) {
         if (rows < MR) return rotated_rows<MR - 1>(rows, act, row, p, k, next, finish);
     }
@@ -113,34 +85,17 @@ template <class Panels>
 static void product_rotated_rows(const Activations& act, int r0, int r1, const Matrix& w, Panels& panels, const Output& out) {
     const PanelRow finish(act, out, w);
     const RowTiles tiles(r0, r1);
-    for (int panel = panels.next(), upcoming; panel >= 0; panel = upcoming) {
-        upcoming = panels.next();
+    Following<Panels> following(panels, r1 - r0);
+    for (int panel = following.first(); panel >= 0; panel = following.next()) {
         const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
         const PanelRow here = finish.at(panel);
-        Fetch next(w, upcoming, tiles.count * (w.k / 4));
+        Fetch<kIntoSecond> next(w, following.known, tiles.count * (w.k / 4));
         for (int t = 0; t < tiles.count; t++) rotated_rows<kRotatedRows>(tiles.size(t), act, tiles.begin(t), p, w.k, next, here);
     }
 }
 
 static bool can_gate(const Matrix& gate, const Matrix& up) {
     return gate.format == Format::i8_rotated && up.format == Format::i8_rotated && gate.n == up.n && gate.n % kPanel == 0 && !gate.bias && !up.bias;
-}
-
-// f(gate) * up of rows [r0, r1) to y, where `can_gate`: what two products and prepare_columns would give, bit for bit.
-[[maybe_unused]] static void gated_rows(const Activations& act, int r0, int r1, const Matrix& gate, const Matrix& up, ActivationKind kind, float* y, int ld) {
-    alignas(64) float kept[kRotatedRows][kPanel];
-    const RowTiles tiles(r0, r1);
-    const int k = gate.k, steps = tiles.count * (k / 4);
-    for (int panel = 0; panel < gate.panels(); panel++) {
-        const uint8_t *g = gate.data + size_t(panel) * gate.panel_bytes, *u = up.data + size_t(panel) * up.panel_bytes;
-        const GateRow first{&act, kind, reinterpret_cast<const float*>(g + size_t(k) * kPanel), kept};
-        const UpRow second{&act, reinterpret_cast<const float*>(u + size_t(k) * kPanel), kept, y, ld, panel * kPanel};
-        Fetch next_gate(gate, panel + 1, steps), next_up(up, panel + 1, steps);
-        for (int t = 0; t < tiles.count; t++) {
-            rotated_rows<kRotatedRows>(tiles.size(t), act, tiles.begin(t), g, k, next_gate, first);
-            rotated_rows<kRotatedRows>(tiles.size(t), act, tiles.begin(t), u, k, next_up, second);
-        }
-    }
 }
 
 }  // namespace PAGEMILL_TARGET

@@ -10,6 +10,7 @@ namespace PAGEMILL_TARGET {
 #define PM_INLINE static inline __attribute__((always_inline))
 
 constexpr int kRows = 2;
+constexpr int kFineRows = 2;  // the same with activations of two bytes
 constexpr int kRotatedRows = 2;  // rows of a tile without groups
 constexpr int kFloatRows = 3;
 constexpr int kAttendRows = 3;  // rows of a tile that attention computes at once
@@ -93,7 +94,7 @@ PM_INLINE I idot_small(I acc, U u, int quad) {
     const __m256i s = _mm256_set1_epi32(quad);
     return {dot_small(acc.a, u.a, s), dot_small(acc.b, u.b, s)};
 }
-// vpmaddubsw saturates for bytes above 127, so the top bit is multiplied apart: 128 * 127 * 2 still fits 16 bits.
+// vpmaddubsw saturates for bytes above 127, so the top bit is multiplied apart: 128 * -128 * 2 just fits 16 bits.
 PM_INLINE __m256i dot_wide(__m256i acc, __m256i u, __m256i s) {
     const __m256i top = _mm256_set1_epi8(char(0x80));
     const __m256i one = _mm256_set1_epi16(1);

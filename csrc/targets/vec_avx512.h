@@ -10,6 +10,7 @@ namespace PAGEMILL_TARGET {
 #define PM_INLINE static inline __attribute__((always_inline))
 
 constexpr int kRows = 6;        // rows of a product tile: 12 integer and 12 float accumulators
+constexpr int kFineRows = 4;  // the same with activations of two bytes
 constexpr int kRotatedRows = 12;  // rows of a tile without groups
 constexpr int kFloatRows = 10;  // rows of a float product tile
 constexpr int kAttendRows = 6;  // rows of a tile that attention computes at once

@@ -12,6 +12,7 @@ namespace PAGEMILL_TARGET {
 #define PM_INLINE static inline  // inlining 16 lanes everywhere would take minutes to compile
 
 constexpr int kRows = 1;
+constexpr int kFineRows = 1;  // the same with activations of two bytes
 constexpr int kRotatedRows = 1;  // rows of a tile without groups
 constexpr int kFloatRows = 1;
 constexpr int kAttendRows = 1;  // rows of a tile that attention computes at once

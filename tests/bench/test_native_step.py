@@ -20,6 +20,7 @@ from pagemill.bench.native_step import (
     open_packed_model,
     product_arithmetic,
 )
+from pagemill.kernels.reference import INTEGER_FORMATS
 from pagemill.kernels.target import choose_target
 from pagemill.planner.machine import Machine
 from tests.fixtures.tiny import llama_config, llama_weights, tiny_gpt2, tiny_llama, write_hf
@@ -53,6 +54,20 @@ def test_multiply_adds_are_those_of_the_textbook(tmp_path: Path, work: Work, tie
     products, attention = multiply_adds(config, work)
     assert sum(needed.multiply_adds.values()) == products + attention
     assert attention in needed.multiply_adds.values()
+
+
+@pytest.mark.parametrize("weight_format", ["q4_0", "q4_1", "q8_0", "bf16", "f32"])
+@pytest.mark.parametrize("target", ["amx", "avx512", "scalar"])
+def test_a_head_of_integers_multiplies_each_weight_twice(tmp_path: Path, weight_format: str, target: str) -> None:
+    path = tiny_llama(tmp_path, format="gguf", weight_format=weight_format)
+    model = open_packed_model(EngineConfig(model=str(path), weight_format="exact"), target, CONTEXT)
+    work = Work(3, 50)
+    needed = demand(model, KVSpec(model.plan.kv, codec="bf16"), work)
+    [head] = [ref.weight for phase in model.phases if phase.kind == "head" for ref in phase.matrices]
+    products, attention = multiply_adds(llama_config(), work)
+    twice = model.formats[head] in INTEGER_FORMATS and target != "amx"
+    again = work.num_seqs * model.matrices[head].n * model.matrices[head].k if twice else 0
+    assert sum(needed.multiply_adds.values()) == products + attention + again
 
 
 def test_a_table_that_is_only_looked_up_is_no_weight_that_a_step_reads(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pagemill.base.errors import ConfigError
 from pagemill.base.params import SamplingParams
 from pagemill.execution import loader, packed
 from pagemill.execution.packed_file import PackedFile, open_packed
-from pagemill.kernels.target import choose_target
+from pagemill.kernels.target import arithmetic_of, available_targets, rotates
 from pagemill.llm import LLM
 from pagemill.models.random_init import SHAPES, random_checkpoint
 from tests.fixtures.default_model import default_model_path
@@ -85,7 +85,9 @@ def test_files_of_each_weight_format_stand_side_by_side_and_none_is_used_for_ano
 def test_targets_on_which_auto_differs_do_not_take_turns_with_one_file(
     model: Path, start: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    targets = ("scalar", choose_target())
+    targets = {(rotates(each), arithmetic_of(each)): each for each in available_targets()}.values()
+    if len(targets) == 1:
+        pytest.skip("auto is the same on every target of this machine")
     for target in targets:
         monkeypatch.setenv("PAGEMILL_FORCE_TARGET", target)
         start(model)

@@ -9,8 +9,8 @@ import pytest
 
 from pagemill.base.kv_spec import KVSpec
 from pagemill.kernels.native import NativeExecutor
-from pagemill.kernels.reference import hadamard, quantize_heads, store
-from pagemill.kernels.target import available_targets
+from pagemill.kernels.reference import ReferenceExecutor, hadamard, quantize_heads, store
+from pagemill.kernels.target import arithmetic_of, available_targets
 from pagemill.storage.arena import Arena
 from tests.fixtures.plans import Shape, batch, build, native, native_with_arena, quantized, reference, tokens
 
@@ -133,6 +133,29 @@ def test_weight_formats_agree_with_the_reference(target: str, fmt: str) -> None:
     ours_y, wanted_y = ours.forward(step), wanted.forward(step)
     assert difference(ours_y, wanted_y) < bound
     assert np.median(np.abs(ours_y - wanted_y)) < bound / 4
+
+
+class OneByteHead(ReferenceExecutor):
+    """The reference with a head whose activations have 8 bits, as those of other products."""
+
+    def _product(self, x: np.ndarray, weight: str, bias: str | None, *, two_bytes: bool = False) -> np.ndarray:
+        return super()._product(x, weight, bias)
+
+
+@pytest.mark.parametrize("target", [each for each in TARGETS if arithmetic_of(each) == "int8"])
+@pytest.mark.parametrize("fmt", ["q4_0", "q4_1", "q8_0"])
+def test_the_heads_activations_have_two_bytes(target: str, fmt: str) -> None:
+    """The layers multiply floats, so that what the head rounds is nearly all that is rounded."""
+    plan, weights = build(Shape(layers=1))
+    weights["head"] = quantized(weights["head"].dequantize(), fmt)
+    spec = KVSpec(plan.kv, 16, "f32")
+    arena = Arena.allocate(spec, 4)
+    ours = NativeExecutor(plan, weights, spec, arena.data, 4, target=target, num_threads=1)
+    wanted, coarse = (each(plan, weights, spec, 4) for each in (ReferenceExecutor, OneByteHead))
+    step = batch((tokens(40), 0, [0, 1, 2]), every_row=True)
+    logits, bound = wanted.forward(step), 1e-4
+    assert difference(ours.forward(step), logits) < bound
+    assert difference(coarse.forward(step), logits) > 10 * bound
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -18,6 +18,8 @@ OTHERS = [layout for layout in LAYOUTS if layout not in FORMATS]
 TILES = [layout for layout in OTHERS if layout.endswith("_tiles")]
 # Every layout that a target of this machine reads.
 READ = [(t, f) for t in TARGETS for f in [*FORMATS, *TILES] if f in FORMATS or arithmetic_of(t) == "bf16"]
+# The same, each with one byte to an activation, and those that have groups of integers with two as well.
+MULTIPLIED = [(t, f, two_bytes) for t, f in READ for two_bytes in (False, True) if f in INTEGER or not two_bytes]
 
 
 def format_of(layout: str) -> str:
@@ -60,14 +62,15 @@ def test_quantised_activations_equal_the_reference(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=30, deadline=None)
-@given(st.integers(-32512, 32512))
-def test_every_value_of_two_bytes_survives_being_cut_in_two(target: str, value: int) -> None:
-    x = np.full((1, 32), np.float32(value), np.float32)
-    x[0, 7] = -32512
-    q, scale, total = _native.quantize_rows(target, x, two_bytes=True)
-    assert np.array_equal(q, x.astype(np.int32))
-    assert (scale.item(), total.item()) == (1.0, 31 * value - 32512)
+def test_every_value_of_two_bytes_survives_being_cut_in_two(target: str) -> None:
+    """In each group 31 of them, and one that sets the scale to 1."""
+    groups = -(-65025 // 31)
+    wanted = np.full((groups, 32), -32512, np.int32)
+    wanted[:, :31] = np.minimum(np.arange(31 * groups) - 32512, 32512).reshape(groups, 31)
+    q, scale, total = _native.quantize_rows(target, wanted.reshape(1, -1).astype(np.float32), two_bytes=True)
+    assert np.array_equal(q, wanted.reshape(1, -1))
+    assert (scale == 1.0).all()
+    assert np.array_equal(total[0], wanted.sum(axis=1))
 
 
 @pytest.mark.parametrize("two_bytes", [False, True])
@@ -106,23 +109,38 @@ def test_stored_byte_of_minus_128_is_exact(target: str, two_bytes: bool, most: i
     assert sums.item() == 32 * most * 128
 
 
-@pytest.mark.parametrize("two_bytes", [False, True])
-@pytest.mark.parametrize(("target", "layout"), READ)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("fmt", "raw", "weight"),
+    [("q8_0", 0x7F, 127), ("q8_0", 0x80, -128), ("q8_0", 0x81, -127), ("q4_0", 0x00, -8), ("q4_0", 0xFF, 7)],
+)
+@pytest.mark.parametrize(
+    ("high", "low"), [(127, -128), (126, 127), (0, -128), (0, 127), (-126, -128), (-127, 127), (-127, 0)]
+)
+def test_low_bytes_at_their_most_are_exact(target: str, fmt: str, raw: int, weight: int, high: int, low: int) -> None:
+    """Both bytes at the ends of their range, beside one value that sets the scale to 1."""
+    values = [256 * high + low] * 31 + [-32512]
+    x = np.array([values], np.float32)
+    data = quantized(np.ones((1, 32), np.float32), fmt).data.copy()
+    data[0, 2:] = raw
+    packed = pack(reference.Tensor(fmt, (1, 32), data))
+    sums = _native.integer_sums(target, FORMATS[fmt], 1, packed, x, True)
+    assert sums.item() == sum(value * weight for value in values)
+
+
+@pytest.mark.parametrize(("target", "layout", "two_bytes"), MULTIPLIED)
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 32, 32), (13, 70, 96), (31, 7, 576), (50, 33, 64)])
 def test_products_agree_with_the_reference(
     target: str, layout: str, rows: int, n: int, k: int, two_bytes: bool
 ) -> None:
     x, tensor = case(layout, rows, n, k)
     y = _native.product(target, LAYOUTS[layout], n, pack(tensor, layout), x, two_bytes)
-    expected = reference.product(
-        x, tensor, arithmetic="bf16" if layout in TILES else "int8", two_bytes=two_bytes and layout not in TILES
-    )
+    expected = reference.product(x, tensor, arithmetic="bf16" if layout in TILES else "int8", two_bytes=two_bytes)
     scale = np.abs(x).max(axis=1, keepdims=True) * np.sqrt(k)
     assert np.all(np.abs(y - expected) <= 2e-6 * scale)
 
 
-@pytest.mark.parametrize("two_bytes", [False, True])
-@pytest.mark.parametrize(("target", "layout"), READ)
+@pytest.mark.parametrize(("target", "layout", "two_bytes"), MULTIPLIED)
 def test_a_rows_product_has_the_same_bits_in_any_batch(target: str, layout: str, two_bytes: bool) -> None:
     x, tensor = case(layout, 67, 70, 160)
     packed, form = pack(tensor, layout), LAYOUTS[layout]
@@ -130,6 +148,26 @@ def test_a_rows_product_has_the_same_bits_in_any_batch(target: str, layout: str,
     for size in (1, 2, 5, 7, 16, 17, 31, 33):
         parts = [_native.product(target, form, 70, packed, x[i : i + size], two_bytes) for i in range(0, 67, size)]
         assert np.array_equal(np.concatenate(parts), together)
+
+
+@pytest.mark.parametrize("two_bytes", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", INTEGER)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rows", [1, 13])
+def test_a_number_that_is_not_finite_reaches_the_result(
+    target: str, fmt: str, two_bytes: bool, bad: float, rows: int
+) -> None:
+    """Integers would hide it, wherever it stands in its group, and with it that a row came to nothing."""
+    x, tensor = case(fmt, rows, 40, 96)
+    packed, row = pack(tensor), rows // 2
+    clean = _native.product(target, FORMATS[fmt], 40, packed, x, two_bytes)
+    for lane in (0, 3, 15, 16, 20, 31):
+        damaged = x.copy()
+        damaged[row, 32 + lane] = bad
+        y = _native.product(target, FORMATS[fmt], 40, packed, damaged, two_bytes)
+        assert not np.isfinite(y[row]).any(), lane
+        assert np.array_equal(np.delete(y, row, axis=0), np.delete(clean, row, axis=0))
 
 
 @pytest.mark.skipif("amx" not in TARGETS, reason="this machine has no AMX")

@@ -23,6 +23,7 @@ from pagemill.kernels.batch import Batch
 from pagemill.kernels.native import NativeExecutor, PackedMatrix, pack_matrix
 from pagemill.kernels.ops import Plan
 from pagemill.kernels.plan import Phase, lower
+from pagemill.kernels.reference import INTEGER_FORMATS
 from pagemill.kernels.target import arithmetic_of
 from pagemill.kernels.tensors import BLOCK_BYTES, ROTATED, Tensor
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
@@ -217,8 +218,9 @@ def _filler_tokens(work: Work, vocab_size: int) -> NDArray[np.int32]:
 def demand(model: PackedModel, kv_spec: KVSpec, work: Work) -> Demand:
     """Bytes and multiply-adds of one step, from the lowered plan and the packed matrices.
 
-    An embedding is a look-up and counts nothing; the head counts the rows whose logits are wanted. Attention counts
-    two products over the positions that each row sees, keys and values are read once for all rows of a sequence.
+    An embedding is a look-up and counts nothing; the head counts the rows whose logits are wanted, and twice where it
+    multiplies integers, since its activations have two bytes. Attention counts two products over the positions that
+    each row sees, keys and values are read once for all rows of a sequence.
     """
     counted: dict[str, int] = {}
     handles: set[str] = set()
@@ -232,7 +234,10 @@ def demand(model: PackedModel, kv_spec: KVSpec, work: Work) -> Demand:
         for ref in phase.matrices if phase.kind != "embed" else ():
             matrix = model.matrices[ref.weight]
             handles.add(ref.weight)
-            count(product_arithmetic(model.formats[ref.weight], matrix.k, model.target), rows * matrix.n * matrix.k)
+            weight_format = model.formats[ref.weight]
+            arithmetic = product_arithmetic(weight_format, matrix.k, model.target)
+            factor = _head_products(weight_format, arithmetic) if phase.kind == "head" else 1
+            count(arithmetic, factor * rows * matrix.n * matrix.k)
         if phase.kind == "attention" and (g := phase.qkv) is not None:
             seen, read = _positions(work, phase.window)
             head_rows = work.rows * g.num_q_heads // g.num_kv_heads
@@ -241,6 +246,11 @@ def demand(model: PackedModel, kv_spec: KVSpec, work: Work) -> Demand:
             kv_bytes += work.num_seqs * read * kv_spec.layer_bytes(g.layer) // kv_spec.block_size
     weight_bytes = sum(model.matrices[handle].data.nbytes for handle in handles)
     return Demand(counted, weight_bytes, kv_bytes)
+
+
+def _head_products(weight_format: str, arithmetic: str) -> int:
+    """Multiply-adds of one weight and row of the head: two of integers, one for each byte of the activation."""
+    return 2 if weight_format in INTEGER_FORMATS and arithmetic == "int8" else 1
 
 
 def _positions(work: Work, window: int | None) -> tuple[int, int]:

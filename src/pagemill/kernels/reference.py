@@ -51,7 +51,8 @@ def quantize_rows(x: Float32, two_bytes: bool = False) -> tuple[NDArray[np.int32
     groups = x.reshape(x.shape[0], -1, QUANT_GROUP)
     peak = np.abs(groups).max(axis=2)
     inverse = np.divide(most, peak, out=np.zeros_like(peak), where=peak > 0)
-    q = np.rint(groups * inverse[..., None]).clip(-most - (not two_bytes), most).astype(np.int32)
+    lowest = -most if two_bytes else -most - 1  # a signed byte holds one value more below zero
+    q = np.rint(groups * inverse[..., None]).clip(lowest, most).astype(np.int32)
     return q.reshape(x.shape), peak / most, q.sum(axis=2, dtype=np.int32)
 
 
