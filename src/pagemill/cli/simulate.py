@@ -3,6 +3,7 @@ replaying is `pagemill.simulator`'s."""
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import asdict
@@ -53,7 +54,12 @@ def run(
         if plot is not None:
             raise ConfigError(f"--plot: {loaded.name} has lengths only and gives no hit curve; leave --plot out")
         return _publish_allocation(allocation(loaded), json_file, as_json=as_json)
-    rows = hit_curves(loaded, names, sizes, MonotonicClock(), note, manager=manager)
+    gc.collect()
+    gc.freeze()  # the trace stays: collections need not look at it, as the server's need not at the model
+    try:
+        rows = hit_curves(loaded, names, sizes, MonotonicClock(), note, manager=manager)
+    finally:
+        gc.unfreeze()
     report = {
         "trace": loaded.name,
         "num_requests": len(loaded.requests),
