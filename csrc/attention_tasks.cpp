@@ -36,7 +36,7 @@ public:
     }
 
 private:
-    // Whether the tasks are all KV heads of a sequence, one after the other, and such enough to keep every thread busy.
+    // Whether the tasks are all KV heads of a sequence, one after the other, and enough of them to keep every thread busy.
     bool whole_sequences() const {
         const size_t heads = size_t(out_.kv_heads), count = out_.tasks.size();
         if (count % heads || count / heads < size_t(4 * threads_)) return false;

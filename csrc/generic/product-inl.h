@@ -40,7 +40,7 @@ struct PanelClaims {
 };
 
 constexpr int kIntoFirst = 3, kIntoSecond = 2;  // caches, as __builtin_prefetch has them
-constexpr int kStreamRows = 2;  // up to so many rows a panel is read faster than the next could come: it is fetched a little ahead instead
+constexpr int kStreamRows = 2;  // up to so many rows weights are one stream, fetched a little ahead; for more, panel by panel
 
 // The panel that is read next, on its way into the cache: a few lines with each step along k, spread over all rows.
 template <int CACHE> struct Fetch {
@@ -57,6 +57,13 @@ template <int CACHE> struct Fetch {
         for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, CACHE);
     }
 };
+
+// What a tile of MR rows asks for while it reads `bytes` of weights from p on.
+template <int MR> PM_INLINE void fetch_on(const uint8_t* p, int bytes, Fetch<kIntoSecond>& next) {
+    if constexpr (MR <= kStreamRows) {
+        for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + 4096 + line);
+    } else next.some();
+}
 
 // Panels one by one, each with the one behind it, which can be fetched meanwhile; of few rows without, since what a thread has
 // claimed nobody else takes.
@@ -151,9 +158,7 @@ static __attribute__((noinline)) void quant_tile(const Activations& act, int row
             if constexpr (BYTES == 2) s[0][m][0] = s[0][m][1] = iset(0);
             s[BYTES - 1][m][0] = s[BYTES - 1][m][1] = iset(group_start<FMT>(a_sum[m * stride + g]));
         }
-        if constexpr (MR <= kStreamRows) {
-            for (int line = 0; line < chunk_size<FMT>(); line += 64) __builtin_prefetch(chunk + 4096 + line);
-        } else next.some();
+        fetch_on<MR>(chunk, chunk_size<FMT>(), next);
         group_sums<FMT, MR, BYTES>(a, act.ld, chunk, s);
         for (int i = 0; i < BYTES; i++) a[i] += kGroup;
         constexpr int tail = FMT == Format::q8_0 ? 1024 : 512;
@@ -189,10 +194,7 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
     if constexpr (FMT == Format::bf16) {
         const uint16_t* a = act.bf16 + size_t(row) * act.ld;
         for (int k = 0; k < w.k; k += 2, p += 128) {
-            if constexpr (MR <= kStreamRows) {
-                __builtin_prefetch(p + 4096);
-                __builtin_prefetch(p + 4096 + 64);
-            } else next.some();
+            fetch_on<MR>(p, 128, next);
             const U w0 = uload(p), w1 = uload(p + 64);
 #pragma GCC unroll 16
             for (int m = 0; m < MR; m++) {
@@ -206,9 +208,7 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
         const float* a = act.f32 + size_t(row) * act.ld;
         constexpr int step = FMT == Format::f32 ? 128 : 64;
         for (int k = 0; k < w.k; k++, p += step) {
-            if constexpr (MR <= kStreamRows) {
-                for (int line = 0; line < step; line += 64) __builtin_prefetch(p + 4096 + line);
-            } else next.some();
+            fetch_on<MR>(p, step, next);
             F w0, w1;
             if constexpr (FMT == Format::f32) {
                 w0 = fload(reinterpret_cast<const float*>(p));

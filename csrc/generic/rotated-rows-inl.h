@@ -48,10 +48,7 @@ static __attribute__((noinline)) void rotated_tile(const Activations& act, int r
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) s[m][0] = s[m][1] = iset(-128 * act.sum[size_t(row + m) * act.groups()]);  // weights are + 128
     for (const uint8_t* end = p + size_t(k) * kPanel; p < end; p += 128, a += 4) {
-        if constexpr (MR <= kStreamRows) {
-            __builtin_prefetch(p + 4096);
-            __builtin_prefetch(p + 4096 + 64);
-        } else next.some();
+        fetch_on<MR>(p, 128, next);
         const U w0 = uload(p), w1 = uload(p + 64);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; m++) {
