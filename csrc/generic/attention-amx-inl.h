@@ -16,7 +16,7 @@ static bool tiles_read(int dim_pad) { return dim_pad >= 32; }
 
 static void gather_values(TileState& t, const HeadPages& pages, SplitRange range, int base, int dim_pad) {
     for (int page = range.page0; page < range.page1; page++) {
-        t.ahead.values(page);
+        t.ahead.values(page, nullptr);
         const int slot = page - base / kPage, run = slot / (kRun / kPage), first = slot % (kRun / kPage) * 4;
         const uint8_t* values = page_values(pages.at(page), dim_pad);
         for (int quad = 0; quad < 4; quad++)
@@ -54,7 +54,7 @@ template <int C> struct ScoreTiles {
     }
     inline __attribute__((always_inline)) void one() {
         if (page >= end) return;
-        t.ahead.keys(page, 1);
+        t.ahead.keys(page, 1, nullptr);
         if (page + 2 < end) near_lines(pages.at(page + 2), size_t(C) * 1024);
         const uint8_t* keys = pages.at(page);
         PM_TILE_LOAD(6, t.start[r0], 64);

@@ -26,10 +26,12 @@ struct Ahead {
     };
     Part now, next;
     size_t value_offset = 0;
+    bool beside = false;  // ask line by line between the lines that are read: where these are read once, for all rows of a task
     const AttentionTask* upcoming = nullptr;  // that `next` is of
 
+    static void line(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
     static void lines(const uint8_t* from, size_t bytes) {
-        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+        for (size_t i = 0; i < bytes; i += 64) line(from + i);
     }
     // A page that is wanted next, while page `at` is read; null where nothing is.
     const uint8_t* take(int Part::* page, int at) {
@@ -41,19 +43,19 @@ struct Ahead {
     // How many pages to ask for while `count` from `at` on are read: twice as many, so that the distance is soon reached, and
     // with a task's last ones all that is missing, since the task may be short.
     int pace(int at, int count) const { return at + count >= now.end ? kDistance : 2 * count; }
-    void keys(int at, int count) {
-        for (int left = pace(at, count); left > 0; left--) {
-            const uint8_t* page = take(&Part::key_page, at + count - 1);
+    // What is wanted while `count` pages from `at` on are read. With `beside` the first pages, up to `room`, go to `ask`, so that
+    // no line that is read waits behind a page of others; the rest is asked for here. `ask` stays where nothing is wanted.
+    void want(int Part::*part, int at, int count, const uint8_t** ask, int room, size_t from, size_t bytes) {
+        for (int left = pace(at, count); left > 0; left--, room--) {
+            const uint8_t* page = take(part, at + count - 1);
             if (!page) return;
-            lines(page, value_offset);
+            if (beside && room > 0) *ask++ = page + from;
+            else lines(page + from, bytes);
         }
     }
-    void values(int at) {
-        for (int left = pace(at, 1); left > 0; left--) {
-            const uint8_t* page = take(&Part::value_page, at);
-            if (!page) return;
-            lines(page + value_offset, now.pages.page_bytes - value_offset);  // both parts are of one layer
-        }
+    void keys(int at, int count, const uint8_t** ask) { want(&Part::key_page, at, count, ask, count, 0, value_offset); }
+    void values(int at, const uint8_t** ask) {
+        want(&Part::value_page, at, 1, ask, 1, value_offset, now.pages.page_bytes - value_offset);  // both parts are of one layer
     }
 };
 
@@ -95,17 +97,19 @@ template <Codec C> PM_INLINE F load_kv(const uint8_t* p, int index) {
     else return fload_bf16(reinterpret_cast<const uint16_t*>(p) + index);
 }
 template <Codec C> constexpr int value_bytes() { return C == Codec::f32 ? 4 : 2; }
+template <Codec C> constexpr bool begins_line(int index) { return index * value_bytes<C>() % 64 == 0; }
 
 PM_INLINE F scaled_score(F dot, float scale, float softcap) {
     if (softcap > 0.0f) return fmul(fset(softcap * kLog2e), ftanh(fmul(dot, fset(scale / softcap))));
     return fmul(dot, fset(scale * kLog2e));
 }
 
-// Scores of R rows against the pages [page0, page1), in log2 units; the row maxima of this split.
-template <Codec C, int R, int P>
-static void score_pages(const TileState& t, SplitBatch& b, int r0, const HeadPages& pages, int page, int base, int head_dim, float scale, float softcap, F (&peak)[R]) {
-    const uint8_t* k[P];
-    for (int p = 0; p < P; p++) k[p] = pages.at(page + p);
+// Scores of R rows against P pages, in log2 units; the row maxima of this split. BESIDE: as in Ahead.
+template <Codec C, int R, int P, bool BESIDE>
+static void score_pages(TileState& t, SplitBatch& b, int r0, const HeadPages& pages, int page, int base, int head_dim, float scale, float softcap, F (&peak)[R]) {
+    const uint8_t *k[P], *ask[P];
+    for (int p = 0; p < P; p++) ask[p] = k[p] = pages.at(page + p);
+    t.ahead.keys(page, P, ask);
     F acc[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -114,7 +118,10 @@ static void score_pages(const TileState& t, SplitBatch& b, int r0, const HeadPag
     for (int d = 0; d < head_dim; d++) {
         F key[P];
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) key[p] = load_kv<C>(k[p], d * kPage);
+        for (int p = 0; p < P; p++) {
+            key[p] = load_kv<C>(k[p], d * kPage);
+            if (BESIDE && begins_line<C>(d * kPage)) Ahead::line(ask[p] + d * kPage * value_bytes<C>());
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const F x = fset(t.q[d][r0 + r]);
@@ -135,21 +142,27 @@ static void score_pages(const TileState& t, SplitBatch& b, int r0, const HeadPag
     }
 }
 
-template <Codec C, int R, int V>
-static void weigh_values(TileState& t, SplitBatch& b, const HeadPages& pages, int base, int from, int to, int dim_pad, int column) {
+// asked: with BESIDE, for each page of the split, the values to ask for beside its own.
+template <Codec C, int R, int V, bool BESIDE>
+static void weigh_values(TileState& t, SplitBatch& b, const HeadPages& pages, const uint8_t* const* asked, int base, int from, int to, int dim_pad, int column) {
     F acc[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) acc[r][v] = fzero();
     for (int position = from; position < to;) {
-        t.ahead.values(position / kPage);
         const uint8_t* values = pages.at(position / kPage) + size_t(dim_pad) * kPage * value_bytes<C>();
+        const uint8_t* ask = asked[position / kPage - base / kPage];
+        if constexpr (!BESIDE) t.ahead.values(position / kPage, nullptr);
         const int end = to < (position / kPage + 1) * kPage ? to : (position / kPage + 1) * kPage;
         for (; position < end; position++) {
             F value[V];
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) value[v] = load_kv<C>(values, (position % kPage) * dim_pad + column + v * kLanes);
+            for (int v = 0; v < V; v++) {
+                const int index = (position % kPage) * dim_pad + column + v * kLanes;
+                value[v] = load_kv<C>(values, index);
+                if (BESIDE && begins_line<C>(index)) Ahead::line(ask + index * value_bytes<C>());
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 const F p = fset(b.scores[(position - base) / kPage][r][position % kPage]);
@@ -181,7 +194,7 @@ PM_INLINE SplitRange split_range(const TileState& t, int r0, int rows, int split
 }
 
 // One split: fills maximum, sum and output of R rows.
-template <Codec C, int R>
+template <Codec C, int R, bool BESIDE>
 static __attribute__((noinline)) void attend_split(TileState& t, SplitBatch& b, int r0, const HeadPages& pages, SplitRange range, int base, const LayerKv& kv, float scale, float softcap) {
     const auto [from, to, page0, page1] = range;
     F peak[R];
@@ -189,13 +202,9 @@ static __attribute__((noinline)) void attend_split(TileState& t, SplitBatch& b, 
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
     constexpr int pair = R <= 3 ? 2 : 1;
     int page = page0;
-    for (; page + pair <= page1; page += pair) {
-        t.ahead.keys(page, pair);
-        score_pages<C, R, pair>(t, b, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
-    }
+    for (; page + pair <= page1; page += pair) score_pages<C, R, pair, BESIDE>(t, b, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
     if constexpr (pair > 1) {
-        t.ahead.keys(page, 1);
-        if (page < page1) score_pages<C, R, 1>(t, b, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
+        if (page < page1) score_pages<C, R, 1, BESIDE>(t, b, r0, pages, page, base, kv.head_dim, scale, softcap, peak);
     }
     for (int r = 0; r < R; r++) {
         const float top = fpeak(peak[r]);
@@ -211,11 +220,16 @@ static __attribute__((noinline)) void attend_split(TileState& t, SplitBatch& b, 
         b.max[r] = top;
         b.sum[r] = fsum(sum);
     }
+    const uint8_t* asked[kSplitPages] = {};
+    for (int at = page0; BESIDE && at < page1; at++) {
+        asked[at - base / kPage] = pages.at(at) + size_t(kv.dim_pad) * kPage * value_bytes<C>();
+        t.ahead.values(at, asked + (at - base / kPage));
+    }
     int column = 0;
     for (; column + kValueVectors * kLanes <= kv.dim_pad; column += kValueVectors * kLanes)
-        weigh_values<C, R, kValueVectors>(t, b, pages, base, from, to, kv.dim_pad, column);
+        weigh_values<C, R, kValueVectors, BESIDE>(t, b, pages, asked, base, from, to, kv.dim_pad, column);
     if constexpr (kValueVectors > 1) {
-        for (; column < kv.dim_pad; column += kLanes) weigh_values<C, R, 1>(t, b, pages, base, from, to, kv.dim_pad, column);
+        for (; column < kv.dim_pad; column += kLanes) weigh_values<C, R, 1, BESIDE>(t, b, pages, asked, base, from, to, kv.dim_pad, column);
     }
 }
 
@@ -254,7 +268,8 @@ static void attend_from(int rows, TileState& t, SplitBatch& b, int r0, const Hea
     if constexpr (R > 1) {
         if (rows < R) return attend_from<C, R - 1>(rows, t, b, r0, pages, range, base, kv, scale, softcap);
     }
-    attend_split<C, R>(t, b, r0, pages, range, base, kv, scale, softcap);
+    if (t.ahead.beside) attend_split<C, R, true>(t, b, r0, pages, range, base, kv, scale, softcap);
+    else attend_split<C, R, false>(t, b, r0, pages, range, base, kv, scale, softcap);
 }
 
 }  // namespace PAGEMILL_TARGET

@@ -63,11 +63,12 @@ PM_INLINE F seen(const TileState& t, int r, int first_position, F x, F otherwise
 
 static bool sees_all(const TileState& t, int r, SplitRange range) { return t.from[r] <= range.page0 * kPage && t.to[r] >= range.page1 * kPage; }
 
-// EDGES: some row does not see all of the pages.
-template <int R, int P, bool EDGES>
-static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
-    const uint8_t* k[P];
-    for (int p = 0; p < P; p++) k[p] = t.page[page + p - base / kPage];
+// EDGES: some row does not see all of the pages. BESIDE: as in Ahead.
+template <int R, int P, bool EDGES, bool BESIDE>
+static void score_pages_int8(TileState& t, SplitBatch& b, int r0, int page, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
+    const uint8_t *k[P], *ask[P];
+    for (int p = 0; p < P; p++) ask[p] = k[p] = t.page[page + p - base / kPage];
+    t.ahead.keys(page, P, ask);
     I acc[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -76,7 +77,10 @@ static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, int page
     for (int d = 0; d < dim_pad / 4; d++) {
         U key[P];
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) key[p] = uload(k[p] + 64 * d);
+        for (int p = 0; p < P; p++) {
+            key[p] = uload(k[p] + 64 * d);
+            if constexpr (BESIDE) Ahead::line(ask[p] + 64 * d);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const int x = quad_at(t.q_bytes[r0 + r] + 4 * d);
@@ -98,19 +102,14 @@ static void score_pages_int8(const TileState& t, SplitBatch& b, int r0, int page
     }
 }
 
-template <int R, bool EDGES>
+template <int R, bool EDGES, bool BESIDE>
 static void score_range_int8(TileState& t, SplitBatch& b, int r0, SplitRange range, int base, int dim_pad, float scale, float softcap, F (&peak)[R]) {
     constexpr int together = R <= 3 ? kScorePages : (kScorePages + 1) / 2;
     int page = range.page0;
-    for (; page + together <= range.page1; page += together) {
-        t.ahead.keys(page, together);
-        score_pages_int8<R, together, EDGES>(t, b, r0, page, base, dim_pad, scale, softcap, peak);
-    }
+    for (; page + together <= range.page1; page += together)
+        score_pages_int8<R, together, EDGES, BESIDE>(t, b, r0, page, base, dim_pad, scale, softcap, peak);
     if constexpr (together > 1) {
-        for (; page < range.page1; page++) {
-            t.ahead.keys(page, 1);
-            score_pages_int8<R, 1, EDGES>(t, b, r0, page, base, dim_pad, scale, softcap, peak);
-        }
+        for (; page < range.page1; page++) score_pages_int8<R, 1, EDGES, BESIDE>(t, b, r0, page, base, dim_pad, scale, softcap, peak);
     }
 }
 
@@ -176,22 +175,29 @@ static void weigh_any_row(const TileState& t, SplitBatch& b, int r0, int r, Spli
     else weigh_row<true>(t, b, r0, r, range, base, top, unit, scales);
 }
 
-// Weights times values: integer sums of both bytes, joined.
-template <int R, int V>
-static void weigh_values_int8(TileState& t, SplitBatch& b, SplitRange range, int base, int dim_pad, int column) {
+// Weights times values: integer sums of both bytes, joined. asked: with BESIDE, for each page of the
+// split, the values to ask for beside its own.
+template <int R, int V, bool BESIDE>
+static void weigh_values_int8(TileState& t, SplitBatch& b, const uint8_t* const* asked, SplitRange range, int base, int dim_pad, int column) {
     I high[R][V], low[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) high[r][v] = low[r][v] = iset(0);
     for (int page = range.page0; page < range.page1; page++) {
-        t.ahead.values(page);
-        const uint8_t* values = page_values(t.page[page - base / kPage], dim_pad) + size_t(column) * 4;
+        const int slot = page - base / kPage;
+        const uint8_t *values = page_values(t.page[slot], dim_pad) + size_t(column) * 4, *ask = asked[slot] + size_t(column) * 4;
+        if constexpr (!BESIDE) t.ahead.values(page, nullptr);
+        if (BESIDE && column == 0) Ahead::line(ask + size_t(dim_pad) * kPage);  // scales
 #pragma GCC unroll 4
         for (int quad = 0; quad < 4; quad++) {
             U value[V];
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) value[v] = uload(values + size_t(quad) * size_t(dim_pad) * 4 + 64 * v);
+            for (int v = 0; v < V; v++) {
+                const size_t at = size_t(quad) * size_t(dim_pad) * 4 + size_t(64 * v);
+                value[v] = uload(values + at);
+                if constexpr (BESIDE) Ahead::line(ask + at);
+            }
             const int at = page * kPage - base + 4 * quad;
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
@@ -211,23 +217,29 @@ static void weigh_values_int8(TileState& t, SplitBatch& b, SplitRange range, int
             fstore(b.out + r * dim_pad + column + v * kLanes, fmul(itof(ijoin(high[r][v], low[r][v])), fset(b.weight[r])));
 }
 
-template <int R>
+template <int R, bool BESIDE>
 static __attribute__((noinline)) void attend_split_int8(TileState& t, SplitBatch& b, int r0, SplitRange range, int base, int dim_pad, float scale, float softcap) {
     F peak[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) peak[r] = fset(kMasked);
     bool whole = true;
     for (int r = 0; r < R; r++) whole = whole && sees_all(t, r0 + r, range);
-    if (whole) score_range_int8<R, false>(t, b, r0, range, base, dim_pad, scale, softcap, peak);
-    else score_range_int8<R, true>(t, b, r0, range, base, dim_pad, scale, softcap, peak);
+    if (whole) score_range_int8<R, false, BESIDE>(t, b, r0, range, base, dim_pad, scale, softcap, peak);
+    else score_range_int8<R, true, BESIDE>(t, b, r0, range, base, dim_pad, scale, softcap, peak);
     RowScales scales;
     for (int r = 0; r < R; r++) weigh_any_row(t, b, r0, r, range, base, fpeak(peak[r]), score_unit(t, r0 + r, softcap), scales);
     constexpr int vectors = R <= 3 || kValueVectors < 2 ? kValueVectors : kValueVectors / 2;  // sums of two bytes stay in registers
+    const uint8_t* asked[kSplitPages] = {};
+    for (int page = range.page0; BESIDE && page < range.page1; page++) {
+        const int slot = page - base / kPage;
+        asked[slot] = page_values(t.page[slot], dim_pad);
+        t.ahead.values(page, asked + slot);
+    }
     int column = 0;
     for (; column + vectors * kLanes <= dim_pad; column += vectors * kLanes)
-        weigh_values_int8<R, vectors>(t, b, range, base, dim_pad, column);
+        weigh_values_int8<R, vectors, BESIDE>(t, b, asked, range, base, dim_pad, column);
     if constexpr (vectors > 1) {
-        for (; column < dim_pad; column += kLanes) weigh_values_int8<R, 1>(t, b, range, base, dim_pad, column);
+        for (; column < dim_pad; column += kLanes) weigh_values_int8<R, 1, BESIDE>(t, b, asked, range, base, dim_pad, column);
     }
 }
 
@@ -237,7 +249,8 @@ static void attend_from_int8(int rows, TileState& t, SplitBatch& b, int r0, Spli
     if constexpr (R > 1) {
         if (rows < R) return attend_from_int8<R - 1>(rows, t, b, r0, range, base, dim_pad, scale, softcap);
     }
-    attend_split_int8<R>(t, b, r0, range, base, dim_pad, scale, softcap);
+    if (t.ahead.beside) attend_split_int8<R, true>(t, b, r0, range, base, dim_pad, scale, softcap);
+    else attend_split_int8<R, false>(t, b, r0, range, base, dim_pad, scale, softcap);
 }
 
 }  // namespace PAGEMILL_TARGET

@@ -114,6 +114,7 @@ static void look_ahead(const AttentionCall& call, const AttentionTask& task, con
     ahead.next = next ? pages_of(call, *next) : Ahead::Part{};
     ahead.upcoming = next;
     ahead.value_offset = call.value_offset();
+    ahead.beside = task.num_rows <= kAttendRows;
 }
 
 static void run_attention_task(const AttentionCall& call, const AttentionTask& task, const AttentionTask* next, TileState& t) {

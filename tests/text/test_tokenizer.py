@@ -223,6 +223,20 @@ def test_text_never_merges_into_control_tokens() -> None:
         (lambda v: replace(v, token_types=(1, 1)), "269 tokens but 2 token types"),
         (lambda v: replace(v, scores=(1.0,)), "269 tokens but 1 scores"),
         (lambda v: replace(v, token_types=(*v.token_types[1:], 9)), "token type 9 is unknown"),
+        (lambda v: replace(v, bos_id=269), "BOS token id is 269, but the vocabulary has 269 tokens"),
+        (lambda v: replace(v, eos_id=-1), "EOS token id is -1"),
+        (lambda v: replace(v, stop_ids=(1, 999)), "stop token id is 999"),
+        (lambda v: replace(v, add_bos=True, bos_id=None), "names none"),
+    ],
+)
+def test_damaged_byte_level_vocabularies_are_refused(damage: Callable[[VocabSpec], VocabSpec], says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        build_tokenizer(damage(byte_level()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
         (lambda v: replace(v, merges=()), "without merges"),
         (lambda v: replace(v, merges=("ab",)), "merge 0 is 'ab'; it must be two tokens"),
         (lambda v: replace(v, merges=("h e", "a b c")), "merge 1 is 'a b c'; it must be two tokens"),
@@ -236,15 +250,18 @@ def test_text_never_merges_into_control_tokens() -> None:
             lambda v: replace(v, tokens=(*v.tokens, "\n", "\nh"), token_types=(), merges=("\n h", "\n e")),
             r"merge 1 is '\\n e', but '\\ne' is not in",
         ),
-        (lambda v: replace(v, bos_id=269), "BOS token id is 269, but the vocabulary has 269 tokens"),
-        (lambda v: replace(v, eos_id=-1), "EOS token id is -1"),
-        (lambda v: replace(v, stop_ids=(1, 999)), "stop token id is 999"),
-        (lambda v: replace(v, add_bos=True, bos_id=None), "names none"),
     ],
 )
-def test_damaged_byte_level_vocabularies_are_refused(damage: Callable[[VocabSpec], VocabSpec], says: str) -> None:
+def test_damaged_merges_are_refused_before_a_text_is_encoded(
+    damage: Callable[[VocabSpec], VocabSpec], says: str
+) -> None:
+    tokenizer = build_tokenizer(damage(byte_level()))
+    assert tokenizer.decode([104, 105]) == "hi"  # ids and their texts need no merges
+    for _ in range(2):
+        with pytest.raises(ModelError, match=says):
+            tokenizer.encode("hi")
     with pytest.raises(ModelError, match=says):
-        build_tokenizer(damage(byte_level()))
+        tokenizer.prepare()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ Array = NDArray[np.float32]
 
 MAX_TABLE_BYTES = 1 << 30
 _ONE = np.float32(1.0)
-_CHUNK_POSITIONS = 4096
+_CHUNK_POSITIONS = 1024  # temporary arrays stay in the second cache
 
 
 def inverse_frequencies(rope: RopeSpec) -> Array:

@@ -110,8 +110,8 @@ class Tokenizer:
         _check_ids(vocab, self.vocab_size)
 
     def prepare(self) -> None:
-        """Make now what the first texts to be encoded would wait for, some 200 ms with 49,152 tokens: with control
-        tokens and without."""
+        """Check and make now what the first texts to be encoded would wait for, some 200 ms with 49,152 tokens: with
+        control tokens and without. Raises ModelError where the vocabulary's merges are damaged."""
         self._without_special()
 
     @property
@@ -185,6 +185,7 @@ def build_tokenizer(vocab: VocabSpec) -> Tokenizer:
     """The tokeniser that a checkpoint describes: its `tokenizer_json`, or else its vocabulary lists.
 
     Raises ModelError where the description is damaged, contradicts itself, or is of a kind that is not supported.
+    Merges, which only encoding reads, are checked before the first text is encoded, or by `Tokenizer.prepare`.
     """
     if vocab.tokenizer_json is not None:
         return _from_json(vocab, vocab.tokenizer_json)
@@ -292,12 +293,12 @@ def _byte_level_bpe(vocab: VocabSpec, ids: dict[str, int]) -> Tokenizer:
         names = ", ".join(sorted(PRE_TOKENIZERS))
         raise ModelError(f"pre-tokeniser {vocab.pre!r} is not supported; supported: {names}")
     special, literal = _of_type(vocab, UNKNOWN, CONTROL), _of_type(vocab, USER_DEFINED)
-    _check_merges(vocab, ids, (*special.values(), *literal.values()))
 
     def make_library() -> tokenizers.Tokenizer:
         import tokenizers
         from tokenizers import models, pre_tokenizers
 
+        _check_merges(vocab, ids, (*special.values(), *literal.values()))
         halves = _halves(vocab.merges)
         merges = list(zip(halves[::2], halves[1::2], strict=True))
         bpe = _guarded(
