@@ -74,4 +74,20 @@ double read_rate(const std::string& target, const uint8_t* data, size_t bytes, i
     return double(slice) * double(threads) / seconds;
 }
 
+double piece_rate(const std::string& target, const uint8_t* data, size_t bytes, size_t piece, size_t stride, int threads, int samples) {
+    const Peaks& peaks = peaks_of(target);
+    const size_t rows = bytes / stride / size_t(threads), columns = stride / piece;
+    if (rows == 0) throw std::invalid_argument("too little memory to read on so many threads");
+    const double seconds = fastest_round(threads, samples, [&](int worker, int64_t passes) {
+        const uint8_t* first = data + size_t(worker) * rows * stride;
+        for (int64_t pass = 0; pass < passes; pass++) {
+            uint64_t sum = 0;
+            for (size_t column = 0; column < columns; column++)
+                for (size_t row = 0; row < rows; row++) sum += peaks.read(first + row * stride + column * piece, piece);
+            sink.fetch_add(sum, std::memory_order_relaxed);
+        }
+    });
+    return double(rows * columns * piece) * double(threads) / seconds;
+}
+
 }  // namespace pagemill

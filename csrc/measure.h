@@ -27,4 +27,8 @@ double multiply_add_rate(const std::string& target, Arithmetic arithmetic, int t
 // as take some 2 ms.
 double read_rate(const std::string& target, const uint8_t* data, size_t bytes, int threads, int samples);
 
+// The same in pieces that are `stride` bytes apart, as attention reads a layer's pages: the first piece of each row of the
+// data, then the second one of each. piece: a multiple of 512, stride: of 64, not less than the piece.
+double piece_rate(const std::string& target, const uint8_t* data, size_t bytes, size_t piece, size_t stride, int threads, int samples);
+
 }  // namespace pagemill

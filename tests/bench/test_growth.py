@@ -54,6 +54,7 @@ def test_growth_is_extra_time_over_the_time_to_read_the_extra_bytes(config: Engi
     found = ModelGrowth(open_packed_model(config, choose_target(), 64))
     found.bandwidth["int8", 2] = 1000.0
     found.memory_bytes_s = 500.0
+    found.page_bytes_s = {"int8": 800.0}
     found.cells = [
         Cell("int8", Work(2, 16), 100, [0.5, 0.25]),
         Cell("int8", Work(2, 32), 300, [9.0]),
@@ -64,6 +65,7 @@ def test_growth_is_extra_time_over_the_time_to_read_the_extra_bytes(config: Engi
     assert (row.from_context, row.to_context, row.extra_bytes, row.extra_s) == (16, 64, 500, 0.5)
     assert row.ratio == pytest.approx(1.0)
     assert row.memory_ratio == pytest.approx(0.5)
+    assert row.page_ratio == pytest.approx(0.8)
 
 
 def test_one_context_alone_grows_nowhere(config: EngineConfig) -> None:
@@ -84,6 +86,7 @@ def test_every_step_that_fits_is_measured_and_the_others_are_told(report: dict[s
     }
     for each in model["growth"]:
         assert each["near_bytes_s"] > 0
+        assert each["page_bytes_s"] > 0
         wanted = 48 * each["num_seqs"] * model["kv_bytes_per_token"][each["codec"]]
         assert each["extra_bytes"] == wanted
 

@@ -31,6 +31,26 @@ def test_memory_is_read_by_one_thread_and_by_several(target: str) -> None:
     assert _native.read_rate(target, memory, 3, 2) > 1e6
 
 
+@pytest.mark.parametrize("target", available_targets())
+@pytest.mark.parametrize(("piece", "stride"), [(512, 512), (2048, 6336), (4096, 1 << 17)])
+def test_memory_is_read_in_pieces(target: str, piece: int, stride: int) -> None:
+    memory = allocate(1 << 20, "a test")
+    memory[:] = 1
+    assert _native.piece_rate(target, memory, piece, stride, 1, 2) > 1e6
+    assert _native.piece_rate(target, memory, piece, stride, 3, 2) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("piece", "stride", "threads", "says"),
+    [(0, 512, 1, "multiple of 512"), (500, 512, 1, "multiple of 512"), (1024, 512, 1, "shorter than a piece"),
+     (512, 1000, 1, "multiple of 64"), (512, 8192, 1, "too little memory"), (512, 2048, 3, "too little memory"),
+     (512, 512, 0, "out of range")],
+)  # fmt: skip
+def test_pieces_that_cannot_be_read_are_refused(piece: int, stride: int, threads: int, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        _native.piece_rate("scalar", allocate(4096, "a test"), piece, stride, threads, 1)
+
+
 @pytest.mark.parametrize(
     ("target", "arithmetic", "threads", "samples"),
     [("quantum", 0, 1, 1), ("scalar", 5, 1, 1), ("scalar", -1, 1, 1), ("scalar", 0, 0, 1), ("scalar", 0, 257, 1),

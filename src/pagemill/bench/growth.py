@@ -17,7 +17,7 @@ from pagemill.base.kv_spec import KVSpec
 from pagemill.base.units import format_bytes
 from pagemill.bench.machine import CpuCounters, barrier_ns, read_counters
 from pagemill.bench.native_step import NativeSteps, PackedModel, Work, demand, open_packed_model
-from pagemill.bench.roofline_peaks import MEMORY, PeakMeter, memory_buffer_bytes
+from pagemill.bench.roofline_peaks import MEMORY, PAGES, PeakMeter, memory_buffer_bytes
 from pagemill.kernels.target import choose_target
 from pagemill.planner.machine import kernel_threads, this_machine
 
@@ -85,7 +85,8 @@ class Skipped:
 class Growth:
     """The step at the longest context against the one at the shortest, of one batch size.
 
-    near_bytes_s: bandwidth over as much memory as the long step reads; memory_bytes_s: over much more than any cache.
+    near_bytes_s: bandwidth over as much memory as the long step reads; memory_bytes_s: over much more than any cache;
+    page_bytes_s: over that in single pages, each of another block, which is how keys and values lie.
     """
 
     codec: str
@@ -96,6 +97,7 @@ class Growth:
     extra_bytes: int
     near_bytes_s: float
     memory_bytes_s: float
+    page_bytes_s: float
 
     @property
     def ratio(self) -> float:
@@ -107,11 +109,16 @@ class Growth:
         """The same against the bandwidth beyond every cache."""
         return self.extra_s / (self.extra_bytes / self.memory_bytes_s)
 
+    @property
+    def page_ratio(self) -> float:
+        """The same against the bandwidth in pages: what is left to gain without another order of keys and values."""
+        return self.extra_s / (self.extra_bytes / self.page_bytes_s)
+
 
 @dataclass(slots=True)
 class ModelGrowth:
     """All that was measured of one model. Mutated as rounds end. bandwidth: (codec, batch) -> bytes per second over
-    as much memory as the longest step of that batch reads."""
+    as much memory as the longest step of that batch reads. page_bytes_s: codec -> bytes per second page by page."""
 
     model: PackedModel
     codecs: dict[str, KVSpec] = field(default_factory=dict)
@@ -119,6 +126,7 @@ class ModelGrowth:
     skipped: list[Skipped] = field(default_factory=list)
     bandwidth: dict[tuple[str, int], float] = field(default_factory=dict)
     memory_bytes_s: float = 0.0
+    page_bytes_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -214,12 +222,14 @@ def _measure_codec(
         watcher.began(model.name, codec, index + 1, settings.num_rounds)
         found.barriers_ns.append(barrier_ns(threads))
         meter.measure_reading(2)
+        meter.measure_pages(2, kv_spec.page_bytes(0), kv_spec.block_bytes)
         for cell in cells:
             if interrupted():
                 break
             _sample(steps, cell)
         if interrupted():
             break
+    growth.page_bytes_s[codec] = meter.peaks.read_bytes.get((PAGES, threads), 0.0)
     for name in buffers:
         rate = meter.peaks.read_bytes.get((name, threads), 0.0)
         if name == MEMORY:
@@ -288,6 +298,7 @@ def growths(found: ModelGrowth) -> list[Growth]:
                 extra_bytes=last.kv_bytes - first.kv_bytes,
                 near_bytes_s=near,
                 memory_bytes_s=found.memory_bytes_s,
+                page_bytes_s=found.page_bytes_s[codec],
             )
         )
     return rows

@@ -62,8 +62,10 @@ def _growth_json(each: Growth) -> dict[str, Any]:
         "extra_bytes": each.extra_bytes,
         "near_bytes_s": rounded(each.near_bytes_s),
         "memory_bytes_s": rounded(each.memory_bytes_s),
+        "page_bytes_s": rounded(each.page_bytes_s),
         "ratio": rounded(each.ratio),
         "memory_ratio": rounded(each.memory_ratio),
+        "page_ratio": rounded(each.page_ratio),
     }
 
 
@@ -100,7 +102,7 @@ def _table(report: dict[str, Any], model: dict[str, Any], codec: str) -> Table:
     table.add_column("streams", justify="right")
     for context in contexts:
         table.add_column(f"{context:,}", justify="right")
-    for name in ("GB/s", "growth"):
+    for name in ("GB/s", "growth", "in pages", "growth"):
         table.add_column(name, justify="right")
     cells = {(each["num_seqs"], each["context"]): each for each in rows}
     for batch in sorted({each["num_seqs"] for each in rows}):
@@ -111,6 +113,8 @@ def _table(report: dict[str, Any], model: dict[str, Any], codec: str) -> Table:
             *("–" if each is None else _milliseconds(each["best_s"]) for each in line),
             "–" if grown is None else f"{grown['near_bytes_s'] / 1e9:.1f}",
             "–" if grown is None else f"{grown['ratio']:.2f}",
+            "–" if grown is None else f"{grown['page_bytes_s'] / 1e9:.1f}",
+            "–" if grown is None else f"{grown['page_ratio']:.2f}",
         )
     return table
 
@@ -128,7 +132,8 @@ def remarks(report: dict[str, Any]) -> list[str]:
         f"{machine['barrier_ns']['median']:,.0f} ns",
         f"Fastest of all samples ({report['settings']['num_rounds']} a step or more). Growth: extra time from the "
         "shortest to the longest context ÷ time to read the extra keys and values at the bandwidth over as much memory "
-        f"as the longest step reads, measured in the same run (goal ≤ {GOAL}).",
+        f"as the longest step reads, measured in the same run (goal ≤ {GOAL}). In pages: the same against the bandwidth "
+        "at which single pages of many blocks can be read, as keys and values lie.",
     ]
     for model in report["models"]:
         missing = model["skipped"]

@@ -24,20 +24,21 @@ ARITHMETICS: dict[str, str] = {
     "tile_bf16": "bf16 on AMX tiles",
     "tile_int8": "int8 on AMX tiles",
 }
-MEMORY, NEAR = "memory", "weights"
+MEMORY, NEAR, PAGES = "memory", "weights", "pages"
 
 _NAMES = tuple(ARITHMETICS)
 _DEFAULT_CACHE_BYTES = 64 << 20
 _SMALLEST_BYTES = 16 << 20
 _ALIGNMENT = 1 << 16
+_PIECE_BYTES = 512  # that native code reads at once
 
 
 @dataclass(slots=True)
 class Peaks:
     """The best seen so far. Mutated by `measure`. Keys are (name, threads).
 
-    multiply_adds: by arithmetic, per second, 0.0 where the target has none. read_bytes: by buffer (MEMORY, NEAR), per
-    second. barrier_ns: by threads, the least.
+    multiply_adds: by arithmetic, per second, 0.0 where the target has none. read_bytes: by buffer (MEMORY, NEAR), or in
+    pieces (PAGES), per second. barrier_ns: by threads, the least.
     """
 
     multiply_adds: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -75,6 +76,15 @@ class PeakMeter:
                 rate = _native.read_rate(self._target, data, threads, samples)
                 key = (name, threads)
                 self.peaks.read_bytes[key] = max(rate, self.peaks.read_bytes.get(key, 0.0))
+
+    def measure_pages(self, samples: int, page_bytes: int, block_bytes: int) -> None:
+        """Read the largest buffer as attention reads a KV cache of such blocks: of each block a page, then of each the
+        next one. Keeps the best rate. A page counts in whole 512 bytes."""
+        piece = max(_PIECE_BYTES, page_bytes // _PIECE_BYTES * _PIECE_BYTES)
+        for threads in self._threads:
+            rate = _native.piece_rate(self._target, self._memory, piece, max(piece, block_bytes), threads, samples)
+            key = (PAGES, threads)
+            self.peaks.read_bytes[key] = max(rate, self.peaks.read_bytes.get(key, 0.0))
 
     def measure_arithmetic(self, samples: int) -> None:
         """Multiply in every form that the target has, and wait at barriers; keep the best rates."""
