@@ -132,8 +132,8 @@ def remarks(report: dict[str, Any]) -> list[str]:
         f"{machine['barrier_ns']['median']:,.0f} ns",
         f"Fastest of all samples ({report['settings']['num_rounds']} a step or more). Growth: extra time from the "
         "shortest to the longest context ÷ time to read the extra keys and values at the bandwidth over as much memory "
-        f"as the longest step reads, measured in the same run (goal ≤ {GOAL}). In pages: the same against the bandwidth "
-        "at which single pages of many blocks can be read, as keys and values lie.",
+        f"as the longest step reads, measured in the same run (goal ≤ {GOAL}). In pages: the same against the "
+        "bandwidth at which single pages of many blocks can be read, as keys and values lie.",
     ]
     for model in report["models"]:
         missing = model["skipped"]
