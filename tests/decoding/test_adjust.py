@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pagemill.base.errors import RequestError
 from pagemill.base.params import Grammar, SamplingParams
 from pagemill.base.step import Sample, SampleFailure, SequenceStep
+from pagemill.decoding import sampling
 from pagemill.decoding.adjust import LogitAdjuster
 from pagemill.decoding.grammar import GrammarCompiler
 from pagemill.decoding.penalties import TokenCounts, penalize
@@ -26,6 +27,11 @@ from tests.text.vocabularies import byte_level
 
 Logits = NDArray[np.float32]
 VOCAB = 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return build_tokenizer(byte_level())
 
 
 def step(seq_id: int, params: SamplingParams, history: list[int], num_generated: int = 0) -> SequenceStep:
@@ -129,6 +135,67 @@ def test_both_samplers_choose_from_adjusted_logits_and_report_the_raw_ones() -> 
                     assert [top.token_id for top in sample.top] == np.argsort(-row, kind="stable")[:3].tolist()
 
 
+def rows_with_reports(rng: np.random.Generator, grammar: Grammar, first_id: int) -> list[SequenceStep]:
+    """Rows of every kind of adjustment, greedy and drawn, some of which report nothing or are not adjusted."""
+    kinds: list[dict[str, Any]] = [
+        {"presence_penalty": 1.5},
+        {"repetition_penalty": 1.4, "top_p": 0.9},
+        {"logit_bias": ((3, 6.0), (9, -2.0)), "top_k": 20},
+        {"grammar": grammar},
+        {"frequency_penalty": 0.5, "grammar": grammar, "min_p": 0.01},
+        {},
+    ]
+    rows = []
+    for place in rng.permutation(2 * len(kinds)).tolist():
+        params = SamplingParams(
+            temperature=float(place % 2), logprobs=(0, 1, 5, 20, None)[rng.integers(5)], **kinds[place // 2]
+        )
+        history = rng.integers(0, 256, rng.integers(2, 30)).tolist()
+        num_generated = int(rng.integers(0, 2 if params.grammar else len(history)))  # some leave their grammar
+        forbid = tuple(rng.integers(0, 256, 4).tolist()) if rng.random() < 0.3 else ()
+        rows.append(step(first_id + place, params, history, num_generated)._replace(forbid=forbid))
+    return rows
+
+
+def logits_with_extremes(rng: np.random.Generator, num_rows: int, vocab: int) -> Logits:
+    """Rows with ties; now and then one of -inf alone, with several +inf or with NaN."""
+    logits = np.round(rng.normal(0, 3, (num_rows, vocab)) * 4).astype(np.float32) / 4
+    if rng.random() < 0.3:
+        logits[rng.integers(num_rows)] = -np.inf
+    for value in (np.inf, np.nan):
+        if rng.random() < 0.3:
+            logits[rng.integers(num_rows), rng.integers(0, vocab, 2)] = value
+    return logits
+
+
+@pytest.mark.parametrize("target", available_targets())
+def test_adjusted_rows_report_natively_what_the_specification_does(
+    tokenizer: Tokenizer, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to the last bit, in company and alone, and without the specification's weights and sorts."""
+    vocab = tokenizer.vocab_size + 3
+    native = NativeSampler(_native.NativeModel(target, 2, 64, vocab, 8))
+    grammars = GrammarCompiler(tokenizer)
+    rng = np.random.default_rng(6)
+    for trial in range(25):
+        rows = rows_with_reports(rng, Grammar("regex", "[a-z]+"), trial * 100)
+        logits = logits_with_extremes(rng, len(rows), vocab)
+        best = np.argmax(logits, axis=1).astype(np.int32)
+        expected = SpecificationSampler(LogitAdjuster(grammars)).choose(rows, logits, best)
+        together, alone = (BatchSampler(native, LogitAdjuster(grammars)) for _ in range(2))
+        with monkeypatch.context() as slow:
+            for owner, name in ((sampling, "weigh"), (np, "argsort"), (np, "sort"), (np, "partition")):
+                slow.setattr(owner, name, _refuse)
+            assert together.choose(rows, logits.copy(), best.copy()) == expected
+            for index, row in enumerate(rows):
+                found = alone.choose([row], logits[index : index + 1].copy(), best[index : index + 1].copy())
+                assert found == tuple(tuple(x for x in each if x.seq_id == row.seq_id) for each in expected)
+
+
+def _refuse(*_arguments: object, **_options: object) -> None:
+    raise AssertionError("the specification's way was taken")
+
+
 def test_rows_that_ask_for_nothing_are_not_touched_by_their_neighbours() -> None:
     rng = np.random.default_rng(3)
     logits = rng.normal(0, 3, (3, VOCAB)).astype(np.float32)
@@ -150,11 +217,6 @@ def test_a_row_of_nan_fails_as_without_penalties() -> None:
 
 
 # ---- grammars
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return build_tokenizer(byte_level())
 
 
 def run(

@@ -20,10 +20,15 @@ MOST_STATES = 1024  # texts that are remembered; others are followed again from 
 
 @dataclass(slots=True)
 class Adjusted:
-    """What `adjust` did, filled by it. raw: index of a row -> its logits as computed, where its log-probabilities are
-    wanted. failed: index of a row -> why nothing can be chosen."""
+    """What `adjust` did, filled by it.
 
-    raw: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    reported: indices of the rows whose log-probabilities are wanted; raw [reported, vocab] f32 and best [reported] i32:
+    their logits as computed, and the first largest of each. failed: index of a row -> why nothing can be chosen.
+    """
+
+    reported: list[int]
+    raw: NDArray[np.float32]
+    best: NDArray[np.int32]
     failed: dict[int, str] = field(default_factory=dict)
 
 
@@ -52,15 +57,13 @@ class LogitAdjuster:
 
         A row whose largest logit is NaN stays as it is. A row that fails is left with -inf alone.
         """
-        done = Adjusted()
+        which = [index for index in which if not np.isnan(logits[index, best[index]])]
+        reported = [index for index in which if rows[index].params.logprobs is not None]
+        done = Adjusted(reported, logits[reported], best[reported])
         for index in which:
-            row, step = logits[index], rows[index]
-            if np.isnan(row[best[index]]):
-                continue
-            if step.params.logprobs is not None:
-                done.raw[index] = row.copy()
+            row = logits[index]
             try:
-                self._adjust_row(row, step)
+                self._adjust_row(row, rows[index])
             except PagemillError as error:
                 done.failed[index] = str(error)
                 row[:] = -np.inf

@@ -149,17 +149,24 @@ def report(row: _Logits, seq_id: int, token: int, count: int) -> Sample:
     largest = float(row.max())
     log_total = math.log(float(weigh(row, 1.0).sum()) / WHOLE)
 
-    def logprob(index: int) -> float:
-        if largest == math.inf:
-            return -log_total if row[index] == np.inf else -math.inf
-        return float(row[index]) - largest - log_total
-
-    value = row[token]
-    rank = 1 + int(np.count_nonzero(row > value)) + int(np.count_nonzero(row[:token] == value))
     top = np.argsort(-row, kind="stable")[:count].tolist()
     return Sample(
         seq_id,
         token,
-        TokenLogprob(token, logprob(token), rank),
-        tuple(TokenLogprob(each, logprob(each), i) for i, each in enumerate(top, start=1)),
+        report_token(row, token, largest, log_total),
+        tuple(TokenLogprob(each, _logprob(row, each, largest, log_total), i) for i, each in enumerate(top, start=1)),
     )
+
+
+def report_token(row: _Logits, token: int, largest: float, log_total: float) -> TokenLogprob:
+    """One token of raw logits [vocab] f32. largest: of the row; log_total: of the sum of its weights at temperature 1,
+    where the largest logit weighs 1."""
+    value = row[token]
+    rank = 1 + int(np.count_nonzero(row > value)) + int(np.count_nonzero(row[:token] == value))
+    return TokenLogprob(token, _logprob(row, token, largest, log_total), rank)
+
+
+def _logprob(row: _Logits, token: int, largest: float, log_total: float) -> float:
+    if largest == math.inf:
+        return -log_total if row[token] == np.inf else -math.inf
+    return float(row[token]) - largest - log_total

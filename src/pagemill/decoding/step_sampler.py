@@ -1,5 +1,9 @@
-"""Samples the rows of a step: natively in one call, or row by row as the specification has it. Owns the way from
-sequences to requests and from chosen ids to samples; what is chosen, and how, is `sampling.py`'s."""
+"""Samples the rows of a step: natively, or row by row as the specification has it. Owns the way from sequences to
+requests and from chosen ids to samples; what is chosen, and how, is `sampling.py`'s.
+
+Log-probabilities are those of the logits as computed. Rows whose logits are adjusted are therefore chosen from the
+adjusted logits without a report, and a second native call reports all of them from what was kept before.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ from numpy.typing import NDArray
 
 from pagemill.base.step import Sample, SampleFailure, SequenceStep, TokenLogprob
 from pagemill.decoding.adjust import Adjusted, LogitAdjuster
-from pagemill.decoding.sampling import NOT_A_NUMBER, NOTHING_LEFT, SamplingRow, report, sample
+from pagemill.decoding.sampling import NOT_A_NUMBER, NOTHING_LEFT, SamplingRow, report, report_token, sample
 from pagemill.kernels.sampling import CHOSEN, ROW_DTYPE, Choices, NativeSampler
 from pagemill.kernels.sampling import NOT_A_NUMBER as STATUS_NOT_A_NUMBER
 
 Samples = tuple[Sample, ...]
 Failures = tuple[SampleFailure, ...]
+Report = tuple[TokenLogprob, tuple[TokenLogprob, ...]]  # of the chosen token, and of the most likely ones
 
 _ROW = struct.Struct("=dddQQQii")
 assert _ROW.size == ROW_DTYPE.itemsize
@@ -59,11 +64,19 @@ class SpecificationSampler:
         chosen = sample(logits, requests, best.tolist())
         samples = tuple(s for s in chosen if isinstance(s, Sample))
         failures = tuple(s for s in chosen if isinstance(s, SampleFailure))
-        return (samples, failures) if adjusted is None else _as_computed(rows, adjusted, samples, failures)
+        if adjusted is None:
+            return samples, failures
+        counts = {each.seq_id: each.params.logprobs or 0 for each in rows}
+        raw = {rows[index].seq_id: row for index, row in zip(adjusted.reported, adjusted.raw, strict=True)}
+        samples = tuple(
+            report(raw[s.seq_id], s.seq_id, s.token_id, counts[s.seq_id]) if s.seq_id in raw else s for s in samples
+        )
+        return samples, _explained(rows, adjusted, failures)
 
 
 class BatchSampler:
-    """All rows in one native call. Mutated by `choose`: requests are kept while the same sequences follow each other.
+    """All rows in one native call, and one more for the log-probabilities of rows whose logits are adjusted. Mutated by
+    `choose`: requests are kept while the same sequences follow each other.
 
     A sequence's parameters, seed and choice never change, so that its number stands for them.
     """
@@ -96,10 +109,30 @@ class BatchSampler:
         requests["position"] = [s.start + len(s.token_ids) for s in rows]
         adjusted = self._adjuster.adjust(rows, self._which, logits, best) if self._which else None
         choices = self._native.sample(logits, best, requests, _forbidden(rows), self._most_logprobs)
+        failures: Failures = ()
         if choices.reports is None and not choices.status.any():
-            return tuple(map(Sample, seq_ids, choices.tokens.tolist())), ()
-        samples, failures = _read(rows, requests, choices, logits.shape[1])
-        return (samples, failures) if adjusted is None else _as_computed(rows, adjusted, samples, failures)
+            samples = tuple(map(Sample, seq_ids, choices.tokens.tolist()))
+        else:
+            samples, failures = _read(rows, requests, choices, logits.shape[1])
+        if adjusted is None:
+            return samples, failures
+        if adjusted.reported:
+            samples = self._report_raw(rows, adjusted, samples)
+        return samples, _explained(rows, adjusted, failures)
+
+    def _report_raw(self, rows: Sequence[SequenceStep], adjusted: Adjusted, samples: Samples) -> Samples:
+        """The samples, those of adjusted rows with the log-probabilities of their logits as computed."""
+        requests = np.zeros(len(adjusted.reported), ROW_DTYPE)  # no temperature: each takes its largest logit
+        requests["top_p"] = 1.0
+        requests["logprobs"] = [rows[index].params.logprobs for index in adjusted.reported]
+        most = int(requests["logprobs"].max())
+        choices = self._native.sample(adjusted.raw, adjusted.best, requests, most_logprobs=most)
+        reports = _reports(requests, choices, adjusted.raw.shape[1])
+        told = {
+            rows[index].seq_id: (row, found)
+            for index, row, found in zip(adjusted.reported, adjusted.raw, reports, strict=True)
+        }
+        return tuple(_with_report(each, *told[each.seq_id]) if each.seq_id in told else each for each in samples)
 
     def _largest(
         self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
@@ -134,25 +167,28 @@ class BatchSampler:
         self._plain = not self._which and self._most_logprobs < 0 and all(each.params.greedy for each in rows)
 
 
-def _as_computed(
-    rows: Sequence[SequenceStep], adjusted: Adjusted, samples: Samples, failures: Failures
-) -> tuple[Samples, Failures]:
-    """Log-probabilities of adjusted rows from their logits as computed, and why rows failed."""
-    raw = {rows[index].seq_id: row for index, row in adjusted.raw.items()}
-    if raw:
-        counts = {each.seq_id: each.params.logprobs or 0 for each in rows}
-        samples = tuple(
-            report(raw[s.seq_id], s.seq_id, s.token_id, counts[s.seq_id]) if s.seq_id in raw else s for s in samples
-        )
-    if adjusted.failed:
-        reasons = {rows[index].seq_id: reason for index, reason in adjusted.failed.items()}
-        failures = tuple(SampleFailure(f.seq_id, reasons.get(f.seq_id, f.reason)) for f in failures)
-    return samples, failures
+def _with_report(sample: Sample, row: NDArray[np.float32], told: Report | None) -> Sample:
+    """row: [vocab] f32, the logits as computed. told: of their largest, which says how likely the chosen one is."""
+    assert told is not None, "a row without the report it asked for"
+    largest, top = told
+    if sample.token_id == largest.token_id:
+        return Sample(sample.seq_id, sample.token_id, largest, top)
+    chosen = report_token(row, sample.token_id, float(row[largest.token_id]), -largest.logprob)
+    return Sample(sample.seq_id, sample.token_id, chosen, top)
+
+
+def _explained(rows: Sequence[SequenceStep], adjusted: Adjusted, failures: Failures) -> Failures:
+    """The failures, with why nothing was left where the adjuster knows."""
+    if not adjusted.failed:
+        return failures
+    reasons = {rows[index].seq_id: reason for index, reason in adjusted.failed.items()}
+    return tuple(SampleFailure(f.seq_id, reasons.get(f.seq_id, f.reason)) for f in failures)
 
 
 def _pack(step: SequenceStep) -> bytes:
+    """A row of ROW_DTYPE. Adjusted rows ask for no log-probabilities here: theirs are not of the logits sampled."""
     p = step.params
-    logprobs = -1 if p.logprobs is None else p.logprobs
+    logprobs = -1 if p.logprobs is None or p.adjusts_logits else p.logprobs
     top_k = min(max(p.top_k, 0), 2**31 - 1)
     return _ROW.pack(p.temperature, p.top_p, p.min_p, step.seed, step.choice, 0, top_k, logprobs)
 
@@ -173,19 +209,8 @@ def _read(
     """Samples with their log-probabilities, and the rows that failed."""
     samples: list[Sample] = []
     failures: list[SampleFailure] = []
-    found = choices.reports
-    reports: list[tuple[TokenLogprob, tuple[TokenLogprob, ...]] | None] = [None] * len(rows)
-    if found is not None:
-        counts = np.minimum(requests["logprobs"], vocab_size).tolist()
-        columns = (found.logprobs, found.ranks, found.top_ids, found.top_logprobs)
-        for i, (token, count, logprob, rank, ids, values) in enumerate(
-            zip(choices.tokens.tolist(), counts, *(column.tolist() for column in columns), strict=True)
-        ):
-            if count >= 0:
-                top = tuple(map(TokenLogprob, ids[:count], values, range(1, count + 1)))
-                reports[i] = TokenLogprob(token, logprob, rank), top
     tokens, statuses = choices.tokens.tolist(), choices.status.tolist()
-    for step, token, status, told in zip(rows, tokens, statuses, reports, strict=True):
+    for step, token, status, told in zip(rows, tokens, statuses, _reports(requests, choices, vocab_size), strict=True):
         if status != CHOSEN:
             reason = NOT_A_NUMBER.format(token=token) if status == STATUS_NOT_A_NUMBER else NOTHING_LEFT
             failures.append(SampleFailure(step.seq_id, reason))
@@ -194,3 +219,22 @@ def _read(
         else:
             samples.append(Sample(step.seq_id, token, *told))
     return tuple(samples), tuple(failures)
+
+
+def _reports(requests: NDArray[np.void], choices: Choices, vocab_size: int) -> list[Report | None]:
+    """Log-probabilities of each row, None where none were wanted; of a row that failed they mean nothing."""
+    found = choices.reports
+    reports: list[Report | None] = [None] * len(requests)
+    if found is None:
+        return reports
+    counts = np.minimum(requests["logprobs"], vocab_size).tolist()
+    columns = (found.logprobs, found.ranks, found.top_ids, found.top_logprobs)
+    for i, (token, count, logprob, rank, ids, values) in enumerate(
+        zip(choices.tokens.tolist(), counts, *(column.tolist() for column in columns), strict=True)
+    ):
+        if count >= 0:
+            reports[i] = (
+                TokenLogprob(token, logprob, rank),
+                tuple(map(TokenLogprob, ids[:count], values, range(1, count + 1))),
+            )
+    return reports
