@@ -14,7 +14,7 @@ from pagemill.execution import convert as module
 from pagemill.execution.convert import convert, loaded_format, quantize_q8_0
 from pagemill.execution.loader import ConvertedWeights, load_executor
 from pagemill.kernels.reference import to_bf16
-from pagemill.kernels.tensors import Tensor
+from pagemill.kernels.tensors import ROTATED, Tensor
 from pagemill.models.checkpoint import open_checkpoint
 from pagemill.models.registry import build_plan
 from tests.fixtures.greedy import run
@@ -151,6 +151,34 @@ def test_matrices_that_cannot_be_q8_0_are_told_of(tmp_path: Path, caplog: pytest
     assert all(weights[handle].format == "bf16" for handle in weights.matrices_not_in("q8_0"))
     assert weights["embed"].format == "q8_0"
     assert weights["final_norm.weight"].format == checkpoint.tensors["final_norm.weight"].format
+
+
+@pytest.mark.parametrize(("sizes", "beginning", "listed"), [
+    ({"hidden": 96, "q_heads": 6, "ffn": 96}, "14 of the layers' 14 matrices stay in f32,", ", …;"),
+    ({"hidden": 64, "ffn": 96}, "2 of the layers' 14 matrices stay in f32,", "needs: {}, {};"),
+])  # fmt: skip
+def test_matrices_that_cannot_be_rotated_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sizes: dict[str, int], beginning: str, listed: str
+) -> None:
+    checkpoint = open_checkpoint(tiny_llama(tmp_path, **sizes))
+    with caplog.at_level(logging.WARNING):
+        load_executor(checkpoint, weight_format="int8", num_blocks=1)
+    [notice] = [record.getMessage() for record in caplog.records]
+    weights = ConvertedWeights(build_plan(checkpoint.spec), checkpoint.tensors, "int8", "scalar")
+    others = [each for each in weights.matrices_not_in(ROTATED) if each not in ("embed", "head")]
+    assert notice.startswith(f"{beginning} their rows are no multiple of 64 numbers as int8 needs: {others[0]}")
+    assert listed.format(*others) in notice
+    assert "give weight_format q8_0 (multiples of 32) or bf16 to convert them too, or exact to keep" in notice
+    assert all(weights[handle].format == "f32" for handle in others)
+
+
+@pytest.mark.parametrize(("weight_format", "ffn"), [("int8", 128), ("auto", 96), ("exact", 96), ("bf16", 96)])
+def test_nothing_is_told_where_every_matrix_is_as_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, weight_format: str, ffn: int
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_executor(open_checkpoint(tiny_llama(tmp_path, ffn=ffn)), weight_format=weight_format, num_blocks=1)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagemill.execution.loader import rotated_handles
 from pagemill.kernels.native import NativeExecutor
-from pagemill.kernels.target import available_targets
-from tests.fixtures.plans import Shape, batch, native, tokens
+from pagemill.kernels.target import available_targets, rotates
+from pagemill.kernels.tensors import ROTATED
+from tests.fixtures.plans import Shape, batch, build, native, tokens
 
 TARGETS = available_targets()
 LENGTH = 530
@@ -21,10 +25,19 @@ CASES = [
     ("q4_1", "bf16"),
     ("q8_0", "f16"),
     ("q4_1", "int8"),
+    ("rotated", "int8"),  # the default's arithmetic on targets that rotate; weight_format int8 on all
 ]
+# Random schedules, on the best target; what is rotated on all.
+SCHEDULES = [(TARGETS[0], "q4_1", codec) for codec in ("f16", "bf16", "int8")]
+SCHEDULES += [(target, "rotated", "int8") for target in TARGETS]
 
 
 def shape(fmt: str) -> Shape:
+    """A small model in a weight format, or a q4_1 model whose layers are "rotated", in blocks of 256, 128 and 64."""
+    if fmt == "rotated":
+        return Shape(
+            format="q4_1", rotated=True, layers=2, hidden=192, q_heads=6, kv_heads=2, head_dim=32, ffn=320, vocab=64
+        )
     return Shape(format=fmt, layers=2, q_heads=6, kv_heads=2, vocab=64)
 
 
@@ -35,6 +48,19 @@ def whole(executor: NativeExecutor, ids: np.ndarray, table: list[int]) -> np.nda
 def in_chunks(executor: NativeExecutor, ids: np.ndarray, table: list[int], size: int) -> np.ndarray:
     parts = [executor.forward(batch((ids[i : i + size], i, table), every_row=True)) for i in range(0, len(ids), size)]
     return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("weight_format", ["auto", "int8"])
+def test_the_rotated_case_is_rotated_as_the_loader_does_it(weight_format: str) -> None:
+    plan, weights = build(shape("rotated"))
+    found = {handle for handle, each in weights.items() if each.format == ROTATED}
+    matrices = {handle for handle, each in plan.weights.items() if each.kind == "matrix"}
+    assert found == matrices - {"embed", "head"}
+    stored = build(replace(shape("rotated"), rotated=False))[1]
+    assert all(stored[handle].format == "q4_1" for handle in matrices)
+    for target in TARGETS:
+        expected = found if weight_format == "int8" or rotates(target) else set()
+        assert rotated_handles(plan, stored, weight_format, target) == expected
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -89,7 +115,7 @@ def test_two_threads_give_the_bits_of_one(target: str, fmt: str, codec: str) -> 
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("codec", ["bf16", "int8"])
+@pytest.mark.parametrize("codec", ["f16", "bf16", "int8"])
 def test_windows_give_the_same_bits_in_chunks(target: str, codec: str) -> None:
     executor = native(Shape(window=33, vocab=64), target, codec=codec)
     ids = tokens(290, 64)
@@ -98,12 +124,12 @@ def test_windows_give_the_same_bits_in_chunks(target: str, codec: str) -> None:
         assert np.array_equal(in_chunks(executor, ids, list(range(30, 50)), size), expected)
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int8"])
+@pytest.mark.parametrize(("target", "fmt", "codec"), SCHEDULES)
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_any_schedule_gives_the_bits_of_one_piece(codec: str, data: st.DataObject) -> None:
-    """Random chunk sizes, random company, random blocks, on the best target."""
-    executor = native(shape("q4_1"), TARGETS[0], codec=codec)
+def test_any_schedule_gives_the_bits_of_one_piece(target: str, fmt: str, codec: str, data: st.DataObject) -> None:
+    """Random chunk sizes, random company, random blocks."""
+    executor = native(shape(fmt), target, codec=codec)
     count = data.draw(st.integers(1, 3))
     lengths = [data.draw(st.integers(1, 300)) for _ in range(count)]
     prompts = [tokens(n, 64, seed=n + 7 * i) for i, n in enumerate(lengths)]

@@ -9,6 +9,7 @@ import pytest
 
 from pagemill.base.params import CacheOptions
 from pagemill.cache import prefix
+from pagemill.kernels.target import available_targets
 from tests.contracts.cache import broken
 from tests.trust import matrix
 from tests.trust.figures import Figure
@@ -20,6 +21,15 @@ def test_every_field_of_a_key_keeps_texts_apart(publish: Callable[[Figure], None
 
 def test_engines_that_compute_other_bytes_are_told_apart(tmp_path: Path, publish: Callable[[Figure], None]) -> None:
     publish(matrix.count([matrix.engine_cells(tmp_path)]))
+
+
+def test_engines_are_told_apart_where_another_target_than_the_best_is_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGEMILL_FORCE_TARGET", available_targets()[-1])
+    figure = matrix.count([matrix.engine_cells(tmp_path)])
+    assert figure.num_trials > 0
+    assert figure.num_failures == 0, str(figure)
 
 
 def test_a_cell_and_its_control_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,9 @@ from pagemill.kernels.native import PACKING_VERSION, NativeExecutor
 from pagemill.kernels.ops import Plan
 from pagemill.kernels.plan import lower
 from pagemill.kernels.reference import INTEGER_FORMATS, ReferenceExecutor
+from pagemill.kernels.rotated import MULTIPLE
 from pagemill.kernels.target import arithmetic_of, choose_target, rotates
-from pagemill.kernels.tensors import ROTATED, Tensor
+from pagemill.kernels.tensors import QUANT_GROUP, ROTATED, Tensor
 from pagemill.models.checkpoint import Checkpoint
 from pagemill.models.registry import build_plan
 from pagemill.storage.arena import Arena
@@ -50,6 +51,11 @@ def kv_spec_for(checkpoint: Checkpoint, codec: str, block_size: int) -> KVSpec:
 _ROTATING: Final = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 
+def _rotating_phases(plan: Plan) -> list[list[str]]:
+    """The matrices of each phase of a layer, by handle."""
+    return [[ref.weight for ref in phase.matrices] for phase in lower(plan) if phase.kind in _ROTATING]
+
+
 def rotated_handles(plan: Plan, tensors: Mapping[str, Tensor], weight_format: str, target: str) -> frozenset[str]:
     """The matrices that become signed bytes of rotated rows: those of all layers with int8, and with auto those of
     4-bit and 8-bit checkpoints where the target `rotates`. The embedding and the head never do.
@@ -62,8 +68,12 @@ def rotated_handles(plan: Plan, tensors: Mapping[str, Tensor], weight_format: st
     def fits(tensor: Tensor) -> bool:
         return can_rotate(tensor) and (weight_format == "int8" or tensor.format in INTEGER_FORMATS)
 
-    phases = ([ref.weight for ref in phase.matrices] for phase in lower(plan) if phase.kind in _ROTATING)
-    return frozenset(handle for handles in phases if all(fits(tensors[each]) for each in handles) for handle in handles)
+    phases = (handles for handles in _rotating_phases(plan) if all(fits(tensors[each]) for each in handles))
+    return frozenset(handle for handles in phases for handle in handles)
+
+
+def _listed(handles: list[str]) -> str:
+    return f"{', '.join(handles[:_MAX_LISTED])}{', …' * (len(handles) > _MAX_LISTED)}"
 
 
 class ConvertedWeights(Mapping[str, Tensor]):
@@ -114,6 +124,25 @@ class ConvertedWeights(Mapping[str, Tensor]):
         handles = (handle for handle, each in self._plan.weights.items() if each.kind == "matrix")
         return [handle for handle in handles if self.format_of(handle) != format]
 
+    def notice(self) -> str | None:
+        """What the user is told where matrices have rows that the asked format cannot hold; None where all fit."""
+        if self._weight_format == "q8_0" and (others := self.matrices_not_in("q8_0")):
+            return (
+                f"{len(others)} matrices stay in bf16, their rows are no multiple of {QUANT_GROUP} numbers as q8_0 "
+                f"needs: {_listed(others)}"
+            )
+        if self._weight_format != "int8":
+            return None
+        layers = [handle for handles in _rotating_phases(self._plan) for handle in handles]
+        if not (others := [handle for handle in layers if handle not in self._rotated]):
+            return None
+        kept = ", ".join(sorted({self.format_of(handle) for handle in others}))
+        return (
+            f"{len(others)} of the layers' {len(layers)} matrices stay in {kept}, their rows are no multiple of "
+            f"{MULTIPLE} numbers as int8 needs: {_listed(others)}; give weight_format q8_0 (multiples of "
+            f"{QUANT_GROUP}) or bf16 to convert them too, or exact to keep the checkpoint's own numbers in all"
+        )
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -149,11 +178,8 @@ def load_executor(
     spec = KVSpec(plan.kv, block_size, kv_codec, window_pages)
     target = choose_target()
     weights = ConvertedWeights(plan, checkpoint.tensors, weight_format, target)
-    if weight_format == "q8_0" and (others := weights.matrices_not_in("q8_0")):
-        _LOG.warning(
-            f"{len(others)} matrices stay in bf16, their rows are no multiple of 32 numbers as q8_0 needs: "
-            f"{', '.join(others[:_MAX_LISTED])}{', …' * (len(others) > _MAX_LISTED)}"
-        )
+    if notice := weights.notice():
+        _LOG.warning(notice)
     model: ModelExecutor
     if executor == "reference":
         checkpoint.check_values()
