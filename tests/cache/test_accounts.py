@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from typing import Literal
 
 import pytest
 
@@ -125,9 +126,37 @@ def test_only_known_tenants_enter_where_the_operator_says_so() -> None:
         with pytest.raises(RequestError, match="is unknown; the operator names tenants") as caught:
             cache.check_options(stranger)
         assert caught.value.status == 403
-    assert shared.remove_tenant("known") == 3
+    assert shared.purge_tenant("known") == 3
+    assert shared.remove_tenant("known") == 0
     with pytest.raises(RequestError, match="'known' is unknown"):
         cache.check_options(CacheOptions("known"))
+    for refused in (shared.purge_tenant, shared.remove_tenant):
+        for stranger in ("known", "stranger", "default"):
+            with pytest.raises(RequestError, match=f"'{stranger}' is unknown"):
+                refused(stranger)
+
+
+def test_what_a_removed_tenant_still_leaves_can_be_purged() -> None:
+    cache = CacheManager(20, 4, "paged", SharingConfig(known_tenants_only=True))
+    shared = cache.shared
+    assert shared is not None
+    cache.grant("gone")
+    assert shared.remove_tenant("gone") == 0
+    store(cache, text(1, 3), CacheOptions("gone"))  # a request that waited
+    assert shared.purge_tenant("gone") == 3
+    with pytest.raises(RequestError, match="'gone' is unknown"):
+        shared.purge_tenant("gone")
+
+
+@pytest.mark.parametrize("mode", ["paged", "contiguous", "none"])
+def test_without_a_prefix_cache_there_is_no_public_namespace_either(
+    mode: Literal["paged", "contiguous", "none"],
+) -> None:
+    cache = CacheManager(20, 4, mode)
+    cache.check_options(CacheOptions("anyone", "salted"))
+    with pytest.raises(RequestError, match="no public namespace 'docs'") as caught:
+        cache.check_options(CacheOptions(public="docs"))
+    assert caught.value.status == 403
 
 
 def test_a_request_that_waits_runs_on_though_its_tenant_is_removed() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 
 from pagemill.base.errors import CapacityError, ConfigError, IntegrityError
+from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager
 
 
@@ -113,6 +116,24 @@ def test_stats_tell_blocks_positions_and_waste() -> None:
     assert (stats.num_blocks, stats.num_free_blocks, stats.num_active_blocks) == (10, 6, 4)
     assert (stats.num_sequences, stats.num_positions, stats.num_unused_positions) == (2, 13, 3)
     assert stats.num_leaked_blocks == 0
+
+
+def test_a_text_that_is_looked_up_again_is_counted_apart_and_not_in_the_curve() -> None:
+    cache, tokens = CacheManager(30, 4, sharing=SharingConfig()), array("i", range(31))
+    cache.open(0, 31, 40, array("i", tokens))
+    cache.commit(0, 31)
+    cache.publish_tail(0)
+    for sibling in (1, 2, 3):
+        assert cache.open(sibling, 31, 40, array("i", tokens), again=True).num_hit == 30
+    stats = cache.stats()
+    assert (stats.num_asked_tokens, stats.num_hit_tokens) == (30, 0)
+    assert (stats.num_reentry_tokens, stats.num_reentry_hit_tokens) == (90, 90)
+    assert cache.curve.num_recorded == 7, "whole blocks of the first look-up"
+    assert cache.curve.curve([30]) == [0.0]
+    cache.open(4, 31, 40, array("i", tokens))
+    assert cache.curve.num_recorded == 14
+    assert cache.curve.curve([30]) == [0.5]
+    cache.verify()
 
 
 def test_check_notices_blocks_that_nobody_owns() -> None:

@@ -48,7 +48,13 @@ def test_going_on_from_a_text_that_ended_is_not_seen() -> None:
     assert why(cache, text(1, 5)) == Miss("not seen", 12)
 
 
-@pytest.mark.parametrize("at", [0, 1, 4, 7, 10])
+def test_a_text_that_begins_otherwise_than_all_that_are_there_is_not_seen() -> None:
+    cache, _ = make(20)
+    store(cache, text(1, 3), OWN)
+    assert why(cache, text(2, 3)) == Miss("not seen", 0)
+
+
+@pytest.mark.parametrize("at", [1, 4, 7, 10])
 def test_differs(at: int) -> None:
     cache, _ = make(20)
     store(cache, text(1, 3), OWN)

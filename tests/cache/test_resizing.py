@@ -8,8 +8,10 @@ from array import array
 import pytest
 
 from pagemill.base.errors import CapacityError, ConfigError
+from pagemill.base.kv_spec import KVSpec, LayerKV
 from pagemill.base.params import CacheOptions
 from pagemill.base.transfer import Moves
+from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager
 from tests.cache.test_tenancy import make, num_kept, store, text
 
@@ -109,14 +111,30 @@ def test_a_size_below_what_lives_is_refused_and_changes_nothing() -> None:
     shared.pin(CacheOptions(), text(2, 3), 10.0)
     before = cache.stats()
     with pytest.raises(
-        CapacityError, match=r"cannot hold the 9 that sequences and pins use; give at least 9"
+        CapacityError, match=r"of 8 blocks cannot hold the 9 blocks that sequences and pins use; give at least that"
     ) as caught:
         cache.vacate(8)
     assert caught.value.retry_after_s
     assert cache.stats() == before
     resize(cache, 9)
-    with pytest.raises(CapacityError):
+    with pytest.raises(ConfigError, match=r"holds no block of the KV cache; give at least 9 blocks"):
         cache.vacate(0)
+
+
+def test_sizes_that_are_refused_are_told_in_bytes_which_are_enough() -> None:
+    kv_spec = KVSpec((LayerKV(2, 16),), 16)
+    cache = CacheManager(20, 16, "paged", SharingConfig(), kv_spec)
+    assert cache.shared is not None
+    assert kv_spec.blocks_in(kv_spec.memory_bytes(3)) == 3 > kv_spec.blocks_in(kv_spec.memory_bytes(3) - 1)
+    with pytest.raises(ConfigError, match=r"no block of the KV cache; give at least 2,048 bytes \(1 block\)"):
+        cache.vacate(0)
+    tokens = array("i", range(48))
+    cache.open(1, 48, 100, tokens, CacheOptions())
+    with pytest.raises(CapacityError, match=r"of 4,096 bytes \(2 blocks\) cannot hold the 6,144 bytes \(3 blocks\)"):
+        cache.vacate(2)
+    cache.shared.set_quota("a", 6, None)
+    with pytest.raises(ConfigError, match=r"floors need 12,288 bytes \(6 blocks\) of KV cache and 10,240 bytes \(5 "):
+        cache.vacate(5)
 
 
 def test_a_size_below_the_floors_is_refused() -> None:
@@ -124,7 +142,7 @@ def test_a_size_below_the_floors_is_refused() -> None:
     shared.set_quota("a", 6, None)
     shared.set_quota("b", 6, None)
     before = cache.stats()
-    with pytest.raises(ConfigError, match="floors need 12 blocks and 11 are left"):
+    with pytest.raises(ConfigError, match="floors need 12 blocks of KV cache and 11 blocks would be left"):
         cache.vacate(11)
     assert cache.stats() == before
     resize(cache, 12)

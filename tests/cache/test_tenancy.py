@@ -85,10 +85,10 @@ def test_a_lower_cap_takes_effect_at_once() -> None:
 @pytest.mark.parametrize(
     ("floor", "cap", "message"),
     [
-        (21, None, "exceeds the 20"),
+        (21, None, r"a floor of 84 tokens \(21 blocks\) beside 0 .* exceeds the 80 tokens \(20 blocks\)"),
         (5, 4, "below the floor"),
         (-1, None, "0 or more"),
-        (0, 0, "1 or more"),
+        (0, 0, "less than a block; give at least 4 tokens"),
         (0, 21, "lower it"),
     ],
 )
@@ -102,7 +102,7 @@ def test_quotas_that_cannot_be_are_refused_and_change_nothing(floor: int, cap: i
 def test_floors_together_may_not_exceed_the_memory() -> None:
     _, shared = make(20)
     shared.set_quota("a", 12, None)
-    with pytest.raises(ConfigError, match="beside 12 promised"):
+    with pytest.raises(ConfigError, match=r"beside 48 tokens \(12 blocks\) promised"):
         shared.set_quota("b", 9, None)
     shared.set_quota("b", 8, None)
     shared.set_quota("a", 0, None)
@@ -168,6 +168,32 @@ def test_pins_end_with_their_lease() -> None:
     assert num_kept(shared, text(1, 4), CacheOptions()) == 0
 
 
+def test_a_pin_holds_the_block_that_the_text_ends_in() -> None:
+    """Whether the text ends there too, or another one goes on in that block."""
+    cache, shared = make(20)
+    for number, (length, num_blocks) in enumerate({11: 3, 10: 3, 9: 3, 8: 2, 2: 1}.items()):
+        options = CacheOptions(f"t{number}")
+        store(cache, text(1, 3)[:11], options)
+        lease = shared.pin(options, text(1, 3)[:length], 10.0)
+        assert (lease.num_tokens, len(lease.blocks)) == (length, num_blocks)
+        assert cache.stats().num_pinned_blocks == num_blocks
+        for index in range(2, 8):
+            store(cache, text(index, 4), CacheOptions())
+        found = shared.entry(options, text(1, 3)[:length] + array("i", [7]), length + 1)
+        assert found.num_hit == length
+        assert shared.unpin(lease.lease_id)
+        cache.verify()
+
+
+def test_a_pin_holds_no_block_of_a_text_that_parts_within_it() -> None:
+    cache, shared = make(20)
+    store(cache, text(1, 3), CacheOptions())
+    lease = shared.pin(CacheOptions(), text(1, 3)[:10] + array("i", [7]), 10.0)
+    assert (lease.num_tokens, len(lease.blocks)) == (8, 2)
+    lease = shared.pin(CacheOptions(), text(1, 3)[:3] + array("i", [7]), 10.0)
+    assert (lease.num_tokens, lease.blocks) == (0, ())
+
+
 def test_pins_beyond_a_cap_or_half_of_the_cache_are_refused() -> None:
     cache, shared = make(20)
     shared.set_quota("t", 0, 6)
@@ -204,6 +230,32 @@ def test_a_text_is_purged_without_what_others_share() -> None:
     assert num_kept(shared, common + text(3, 2), options) == 4
     assert shared.purge_prefix(options, common[:6]) == 3
     assert num_kept(shared, common, options) == 1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_texts_that_only_each_other_share_are_purged_whole(turned: bool) -> None:
+    cache, shared = make(20)
+    options = CacheOptions()
+    texts = [text(1, 2)[:6], text(1, 3)[:11], text(1, 2) + text(5, 1)]
+    store(cache, texts[0], options)
+    shared.pin(options, texts[0], 10.0)
+    for tokens in texts[1:]:
+        store(cache, tokens, options)
+    assert len(shared.tree.nodes) == 5, "two whole blocks, an end and another that goes on from it, a third text's last"
+    assert shared.purge_texts(options, texts[:1:-1] + texts[:2] if turned else texts) == 5
+    assert cache.stats().num_free_blocks == 20
+    cache.verify()
+
+
+def test_an_end_that_a_pin_has_kept_goes_with_the_text_that_goes_on_from_it() -> None:
+    cache, shared = make(20)
+    options, tokens = CacheOptions(), text(1, 3)[:11]
+    store(cache, tokens[:6], options)
+    shared.pin(options, tokens[:6], 10.0)
+    store(cache, tokens, options)
+    assert shared.purge_texts(options, [tokens]) == 4
+    assert (cache.stats().num_free_blocks, shared.leases.num_forced) == (20, 1)
+    assert store(cache, tokens, options) == 0
 
 
 def test_a_running_sequence_survives_the_purge_of_its_text() -> None:

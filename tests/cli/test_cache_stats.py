@@ -70,6 +70,17 @@ def test_a_server_that_answers_otherwise_is_told_about(
     assert message in capsys.readouterr().err
 
 
+def test_what_a_size_takes_has_a_column(capsys: pytest.CaptureFixture[str]) -> None:
+    found = served_stats()
+    for each in found["curve"]["points"]:
+        each["bytes"] = each["blocks"] * 1536 * 1024
+    with serving(lambda path, authorization: (200, json.dumps(found).encode(), {})) as url:
+        assert main(["cache", "stats", "--url", url]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["blocks", "tokens", "memory", "expected"] in [line.split() for line in lines]
+    assert ["64", "256", "96", "MiB", "0.5000"] in [line.split() for line in lines]
+
+
 def test_where_no_server_is_that_is_told() -> None:
     with serving(lambda path, authorization: (200, b"", {})) as url:
         pass
@@ -92,6 +103,7 @@ def test_a_load_is_replayed_and_the_simulator_stands_beside_the_curve(
     assert found["trace"] == "chat"
     assert found["blocks"]["total"] == 2000
     points = found["curve"]["points"]
+    assert not any("bytes" in each for each in points)
     assert max(abs(each["hit_ratio"] - each["simulated"]) for each in points) < 0.02
     assert points[-1]["hit_ratio"] > points[0]["hit_ratio"] > 0
 

@@ -67,6 +67,16 @@ def test_wrong_arguments_are_one_line_and_exit_2(
     assert message in capsys.readouterr().err
 
 
+def test_options_of_serving_without_serve_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, message in (
+        (["--requests", "1000"], "--requests means something only where the trace is served; add --serve or leave it"),
+        (["--pace", "2", "--target-itl-ms", "9"], "--pace, --target-itl-ms mean something only"),
+        (["--streams", "1", "--deadline", "3", "--cost-model", "x"], "--streams, --deadline, --cost-model mean"),
+    ):
+        assert main(["simulate", TRACE, *given]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_plot_of_lengths_alone_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     trace = tmp_path / "a.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,16,2\n")

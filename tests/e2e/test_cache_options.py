@@ -63,9 +63,12 @@ def test_tenants_of_the_file_have_their_quotas(model: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("tenants", "message"),
     [
-        ({"a": {"floor_tokens": "64M"}}, "exceeds the .* of the cache; lower it or raise kv_cache_memory_bytes"),
-        ({"a": {"cap_tokens": "64M"}}, "and the cache has .*; lower it"),
-        ({"a": {"cap_tokens": 5}}, "a cap 1 or more"),
+        (
+            {"a": {"floor_tokens": "64M"}},
+            "of 67,108,864 tokens .* of the cache; lower it or raise kv_cache_memory_bytes",
+        ),
+        ({"a": {"cap_tokens": "64M"}}, "is 67,108,864 tokens .* and the cache has .* tokens .*; lower it"),
+        ({"a": {"cap_tokens": 5}}, "tenant 'a': the cap is less than a block; give at least 16 tokens"),
     ],
 )
 def test_quotas_beyond_the_memory_end_the_start_with_what_to_do(model: str, tenants: object, message: str) -> None:
@@ -88,6 +91,13 @@ def test_a_quota_is_changed_while_the_engine_runs(model: str) -> None:
         assert llm.stats().cache.num_cached_blocks == 2
         with pytest.raises(ConfigError, match="cap_tokens is '5'"):
             llm.cache.set_quota("a", cap_tokens="5")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="floor_tokens is -5; give 0 or more tokens"):
+            llm.cache.set_quota("a", floor_tokens=-5)
+        for cap_tokens in (0, -5, 5):
+            with pytest.raises(ConfigError, match=r"give at least (a block of )?16 tokens"):
+                llm.cache.set_quota("a", cap_tokens=cap_tokens)
+        with pytest.raises(ConfigError, match=r"the cap, 16 tokens \(1 block\), is below the floor, 32 tokens"):
+            llm.cache.set_quota("a", floor_tokens=17, cap_tokens=31)
         with pytest.raises(CapacityError, match="tenant 'a' may have 2"):
             llm.generate(PROMPT, GREEDY, tenant="a")
 
@@ -188,7 +198,10 @@ WRONG_CALLS: list[tuple[Callable[[LLM], object], str]] = [
     (lambda llm: llm.cache.stats([True]), "a size of the cache is True"),
     (lambda llm: llm.cache.curve([0]), "give sizes from 1"),
     (lambda llm: llm.cache.listen(5), "a listener is a int"),  # type: ignore[arg-type]
-    (lambda llm: llm.resize_kv_cache(1), "a KV cache of 0 blocks"),
+    (
+        lambda llm: llm.resize_kv_cache("1KiB"),
+        r"holds no block of the KV cache; give at least [1-9][\d,]+ bytes \(1 block\)",
+    ),
     (lambda llm: llm.session().restore("0"), "no snapshot '0'"),  # type: ignore[arg-type]
     (lambda llm: llm.session().restore(False), "no snapshot False"),
 ]

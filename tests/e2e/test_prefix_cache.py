@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,61 @@ def test_a_purge_leaves_no_trace(llm: LLM) -> None:
     assert llm.generate(SYSTEM, GREEDY)[0].num_cached_tokens == 0
 
 
+@pytest.mark.parametrize("num_choices", [1, 3])
+def test_a_purged_request_leaves_no_trace_but_what_others_share(llm: LLM, num_choices: int) -> None:
+    params = replace(GREEDY, temperature=1.0, seed=3, n=num_choices, max_tokens=20)
+    other = {"prompt_token_ids": [*llm.tokenizer.encode(SYSTEM)[:32], *range(40)]}
+    llm.generate(other, GREEDY)
+    [output] = llm.generate(SYSTEM, params)
+    shared, ids = llm.built.engine.cache.shared, output.prompt_token_ids
+    assert shared is not None
+    texts = [array("i", [*ids, *choice.token_ids[:-1]]) for choice in output.outputs]
+    chains = [[node.block for node in shared.chain_of(CacheOptions(), text)] for text in texts]
+    assert all(len(chain) * 16 >= len(text) for chain, text in zip(chains, texts, strict=True)), "all of it is cached"
+    common, own = chains[0][:2], {block for chain in chains for block in chain[2:]}
+    arena = llm.built.executor.model._pages._blocks  # type: ignore[attr-defined]
+    assert all(arena[block].any() for block in own)
+
+    assert llm.cache.purge(SYSTEM) == 0, "its answer goes on from the prompt"
+    assert llm.cache.purge(output) == len(own)
+    assert not any(arena[block].any() for block in own), "purge returns after the wipe"
+    assert all(arena[block].any() for block in common)
+    for choice in output.outputs:
+        [again] = llm.generate({"prompt_token_ids": [*ids, *choice.token_ids]}, GREEDY)
+        assert again.num_cached_tokens == 32
+        assert llm.cache.purge(again) > 0
+    assert llm.generate(other, GREEDY)[0].num_cached_tokens == len(other["prompt_token_ids"]) - 1
+
+
+def test_a_purged_request_is_found_nowhere(llm: LLM) -> None:
+    options = CacheOptions("mine", salt="s")
+    [output] = llm.generate(SYSTEM, GREEDY, cache=options)
+    [told] = llm.chat([{"role": "user", "content": "Hello"}], GREEDY, cache=options)
+    assert llm.cache.purge(output) == 0, "in another namespace"
+    assert llm.cache.purge(output, options) > 0
+    [again] = llm.generate(SYSTEM, GREEDY, cache=options)
+    assert again.num_cached_tokens == 0
+    assert llm.cache.purge(again, options) > 0
+    assert llm.cache.purge(told, options) > 0
+    assert not llm.built.executor.model._pages._blocks.any()  # type: ignore[attr-defined]
+
+
+def test_a_prompt_is_purged_once_what_goes_on_from_it_is(llm: LLM) -> None:
+    llm.generate(SYSTEM, GREEDY)
+    assert llm.cache.purge(SYSTEM) == 0
+    assert llm.cache.purge_prefix(SYSTEM) > 0
+    assert llm.cache.purge(SYSTEM) > 0
+    assert not llm.built.executor.model._pages._blocks.any()  # type: ignore[attr-defined]
+
+
+def test_a_request_that_still_runs_is_not_purged(llm: LLM) -> None:
+    [output] = llm.generate(SYSTEM, GREEDY)
+    running = replace(output, outputs=[replace(output.outputs[0], finish_reason=None)])
+    with pytest.raises(RequestError, match=r"had not ended.*purge_prefix"):
+        llm.cache.purge(running)
+    assert llm.cache.purge(output) > 0
+
+
 def test_an_aborted_request_leaves_no_unwiped_page(llm: LLM) -> None:
     stream = llm.stream(SYSTEM, GREEDY, cache=False)
     next(stream)
@@ -214,13 +270,20 @@ def test_quotas_pins_and_ranges_out_of_bounds_are_refused(llm: LLM) -> None:
         llm.generate("Hello", GREEDY, cache=CacheOptions(retain=(Retain(0, 900),)))
     with pytest.raises(RequestError, match="time above 0"):
         llm.cache.pin("Hello", 0)
+    with pytest.raises(RequestError, match="generate it first"):
+        llm.cache.pin("Hello", 60)
+    assert llm.stats().cache.num_pinned_blocks == 0
     with pytest.raises(RequestError, match="cache is 'no'"):
         llm.generate("Hello", GREEDY, cache="no")  # type: ignore[arg-type]
 
 
 def test_without_a_cache_control_says_so(model: str) -> None:
-    with make(model, enable_prefix_caching="off") as llm, pytest.raises(ConfigError, match="enable_prefix_caching"):
-        _ = llm.cache
+    with make(model, enable_prefix_caching="off") as llm:
+        with pytest.raises(ConfigError, match="enable_prefix_caching"):
+            _ = llm.cache
+        with pytest.raises(RequestError, match="no public namespace 'manual'"):
+            llm.generate(SYSTEM, GREEDY, cache=CacheOptions(public="manual"))
+        assert llm.generate(SYSTEM, GREEDY, tenant="a", cache_salt="b")[0].num_cached_tokens == 0
 
 
 def test_an_unknown_policy_is_refused_by_name(model: str) -> None:
@@ -228,16 +291,18 @@ def test_an_unknown_policy_is_refused_by_name(model: str) -> None:
         make(model, cache_policy="lruu")
 
 
-def test_pinned_texts_outlive_a_flood(model: str) -> None:
+@pytest.mark.parametrize("prompt", [SYSTEM, "Hello"])
+def test_pinned_texts_outlive_a_flood(model: str, prompt: str) -> None:
+    """To their last token, whether they fill a block or not."""
     with make(model) as probe:
         block_bytes = probe.built.kv_spec.block_bytes
     with make(model, kv_cache_memory_bytes=str(30 * block_bytes), max_model_len=256) as llm:
-        [kept] = llm.generate(SYSTEM, GREEDY)
-        pin = llm.cache.pin(SYSTEM, 1000)
-        assert pin.num_tokens >= len(kept.prompt_token_ids) // 16 * 16
+        [kept] = llm.generate(prompt, GREEDY)
+        pin = llm.cache.pin(prompt, 1000)
+        assert pin.num_tokens == len(kept.prompt_token_ids)
         for seed in range(6):
             llm.generate({"prompt_token_ids": [(seed * 17 + j * j) % 250 for j in range(200)]}, GREEDY)
-        assert llm.generate(SYSTEM, GREEDY)[0].num_cached_tokens >= pin.num_tokens - 1
+        assert llm.generate(prompt, GREEDY)[0].num_cached_tokens == pin.num_tokens - 1
         assert llm.cache.unpin(pin)
         assert not llm.cache.unpin(pin)
 
@@ -279,7 +344,7 @@ def test_a_cache_below_what_runs_is_refused_and_nothing_is_lost(llm: LLM) -> Non
     before = llm.stats().cache
     with pytest.raises(CapacityError, match="that sequences and pins use; give at least"):
         llm.resize_kv_cache(2 * llm.built.kv_spec.block_bytes)
-    with pytest.raises(CapacityError):
+    with pytest.raises(ConfigError, match=r"holds no block of the KV cache; give at least [\d,]+ bytes \([1-9]"):
         llm.resize_kv_cache(1)
     with pytest.raises(ConfigError):
         llm.resize_kv_cache("much")

@@ -241,8 +241,10 @@ def test_another_size_is_one_of_the_layers_that_read_all(models: dict[str, str])
         [again] = llm.generate(ids, GREEDY)
         assert (again.num_cached_tokens, told(again)) == (199, told(first))
         llm.built.engine.cache.verify()
-        with pytest.raises(CapacityError, match="hold"):
+        with pytest.raises(ConfigError, match=rf"give at least {taken + full.spec.block_bytes:,} bytes \(1 block\)"):
             llm.resize_kv_cache(taken)
+        for point in llm.cache.curve([20, 40, 80])["points"]:
+            assert point["bytes"] == point["blocks"] * (taken + 40 * full.spec.block_bytes) // 40
         assert told(llm.generate(ids, GREEDY)[0]) == told(first)
     with make(models["mistral"]) as llm, pytest.raises(ConfigError, match="every layer of this model reads a window"):
         llm.resize_kv_cache("1MiB")

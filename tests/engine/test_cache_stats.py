@@ -7,8 +7,10 @@ import json
 import pytest
 
 from pagemill.base.errors import ConfigError
+from pagemill.base.kv_spec import KVSpec, LayerKV
 from pagemill.base.params import CacheOptions, SamplingParams
 from pagemill.cache.entry import SharingConfig
+from pagemill.cache.manager import CacheManager
 from pagemill.engine.cache_stats import cache_curve, cache_stats
 from tests.fixtures.fake_engine import Rig
 
@@ -34,6 +36,21 @@ def test_a_prompt_asked_twice_is_half_of_what_was_asked() -> None:
     assert stats["curve"]["recorded_blocks"] == 8
     assert stats["curve"]["points"][-1] == {"blocks": 512, "tokens": 2048, "hit_ratio": 0.5}
     assert stats["blocks"]["total"] == 64 == stats["blocks"]["free"] + stats["blocks"]["cached"]
+
+
+def test_points_tell_memory_where_it_is_known_what_a_block_takes() -> None:
+    kv_spec = KVSpec((LayerKV(2, 16),), 16)
+    cache = CacheManager(64, 16, sharing=SharingConfig(), kv_spec=kv_spec)
+    points = cache_curve(cache, [16, 512])["points"]
+    assert [each["bytes"] for each in points] == [16 * 2048, 512 * 2048] == [kv_spec.block_bytes * n for n in (16, 512)]
+    assert "bytes" not in cache_curve(make().cache, [16])["points"][0]
+
+
+def test_points_of_a_cache_with_windows_take_their_pages_in_proportion() -> None:
+    kv_spec = KVSpec((LayerKV(2, 16), LayerKV(2, 16, "window", 16)), 16, window_pages=(10,))
+    cache = CacheManager(64, 16, sharing=SharingConfig(), kv_spec=kv_spec)
+    points = cache_curve(cache, [32, 64])["points"]
+    assert [each["bytes"] for each in points] == [37 * 2048, 74 * 2048]
 
 
 def test_who_was_put_off_and_comes_again_counts_once_and_apart() -> None:

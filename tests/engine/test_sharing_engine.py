@@ -63,6 +63,46 @@ def test_a_tenant_at_its_cap_takes_nothing_from_others() -> None:
     assert all(rig.answers[f"other {i}", 0].finish_reason == "length" for i in range(5))
 
 
+@pytest.mark.parametrize(("num_prompt", "num_told"), [(30, 0), (10, 3)])
+def test_own_pins_that_fill_a_cap_are_named_with_it(num_prompt: int, num_told: int) -> None:
+    rig = Rig(44, SIZE, max_model_len=64, vocab_size=1000, sharing=SharingConfig())
+    shared, options = rig.cache.shared, CacheOptions("capped")
+    assert shared is not None
+    shared.set_quota("capped", 0, 10)
+    add(rig, "first", list(range(29)), "capped", max_tokens=1)
+    rig.run()
+    assert shared.pin(options, array("i", range(28)), 60.0).num_tokens == 28  # of 10 blocks, 7 are pinned
+    add(rig, "next", list(range(100, 100 + num_prompt)), "capped", max_tokens=9)
+    while rig.engine.has_unfinished:
+        rig.step()
+    error = rig.answers["next", 0].deltas[-1].error
+    assert isinstance(error, CapacityError)
+    assert len(rig.tokens("next")) == num_told
+    assert f"needs {8 if num_prompt == 30 else 4} blocks" in str(error)
+    assert "tenant 'capped' may have 10 and its pins hold 7 of them; unpin some" in str(error)
+    assert "or raise the tenant's quota" in str(error)
+    assert error.retry_after_s
+
+
+def test_pins_that_fill_the_memory_are_no_matter_of_a_cap() -> None:
+    rig = Rig(12, SIZE, max_model_len=64, vocab_size=1000, sharing=SharingConfig())
+    shared = rig.cache.shared
+    assert shared is not None
+    shared.set_quota("capped", 0, 12)
+    texts = {"capped": list(range(20)), "other": list(range(50, 54))}
+    for tenant, text in texts.items():
+        add(rig, tenant, [*text, 99], tenant, max_tokens=1)
+    rig.run()
+    for tenant, text in texts.items():
+        shared.pin(CacheOptions(tenant), array("i", text), 60.0)
+    add(
+        rig, "next", [*range(12), *range(100, 128)], "capped", max_tokens=1
+    )  # 3 blocks are there, 7 are missing and 6 free
+    while rig.engine.has_unfinished:
+        rig.step()
+    assert "pins hold 6 of 12; unpin some" in str(rig.answers["next", 0].deltas[-1].error)
+
+
 def test_two_of_a_capped_tenant_give_way_to_each_other() -> None:
     rig = make()
     shared = rig.cache.shared

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pagemill.base.errors import ConfigError
-from pagemill.server.access_listen import HostCheck, TlsOptions, check_address, is_loopback
+from pagemill.server.access_listen import HostCheck, TlsOptions, check_address, check_admin_address, is_loopback
 from tests.fixtures.certificate import make_certificate
 
 
@@ -24,6 +24,15 @@ def test_other_addresses_are_refused_without_keys(host: str) -> None:
         check_address(host, has_keys=False)
     assert not check_address(host, has_keys=True)
     assert not check_address(host, has_keys=False, insecure=True)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4"])
+def test_an_admin_port_that_others_reach_needs_tls(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"without TLS.*--ssl-certfile.*--insecure"):
+        check_admin_address(host, has_tls=False)
+    assert not check_admin_address(host, has_tls=True)
+    assert not check_admin_address(host, has_tls=False, insecure=True)
+    assert check_admin_address("127.0.0.1", has_tls=False), "nobody else sees what passes"
 
 
 @pytest.mark.parametrize("host", ["no.such.name.invalid", "999.1.1.1", "a b", "\udcff", "x" * 300])

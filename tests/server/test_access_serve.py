@@ -143,6 +143,15 @@ def test_a_server_that_would_be_open_to_others_does_not_start(arguments: list[st
     assert "Traceback" not in ended.stderr
 
 
+def test_an_admin_port_that_others_reach_does_not_start_without_tls(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "pagemill", "serve", "--port", "0", "--admin-port", "0", "--admin-host", "0.0.0.0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert ended.returncode == 2
+    assert "the admin port would listen on 0.0.0.0 without TLS" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 # S5
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.fixtures.live_server import LiveServer
 from tests.server.test_completions import events
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
@@ -109,6 +111,60 @@ def test_a_breakpoint_is_taken_with_explicit_caching(http: httpx.Client) -> None
     fields = {"messages": [{"role": "user", "content": parts}], "prompt_cache_options": {"mode": "explicit"}}
     ask(http, **fields)
     assert ask(http, **fields)["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
+
+
+@pytest.mark.parametrize("given", [{"mode": "banana"}, {}, {"mode": "explicit", "ttl": "5m"}, True, "explicit"])
+def test_a_breakpoint_that_is_none_is_refused(http: httpx.Client, given: Any) -> None:
+    parts = ["one", {"type": "text", "text": "two", "prompt_cache_breakpoint": given}]
+    messages = [*HELLO, {"role": "user", "content": parts}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        answer = http.post(path, json={"messages": messages})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "messages")
+        assert error["message"] == (
+            'messages.1.content.1.prompt_cache_breakpoint is not known; give {"mode":"explicit"}, or leave it out'
+        )
+
+
+def test_a_breakpoint_that_is_null_is_left_out(http: httpx.Client) -> None:
+    part = {"type": "text", "text": "Hello"}
+    with_null = [{"role": "user", "content": [{**part, "prompt_cache_breakpoint": None}]}]
+    assert tokens_of(http, with_null) == tokens_of(http, [{"role": "user", "content": [part]}])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tools": [WEATHER]},
+        {"tools": [WEATHER, TIME], "tool_choice": "auto"},
+        {"tools": [WEATHER], "tool_choice": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"tools": [TIME], "add_generation_prompt": False},
+    ],
+)
+def test_what_is_tokenised_is_what_a_chat_sends(http: httpx.Client, fields: dict[str, Any]) -> None:
+    answer = http.post("/v1/chat/completions", json={"messages": HELLO, **GREEDY, **fields, "return_token_ids": True})
+    told = http.post("/tokenize", json={"messages": HELLO, **fields}).json()
+    assert told["tokens"] == answer.json()["prompt_token_ids"]
+    assert told["count"] == answer.json()["usage"]["prompt_tokens"]
+
+
+def test_tools_change_what_is_tokenised(http: httpx.Client) -> None:
+    counts = [
+        http.post("/tokenize", json={"messages": HELLO, **fields}).json()["count"]
+        for fields in ({}, {"tools": [TIME]}, {"tools": [TIME, WEATHER]})
+    ]
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_variables_of_a_template_are_tokenised(tiny_model: Path) -> None:
+    settings = {"chat_template": "{{ messages[0].content }}{{ mood }}"}
+    with LiveServer(str(tiny_model), settings=settings) as server, server.client() as http:
+        fields = {"messages": HELLO, "chat_template_kwargs": {"mood": "!?"}}
+        ids = http.post("/tokenize", json=fields).json()["tokens"]
+        assert http.post("/detokenize", json={"tokens": ids}).json()["prompt"] == "Hello!?"
+        assert ask(http, **fields)["usage"]["prompt_tokens"] == len(ids)
 
 
 def test_a_developer_is_a_system(http: httpx.Client) -> None:
@@ -221,6 +277,8 @@ def test_results_of_calls_can_be_sent_back(http: httpx.Client) -> None:
         ({"top_logprobs": 2}, 400, "logprobs"),
         ({"chat_template": "{{ messages }}"}, 400, "template"),
         ({"chat_template_kwargs": {"messages": []}}, 400, "set already"),
+        ({"messages": [{"role": "user"}]}, 400, "give an object with role and content"),
+        ({"logit_bias": {"99999999": 1}}, 400, "logit_bias names token 99999999; give ids from 0 to "),
         ({"min_tokens": 3, "response_format": {"type": "json_object"}}, 400, "grammar"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}, 400, "json_"),
     ],

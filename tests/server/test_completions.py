@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from pagemill import SamplingParams
+from pagemill.engine.cache_stats import cache_stats
 from tests.fixtures.live_server import LiveServer
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -74,6 +76,36 @@ def test_usage_comes_with_each_chunk_where_asked(http: httpx.Client) -> None:
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
     assert counts[-1] == 8
+
+
+def test_choices_of_one_request_are_looked_up_once_in_the_figures(tiny_model: Path) -> None:
+    with LiveServer(str(tiny_model), max_num_seqs=8) as server, server.client() as http:
+        usage = ask(http, prompt=[65] * 310, n=4, temperature=1, seed=1)["usage"]
+        told = server.call(cache_stats)
+        tokens, curve = told["tokens"], told["curve"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == tokens["hit"] == 0
+        assert tokens["asked"] == 309, "all but the last, which is always computed"
+        assert (tokens["asked_again"], tokens["hit_again"]) == (927, 927)
+        assert curve["recorded_blocks"] == 309 // told["block_tokens"]
+        assert {point["hit_ratio"] for point in curve["points"]} == {0.0}
+        again = ask(http, prompt=[65] * 310, n=4, temperature=1, seed=1)["usage"]
+        assert again["prompt_tokens_details"]["cached_tokens"] == server.call(cache_stats)["tokens"]["hit"] == 309
+
+
+def test_usage_says_nothing_of_the_cache_before_it_is_known(http: httpx.Client) -> None:
+    prompts = [f"Told only when it is known, and not before: text {number}" for number in range(2)]
+    for prompt in prompts:
+        ask(http, prompt=prompt)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(http, prompt=prompts, n=2, temperature=1, seed=1, stream_options=options)
+    num_first_open, told = 2, set()  # the first choice of each prompt tells what was found
+    for chunk in chunks:
+        num_first_open -= sum(each["finish_reason"] is not None for each in chunk["choices"] if each["index"] in (0, 2))
+        details = chunk["usage"].get("prompt_tokens_details")
+        assert (details is None) == (num_first_open > 0), chunk
+        told |= set() if details is None else {details["cached_tokens"]}
+    assert chunks[0]["usage"]["completion_tokens"] > 0
+    assert told == {chunks[-1]["usage"]["prompt_tokens"] - 2}, "all but the last token of each"
 
 
 def test_the_same_prompt_again_is_told_as_cached_with_a_receipt(http: httpx.Client) -> None:
@@ -266,10 +298,15 @@ def test_a_regular_expression_holds_the_answer(http: httpx.Client) -> None:
         ({"prompt": "x", "suffix": "y"}, 400, "suffix"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
         ({"prompt": "x", "logit_bias": {"1": 101}}, 400, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"99999999": 1}}, 400, "logit_bias names token 99999999; give ids from 0 to "),
         ({"prompt": "x", "presence_penalty": 3}, 400, "presence_penalty"),
         ({"prompt": "x", "stop": [""]}, 400, "stop"),
         ({"prompt": "x", "response_format": {"type": "regex", "regex": "("}}, 400, "regex"),
-        ({"prompt": "x", "response_format": {"type": "grammar", "grammar": "nonsense"}}, 400, "lark"),
+        (
+            {"prompt": "x", "response_format": {"type": "grammar", "grammar": "nonsense"}},
+            400,
+            "the grammar cannot be used",
+        ),
         ({"prompt": "x", "response_format": {"type": "json_schema"}}, 400, "json_schema"),
         ({"prompt": "x", "guided_regex": "a", "guided_json": {}}, 400, "several forms"),
         ({"prompt": "x", "cache": {"unknown": 1}}, 400, "cache"),
@@ -292,7 +329,21 @@ def test_wrong_fields_are_told_in_openai_s_shape(
         ({"temperature": -3}, "temperature", "temperature is -3"),
         ({"top_p": 2}, "top_p", "top_p is 2"),
         ({"n": 0}, "n", "n is 0"),
-        ({"max_tokens": 0}, "max_tokens", "max_tokens is 0"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; give at least 1, or leave it out for no limit"),
+        ({"logprobs": 21}, "logprobs", "give a number from 0 to 20, or leave it out"),
+        ({"logit_bias": {"1": 1, "99999999": 1}}, "logit_bias", "logit_bias names token 99999999"),
+        ({"cache_salt": "x" * 1025}, "cache_salt", "cache_salt: String should have at most 1024 characters"),
+        ({"cache": {"unknown": 1}}, "cache", "cache.unknown: unknown field; there is retain, bypass, purge_on_end"),
+        (
+            {"cache": {"retain": [{"until": 1}]}},
+            "cache",
+            "cache.retain.0.until: unknown field; there is from, to, priority, ttl",
+        ),
+        (
+            {"prompt_cache_options": {"mod": "explicit"}},
+            "prompt_cache_options",
+            "prompt_cache_options.mod: unknown field; there is mode, ttl",
+        ),
         ({"logit_bias": {"1": 101}}, "logit_bias", "logit_bias of token 1"),
         ({"min_tokens": 9, "max_tokens": 2}, "min_tokens", "min_tokens (9) is above"),
         ({"deadline_s": -1}, "deadline_s", "deadline_s is -1"),

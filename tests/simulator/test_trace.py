@@ -70,7 +70,10 @@ BAD_LINES: list[tuple[object, str]] = [
     ("[1]", "not a JSON object"),
     ({"timestamp": 2000}, "has no 'input_length'"),
     ({**MOONCAKE, "timestamp": 1}, "before that of the line above"),
-    ({**MOONCAKE, "timestamp": -1}, "timestamp"),
+    ({**MOONCAKE, "timestamp": -1}, "timestamp is -1; it must be a time from 0 to 2\\^53"),
+    ({**MOONCAKE, "timestamp": None}, "timestamp is null"),
+    ({**MOONCAKE, "hash_ids": [(1 << 53) + 1]}, "a block id is 9007199254740993; it must be a whole .* 0 to 2\\^53"),
+    ({**MOONCAKE, "output_length": "9" * 99}, 'output_length is "9{39}…; it must'),
     ({**MOONCAKE, "input_length": 1.5}, "input_length"),
     ({**MOONCAKE, "input_length": True}, "input_length"),
     ({**MOONCAKE, "output_length": -1}, "output_length"),
@@ -90,6 +93,7 @@ def test_a_wrong_line_is_named_with_its_number(tmp_path: Path, line: object, mes
 BAD_REQUESTS: list[tuple[object, str]] = [
     (5, "not \\[t, in, out"),
     ([0, 192], "not \\[t, in, out"),
+    ([0, 192, 9, [], 0, 0], "not \\[t, in, out.* agent\\]"),
     (["x", 192, 9, [], 0, 0, "a"], "t is"),
     ([0, -1, 9, [], 0, 0, "a"], "in is"),
     ([0, 192, "9", [], 0, 0, "a"], "out is"),
@@ -117,6 +121,13 @@ def test_a_wrong_request_of_a_session_is_named_with_its_line(tmp_path: Path, req
 def test_a_wrong_session_is_named_with_its_line(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"s\.jsonl, line 2: "):
         read_trace(write(tmp_path / "s.jsonl", SESSION, {**SESSION, **change}))
+
+
+@pytest.mark.parametrize("field", ["id", "block_size", "tool_tokens", "system_tokens", "requests"])
+def test_a_session_without_a_field_is_named_with_it(tmp_path: Path, field: str) -> None:
+    row = {name: value for name, value in SESSION.items() if name != field}
+    with pytest.raises(ConfigError, match=rf"line 2: has no '{field}'; every line of agent sessions must"):
+        read_trace(write(tmp_path / "s.jsonl", SESSION, row))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +196,7 @@ def test_a_byte_order_mark_is_no_part_of_a_trace(tmp_path: Path, first: object) 
 def test_a_line_of_another_format_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 2: has no 'timestamp'"):
         read_trace(write(tmp_path / "t.jsonl", MOONCAKE, SESSION))
-    with pytest.raises(ConfigError, match="line 2: block_size"):
+    with pytest.raises(ConfigError, match="line 2: has no 'id'"):
         read_trace(write(tmp_path / "s.jsonl", SESSION, MOONCAKE))
 
 

@@ -139,6 +139,11 @@ class KVSpec:
         taken = sum(group.num_pages * group.spec.block_bytes for group in windows)
         return max(memory_bytes - taken, 0) // full.spec.block_bytes
 
+    def memory_bytes(self, num_blocks: int) -> int:
+        """Bytes of so many blocks beside the pages of window groups: the least in which `blocks_in` finds them."""
+        full, *windows = self.groups
+        return num_blocks * full.spec.block_bytes + sum(group.num_pages * group.spec.block_bytes for group in windows)
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token position, all layers, padding included."""

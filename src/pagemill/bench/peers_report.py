@@ -24,6 +24,7 @@ from pagemill.bench.peers_catalog import (
     PAGEMILL,
     Contestant,
 )
+from pagemill.bench.peers_mode import accuracy_line, mode_line
 from pagemill.bench.peers_run import Measured, Measurement, Settings
 from pagemill.bench.peers_worker import Loaded
 from pagemill.bench.report import Row, absence_remarks, machine_remarks, report_heading, rounded
@@ -33,12 +34,14 @@ from pagemill.kernels.target import choose_target
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a report tells beside the measurement. absent: peer -> why it was not run. pagemill: our engine's options
-    as given. model, weight_format: of the checkpoint."""
+    as given. model, weight_format: of the checkpoint. modes: our mode -> what it resolved to (`resolve_mode`) and its
+    accuracy (`find_accuracy`)."""
 
     model: str
     weight_format: str
     pagemill: Mapping[str, Any]
     absent: Mapping[str, str]
+    modes: Mapping[str, tuple[dict[str, Any], dict[str, Any] | None]]
 
 
 def make_report(context: Context, settings: Settings, found: Measurement) -> dict[str, Any]:
@@ -55,17 +58,30 @@ def make_report(context: Context, settings: Settings, found: Measurement) -> dic
             "timeout_s": settings.timeout_s,
             "seed": settings.seed,
             "known": f"{KNOWN_FROM}; a warning below {KNOWN_SHARE:.0%}",
+            "known_skipped": _known_skipped(context.model, settings.num_threads),
         },
-        "engines": [_engine(each, found) for each in dict.fromkeys((*found.loads, *found.failures))],
+        "engines": [_engine(each, found, context) for each in dict.fromkeys((*found.loads, *found.failures))],
         "absent": dict(context.absent),
         "interrupted": found.interrupted,
+        "without_peers": found.without_peers,
         "rows": [row for measured in found.rows for row in _rows(measured, settings, context)],
     }
 
 
-def _engine(contestant: Contestant, found: Measurement) -> dict[str, Any]:
+def _known_skipped(model: str, num_threads: int) -> str | None:
+    """Why the figures seen elsewhere are not compared with; None where they are."""
+    if KNOWN_MODEL in model.lower() and num_threads == KNOWN_THREADS:
+        return None
+    return f"they are of {KNOWN_MODEL} with {KNOWN_THREADS} threads, and this is {model} with {num_threads}"
+
+
+def _engine(contestant: Contestant, found: Measurement, context: Context) -> dict[str, Any]:
     entry = engine_entry(contestant, found.loads.get(contestant), found.failures.get(contestant))
-    return {"engine": contestant.engine, "mode": contestant.mode, "model": Path(contestant.model).name, **entry}
+    names = {"engine": contestant.engine, "mode": contestant.mode, "model": Path(contestant.model).name}
+    if contestant.engine != PAGEMILL:
+        return names | entry
+    resolved, accuracy = context.modes[contestant.mode]
+    return names | entry | {"resolved": resolved, "accuracy": accuracy}
 
 
 def engine_entry(contestant: Contestant, loaded: Loaded | None, failure: str | None) -> dict[str, Any]:
@@ -81,16 +97,17 @@ def engine_entry(contestant: Contestant, loaded: Loaded | None, failure: str | N
 
 def _rows(measured: Measured, settings: Settings, context: Context) -> list[dict[str, Any]]:
     work = measured.work
-    best = best_peer(measured)
+    best, goal_peer = best_peer(measured), best_peer(measured, work.goal_peer)
     barriers = Row(work.name, "", "ns", tuple(measured.barriers)).as_json() if measured.barriers else None
     rows = []
     for contestant, samples in measured.samples.items():
         row = Row(work.name, contestant.mode, work.unit, tuple(samples), contestant.engine)
         known = None
-        if settings.num_threads == KNOWN_THREADS and KNOWN_MODEL in context.model.lower():
+        if _known_skipped(context.model, settings.num_threads) is None:
             known = KNOWN.get((contestant.engine, contestant.mode), {}).get(work.name)
-        ratio = None if best is None else _ratio(measured, contestant, best)
+        speed = None if known is None else work.times_faster(row.median, (max if work.kind == "start" else min)(known))
         ours = contestant.engine == PAGEMILL
+        goal_ratio = _ratio(measured, contestant, goal_peer) if ours and work.goal is not None else None
         rows.append(
             {
                 **row.as_json(),
@@ -99,13 +116,16 @@ def _rows(measured: Measured, settings: Settings, context: Context) -> list[dict
                 "num_prompt_tokens": work.num_prompt_tokens,
                 "num_tokens": work.num_tokens,
                 "alternative": measured.alternatives.get(contestant),
-                "best_peer": None if best is None else {"engine": best.engine, "mode": best.mode},
-                "ratio": ratio,
+                "best_peer": _names(best),
+                "ratio": _ratio(measured, contestant, best),
                 "goal": work.goal if ours else None,
                 "floor": work.floor if ours else None,
-                "verdict": _verdict(work.goal, work.floor, ratio) if ours else None,
+                "goal_peer": None if goal_ratio is None else _names(goal_peer),
+                "goal_ratio": goal_ratio,
+                "verdict": _verdict(work.goal, work.floor, goal_ratio),
                 "known": None if known is None else list(known),
-                "below_known": known is not None and row.median < KNOWN_SHARE * known[0],
+                "share_of_known": None if speed is None else rounded(speed),
+                "below_known": speed is not None and speed < KNOWN_SHARE,
                 "barrier_ns": None if barriers is None else {key: barriers[key] for key in ("median", "samples")},
                 "cpu_shares": measured.cpu_shares,
             }
@@ -113,16 +133,26 @@ def _rows(measured: Measured, settings: Settings, context: Context) -> list[dict
     return rows
 
 
-def best_peer(measured: Measured) -> Contestant | None:
-    """The peer with the best median of a row, None where none has one."""
-    peers = {each: float(np.median(found)) for each, found in measured.samples.items() if each.engine != PAGEMILL}
+def _names(peer: Contestant | None) -> dict[str, str] | None:
+    return None if peer is None else {"engine": peer.engine, "mode": peer.mode}
+
+
+def best_peer(measured: Measured, engine: str | None = None) -> Contestant | None:
+    """The peer with the best median of a row, None where none has one. engine: the only one looked at, if given."""
+    peers = {
+        each: float(np.median(found))
+        for each, found in measured.samples.items()
+        if each.engine != PAGEMILL and engine in (None, each.engine)
+    }
     if not peers:
         return None
     return (min if measured.work.kind == "start" else max)(peers, key=lambda each: peers[each])
 
 
-def _ratio(measured: Measured, contestant: Contestant, best: Contestant) -> dict[str, Any]:
-    """How many times faster than the best peer: of the medians, and the spread over the rounds that both have."""
+def _ratio(measured: Measured, contestant: Contestant, best: Contestant | None) -> dict[str, Any] | None:
+    """How many times faster than a peer: of the medians, and the spread over the rounds that both have."""
+    if best is None:
+        return None
     work, ours, theirs = measured.work, measured.samples[contestant], measured.samples[best]
     rounds = [work.times_faster(a, b) for a, b in zip(ours, theirs, strict=False)]
     return {
@@ -133,15 +163,18 @@ def _ratio(measured: Measured, contestant: Contestant, best: Contestant) -> dict
 
 
 def _verdict(goal: float | None, floor: float | None, ratio: Mapping[str, float] | None) -> str | None:
-    if ratio is None or goal is None or floor is None:
+    """goal, floor or below; below the goal where there is no floor. None where nothing is wanted or compared with."""
+    if ratio is None or goal is None:
         return None
-    return "goal" if ratio["median"] >= goal else "floor" if ratio["median"] >= floor else "below"
+    if ratio["median"] >= goal:
+        return "goal"
+    return "floor" if floor is not None and ratio["median"] >= floor else "below"
 
 
 def title_of(report: dict[str, Any]) -> str:
     """Model and settings in one line."""
-    settings = report["settings"]
-    return f"{settings['model']} ({settings['weight_format']}), {settings['num_threads']} threads"
+    settings, threads = report["settings"], report["settings"]["num_threads"]
+    return f"{settings['model']} ({settings['weight_format']}), {threads} thread{'' if threads == 1 else 's'}"
 
 
 def make_tables(report: dict[str, Any]) -> list[Table]:
@@ -171,37 +204,59 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['p10']:{form}}–{row['p90']:{form}}",
         "" if ratio is None else f"{ratio['median']:.2f}",
         "" if ratio is None else f"{ratio['p10']:.2f}–{ratio['p90']:.2f}",
-        "" if known is None else "–".join(f"{each:,.0f}" for each in dict.fromkeys(known)),
+        "" if known is None else "–".join(f"{each:{form}}" for each in dict.fromkeys(known)),
     ]
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """Verdicts, warnings, what could not be had or failed, and the machine, one line each."""
-    lines = []
-    for row in report["rows"]:
-        if row["verdict"] is not None:
-            said = {
-                "goal": "at or above the goal",
-                "floor": "above the floor, below the goal",
-                "below": "below the floor",
-            }
-            lines.append(
-                f"{row['work']}: {row['engine']} {row['mode']} is {row['ratio']['median']:.2f}× the best peer, "
-                f"{said[row['verdict']]} (goal {row['goal']:g}×, floor {row['floor']:g}×)"
-            )
-    for row in report["rows"]:
-        if row["below_known"]:
-            share = row["median"] / row["known"][0]
-            lines.append(
-                f"warning: {row['engine']} {row['mode']}, {row['work']}: {row['median']:,.0f} is {share:.0%} of "
-                f"{row['known'][0]:,.0f} ({KNOWN_FROM}); on an idle machine of that kind it would be mis-set"
-            )
+    """Modes, accuracy, verdicts, warnings, what could not be had or failed, and the machine, one line each."""
+    lines = _mode_lines(report)
+    lines += [_verdict_line(row) for row in report["rows"] if row["verdict"] is not None]
+    lines += [_warning(row) for row in report["rows"] if row["below_known"]]
+    if report["settings"]["known_skipped"] is not None:
+        lines.append(f"no check against figures seen elsewhere: {report['settings']['known_skipped']}")
     for each in report["engines"]:
         if each["note"]:
             lines.append(f"{each['engine']} {each['mode']}: {each['note']}")
         if each["failure"] is not None:
             lines.append(f"failed: {each['engine']} {each['mode']} {each['failure']}")
     lines += absence_remarks(report)
+    if report["without_peers"]:
+        lines.append("stopped: every peer has failed; rows that are missing or short were not measured")
     if report["interrupted"]:
         lines.append("interrupted: rows that are missing or short were not measured to the end")
     return lines + machine_remarks(report["machine"])
+
+
+def _mode_lines(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for each in report["engines"]:
+        if each["engine"] == PAGEMILL:
+            name, resolved = f"{each['engine']} {each['mode']}", each["resolved"]
+            lines.append(mode_line(name, resolved))
+            lines.append(accuracy_line(name, resolved, each["accuracy"]))
+    return lines
+
+
+def _verdict_line(row: dict[str, Any]) -> str:
+    above = "above the floor, below the goal"
+    below = "below the goal" if row["floor"] is None else "below the floor"
+    said = {"goal": "at or above the goal", "floor": above, "below": below}[row["verdict"]]
+    peer = " ".join(row["goal_peer"].values())
+    if row["goal_peer"] == row["best_peer"]:
+        peer = f"the best peer, {peer}"
+    wanted = f"goal {row['goal']:g}×" + ("" if row["floor"] is None else f", floor {row['floor']:g}×")
+    return (
+        f"{row['work']}: {row['engine']} {row['mode']} is {row['goal_ratio']['median']:.2f}× {peer}, {said} ({wanted})"
+    )
+
+
+def _warning(row: dict[str, Any]) -> str:
+    share, seen = row["share_of_known"], row["known"]
+    said = f"{row['median']:,.0f} is {share:.0%} of {min(seen):,.0f}"
+    if row["unit"] == "s":
+        said = f"{row['median']:.3g} s is {share:.0%} of the speed of {max(seen):.3g} s"
+    return (
+        f"warning: {row['engine']} {row['mode']}, {row['work']}: {said} ({KNOWN_FROM}); on an idle machine of that "
+        "kind it would be mis-set"
+    )

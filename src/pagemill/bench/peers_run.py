@@ -17,7 +17,7 @@ import numpy as np
 
 from pagemill.base.errors import ConfigError
 from pagemill.bench.machine import CpuCounters, barrier_ns, disturbance, read_counters
-from pagemill.bench.peers_catalog import Contestant, Work
+from pagemill.bench.peers_catalog import PAGEMILL, Contestant, Work
 from pagemill.bench.peers_worker import Loaded, Worker, WorkerError
 
 MAX_RUNS = 1000
@@ -76,13 +76,15 @@ _MeasureOne = Callable[[Contestant, Measured, _Key], float | None]
 
 @dataclass(slots=True)
 class Measurement:
-    """What was found. Mutated as it comes in. failures: why an engine was left out, from then on."""
+    """What was found. Mutated as it comes in. failures: why an engine was left out, from then on. without_peers: every
+    peer had failed in the end, and no row was begun from then on."""
 
     rows: list[Measured] = field(default_factory=list)
     loads: dict[Contestant, Loaded] = field(default_factory=dict)
     failures: dict[Contestant, str] = field(default_factory=dict)
     cpu_shares: dict[str, float] | None = None
     interrupted: bool = False
+    without_peers: bool = False
 
 
 def measure(
@@ -96,7 +98,8 @@ def measure(
 
     prefill: prompt tokens ÷ time of a request for one token. decode: all streams' tokens ÷ (time of a request for
     num_tokens − time of one for a single token). start: from making the process to having the first token. A prompt
-    is never used twice, and all engines get the same ones.
+    is never used twice, and all engines get the same ones. Where every peer has failed, no further row is begun: there
+    is nothing to compare with.
     """
     with ExitStack() as stack:
         run = _Run(settings, observer, stack, interrupted)
@@ -105,11 +108,12 @@ def measure(
                 run.load(contestant)
         before = run.counters()
         for index in range(len(settings.works)):
-            if interrupted() or not run.workers:
+            if interrupted() or not run.has_peers:
                 break
             run.row(index)
         run.found.cpu_shares = disturbance(before, run.counters())
         run.found.interrupted = interrupted()
+        run.found.without_peers = not run.found.interrupted and not run.has_peers
         return run.found
 
 
@@ -129,6 +133,11 @@ class _Run:
         self.settings, self.observer, self.stack, self.interrupted = settings, observer, stack, interrupted
         self.found = Measurement()
         self.workers: dict[Contestant, Worker] = {}
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether an engine other than Pagemill is left."""
+        return any(contestant.engine != PAGEMILL for contestant in self.workers)
 
     def counters(self) -> CpuCounters | None:
         """Of the machine, with the workers' own time counted as ours."""

@@ -29,6 +29,7 @@ _INSTALL_S = 3600.0
 _REMAKE_S = 1800.0
 _SMOKE_S = 300.0
 _NOTE_NAME = "pagemill-peer.json"
+_IMPORTED = "pagemill: imported"
 # GGML's options and the processor flags (/proc/cpuinfo) that each needs.
 _GGML_FLAGS: dict[str, tuple[str, ...]] = {
     "GGML_SSE42": ("sse4_2",),
@@ -213,11 +214,12 @@ def _python_of(directory: Path) -> Path:
 
 
 def _imports(python: Path, module: str) -> bool:
+    """Whether a program is a Python that imports the module: it must say so, since any program may end with code 0."""
     try:
         done = subprocess.run(
-            [str(python), "-c", f"import {module}"],
+            [str(python), "-c", f"import {module}\nprint()\nprint({_IMPORTED!r})"],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=_CHECK_S,
             env=_plain_environment(),
@@ -225,7 +227,7 @@ def _imports(python: Path, module: str) -> bool:
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return done.returncode == 0
+    return done.returncode == 0 and _IMPORTED.encode() in done.stdout.splitlines()
 
 
 def _plain_environment() -> dict[str, str]:

@@ -94,9 +94,9 @@ class CacheStats:
     waste that paging keeps below one block a sequence. num_leaked_blocks: active blocks that no sequence owns (0).
     num_cached_blocks: published ones that nobody holds, to be hit or evicted. num_held_blocks: out of service.
     num_pinned_blocks: under a lease. num_hit_tokens of num_asked_tokens: looked for and found since the start, of
-    each sequence once; num_reentry_hit_tokens of num_reentry_tokens: the same of sequences that were put off and came
-    again. num_left_blocks: that can no longer be found, by reason (`residents.Departure`); num_evicted_blocks: those of
-    them that made room.
+    each request once; num_reentry_hit_tokens of num_reentry_tokens: the same of sequences that were put off and came
+    again, and of a request's further choices. num_left_blocks: that can no longer be found, by reason
+    (`residents.Departure`); num_evicted_blocks: those of them that made room.
     num_rebuilds: how often what the cache said of itself was contradictory, so that all of it was dropped and computed
     again (0). num_quarantined_blocks: blocks that had contents then.
     """

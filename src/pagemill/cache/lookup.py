@@ -168,7 +168,7 @@ class Lookups:
             return Miss("other format", at)
         tail = entry.match.tail
         goes_on = tail is None or len(tail.tokens) > TOKEN_BYTES * entry.match.num_tail_tokens
-        return Miss("differs" if node.below and goes_on else "not seen", at)
+        return Miss("differs" if at and node.below and goes_on else "not seen", at)
 
     def _seen_in_other_format(self, entry: Entry, fingerprint: Fingerprint) -> bool:
         """True where more of the text is, or was lately, in the same namespace under another fingerprint."""

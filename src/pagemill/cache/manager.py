@@ -25,6 +25,7 @@ from array import array
 from typing import Literal, get_args
 
 from pagemill.base.errors import CapacityError, ConfigError, IntegrityError
+from pagemill.base.kv_spec import KVSpec
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions
 from pagemill.base.transfer import NO_MOVES, Moves
 from pagemill.cache.curve import ReuseCurve
@@ -35,7 +36,7 @@ from pagemill.cache.receipt import Lookup
 from pagemill.cache.resizing import check_size, relocate, vacate
 from pagemill.cache.sequences import SequenceBlocks, verify_sequences
 from pagemill.cache.sharing import SharedBlocks
-from pagemill.cache.tenancy import quota_blocks
+from pagemill.cache.tenancy import Tenancy, quota_blocks
 from pagemill.cache.windows import Windows
 
 CacheMode = Literal["paged", "contiguous", "none"]
@@ -45,26 +46,28 @@ class CacheManager:
     """Block tables of all open sequences over one pool. Mutated by `open`, `resize`, `commit` and `close`.
 
     block_size: token positions in a block. sharing: how a paged cache shares blocks; None leaves every sequence alone,
-    as do the other modes. shared: what is published, None without sharing. curve: what caches of other sizes would have
-    hit of the texts looked up, nothing without sharing. Every operation that raises has changed
-    nothing; an unknown or twice opened sequence is a mistake of ours and an AssertionError. Raises ConfigError for
-    sizes out of range.
+    as do the other modes. kv_spec: what blocks take, to be told in bytes; None where that is not known. shared: what is
+    published, None without sharing. curve: what caches of other sizes would have hit of the texts looked up, nothing
+    without sharing. Every operation that raises has changed nothing; an unknown or twice opened sequence is a mistake
+    of ours and an AssertionError. Raises ConfigError for sizes out of range.
     """
 
     __slots__ = (
         "_damage", "_num_owned", "_num_positions", "_num_quarantined", "_num_rebuilds",
-        "_pool", "_publisher", "_sequences", "_targets", "block_size", "curve", "mode", "shared",
+        "_pool", "_publisher", "_sequences", "_targets", "block_size", "curve", "kv_spec", "mode", "shared",
     )  # fmt: skip
 
     def __init__(
-        self, num_blocks: int, block_size: int, mode: CacheMode = "paged", sharing: SharingConfig | None = None
-    ) -> None:
+        self, num_blocks: int, block_size: int, mode: CacheMode = "paged",
+        sharing: SharingConfig | None = None, kv_spec: KVSpec | None = None,
+    ) -> None:  # fmt: skip
         if block_size < 1:
             raise ConfigError(f"block_size is {block_size}; give at least 1 token position")
         if mode not in get_args(CacheMode):
             raise ConfigError(f"unknown kv_cache mode {mode!r}; choose one of {', '.join(get_args(CacheMode))}")
         self.block_size = block_size
         self.mode: CacheMode = mode
+        self.kv_spec = kv_spec
         sharing = sharing if mode == "paged" else None
         self._pool = BlockPool(num_blocks, wipes=sharing is not None and sharing.wipes)
         self.shared = None if sharing is None else SharedBlocks(self._pool, block_size, sharing)
@@ -132,8 +135,8 @@ class CacheManager:
         options: CacheOptions = DEFAULT_CACHE_OPTIONS,
         again: bool = False,
     ) -> Lookup:
-        """Begin a sequence of `num_tokens` known tokens, `reserve` at the most. again: it ran before and was put off;
-        what it asks for and hits is counted apart.
+        """Begin a sequence of `num_tokens` known tokens, `reserve` at the most. again: it ran before and was put off,
+        or is a further choice of its request; what it asks for and hits is counted apart, and not in the curve.
 
         tokens: the caller's `array('i')`, kept and read as it grows; without it nothing is shared. Afterwards the
         sequence's history is `num_tokens` (0 in mode none, which takes blocks only for a step), and what was hit is
@@ -177,7 +180,7 @@ class CacheManager:
             sequence.tokens, sequence.retain = tokens, options.retain
             sequence.missing, sequence.edges, sequence.first_missing = missing, edges, len(entry.shared)
             sequence.publish_at = (len(entry.shared) + 1) * self.block_size
-            self.curve.record([node.key for node in entry.match.nodes] + missing)
+            self.curve.record([] if again else [node.key for node in entry.match.nodes] + missing)
             for node in entry.match.nodes if options.retain else ():
                 publisher.retain(sequence, node)
         self._sequences[seq_id] = sequence
@@ -342,9 +345,8 @@ class CacheManager:
 
     def check_options(self, options: CacheOptions) -> None:
         """Raise RequestError (403) where a request may not share in what it names: an unknown tenant where only known
-        ones may, or a public namespace that nobody declared."""
-        if self.shared is not None:
-            self.shared.tenancy.check(options)
+        ones may, or a public namespace that nobody declared, as all are where nothing is shared."""
+        (Tenancy(0, self.block_size) if self.shared is None else self.shared.tenancy).check(options)
 
     def cap_error(self, num_tokens: int, options: CacheOptions) -> CapacityError | None:
         """The error of a text that its tenant's cap can never hold, None where it can."""
@@ -365,9 +367,10 @@ class CacheManager:
         """Make ready for `num_blocks` blocks, sequences alive. Once these moves are made, `relocate` makes sequences
         follow them, and `set_num_blocks` ends it; with the present number, that gives it up instead.
 
-        Raises CapacityError where sequences and pins use more, ConfigError where floors do; nothing is changed then.
+        Raises CapacityError where sequences and pins use more, ConfigError where floors do and for no block at all;
+        nothing is changed then.
         """
-        check_size(self._pool, self.shared, num_blocks, self.mode)
+        check_size(self._pool, self.shared, num_blocks, self.mode, self.kv_spec)
         try:
             self._targets, moves = vacate(self._pool, self.shared, num_blocks, self.block_size)
         except IntegrityError as error:

@@ -54,7 +54,7 @@ class ResidentBlocks:
         self.secrets = Secrets()
         self.tree = PrefixTree(block_size, self.secrets)
         self.shelves = Shelves(config.policy, pool.num_blocks, config.page_bytes)
-        self.tenancy = Tenancy(pool.num_blocks, known_only=config.known_tenants_only)
+        self.tenancy = Tenancy(pool.num_blocks, block_size, known_only=config.known_tenants_only)
         self.windows = Windows.make(config.windows, block_size, config.wipes, pool.is_published)
         self.lookups = Lookups(pool, self.tree, self.tenancy, self.windows, KEYS_PER_BLOCK * pool.num_blocks)
         self.num_left: dict[str, int] = dict.fromkeys(get_args(Departure), 0)

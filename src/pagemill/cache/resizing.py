@@ -9,25 +9,44 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Mapping
 
-from pagemill.base.errors import CapacityError
+from pagemill.base.errors import CapacityError, ConfigError
+from pagemill.base.kv_spec import KVSpec
 from pagemill.base.transfer import Copy, Moves
 from pagemill.cache.pool import BlockPool
 from pagemill.cache.sharing import SharedBlocks
 
 
-def check_size(pool: BlockPool, shared: SharedBlocks | None, num_blocks: int, mode: str) -> None:
-    """Raise CapacityError or ConfigError where the cache cannot have `num_blocks`, and change nothing."""
+def check_size(
+    pool: BlockPool, shared: SharedBlocks | None, num_blocks: int, mode: str, kv_spec: KVSpec | None = None
+) -> None:
+    """Raise CapacityError or ConfigError where the cache cannot have `num_blocks`, and change nothing.
+
+    kv_spec: what blocks take, for messages in bytes.
+    """
     active = pool.num_active
-    if num_blocks < max(active, 1):
+    if num_blocks < 1:
+        least = _size(max(active, 1), kv_spec)
+        raise ConfigError(f"that much memory holds no block of the KV cache; give at least {least}")
+    if num_blocks < active:
         raise CapacityError(
-            f"a KV cache of {num_blocks:,} blocks cannot hold the {active:,} that sequences and pins use; "
-            f"give at least {max(active, 1):,}, or wait until they end",
+            f"a KV cache of {_size(num_blocks, kv_spec)} cannot hold the {_size(active, kv_spec)} that sequences and "
+            f"pins use; give at least that, or wait until they end",
             retry_after_s=1.0,
         )
     if mode != "paged":
         raise CapacityError(f"a KV cache of mode {mode} cannot be resized; set kv_cache to paged")
-    if shared is not None:
-        shared.tenancy.check_resize(num_blocks)
+    floors = 0 if shared is None else shared.tenancy.num_promised
+    if floors > num_blocks:
+        raise ConfigError(
+            f"tenants' floors need {_size(floors, kv_spec)} of KV cache and {_size(num_blocks, kv_spec)} would be "
+            f"left; lower the floors first, or give at least that"
+        )
+
+
+def _size(num_blocks: int, kv_spec: KVSpec | None) -> str:
+    """So many blocks in bytes, to the byte, so that who gives them gets these blocks."""
+    blocks = f"{num_blocks:,} block{'s' * (num_blocks != 1)}"
+    return blocks if kv_spec is None else f"{kv_spec.memory_bytes(num_blocks):,} bytes ({blocks})"
 
 
 def vacate(

@@ -85,11 +85,15 @@ class SharedBlocks(ResidentBlocks):
         namespace = self.tenancy.namespace(options.tenant, options.salt, options.public)
         return self.tree.root(namespace, self._config.fingerprint)
 
-    def chain_of(self, options: CacheOptions, tokens: array[int]) -> list[Node]:
-        """The published nodes of a text, as far as they go: whole blocks, and a tail that the text holds whole."""
+    def chain_of(self, options: CacheOptions, tokens: array[int], *, covering: bool = False) -> list[Node]:
+        """The published nodes of a text, as far as they go: whole blocks, and a tail that the text holds whole.
+        covering: or a tail that holds the rest of the text, whatever follows there."""
         match = self.tree.find(self._root(options), tokens.tobytes(), len(tokens))
-        whole = match.tail is not None and len(match.tail.tokens) == TOKEN_BYTES * match.num_tail_tokens
-        return [*match.nodes, match.tail] if whole and match.tail is not None else match.nodes
+        if match.tail is None:
+            return match.nodes
+        whole = len(match.tail.tokens) == TOKEN_BYTES * match.num_tail_tokens
+        covers = covering and self.tree.num_tokens(match) == len(tokens)
+        return [*match.nodes, match.tail] if whole or covers else match.nodes
 
     # Blocks in and out
 
@@ -178,7 +182,8 @@ class SharedBlocks(ResidentBlocks):
             self._shelve(node, DEFAULT_PRIORITY)
 
     def pin(self, options: CacheOptions, tokens: array[int], seconds: float) -> Lease:
-        """Keep what is published of a text from eviction for so long.
+        """Keep what is published of a text from eviction for so long: whole blocks, and the one behind them where it
+        covers the rest of the text or ends within it. Nothing of a text that is not there is kept: the lease is empty.
 
         Raises CapacityError, and changes nothing, where the account's pinned blocks would exceed its cap, or all of
         them half of the cache, and RequestError for a time that is none.
@@ -187,7 +192,7 @@ class SharedBlocks(ResidentBlocks):
             raise RequestError(f"a lease of {seconds} seconds; give a time above 0")
         self.tenancy.check(options)
         account = self.account_of(options)
-        nodes = self.chain_of(options, tokens)
+        nodes = self.chain_of(options, tokens, covering=True)
         blocks = [node.block for node in nodes]
         fresh = self.leases.num_fresh(blocks)
         most = self._pool.num_blocks // 2
@@ -203,7 +208,7 @@ class SharedBlocks(ResidentBlocks):
             )
         self.hold(blocks)
         account.pinned += fresh
-        num_tokens = sum(len(node.tokens) for node in nodes) // TOKEN_BYTES
+        num_tokens = min(sum(len(node.tokens) for node in nodes) // TOKEN_BYTES, len(tokens))
         return self.leases.add(blocks, account.index, num_tokens, self.now_s + seconds)
 
     def unpin(self, lease_id: int) -> bool:
@@ -247,6 +252,14 @@ class SharedBlocks(ResidentBlocks):
         self._let_go()
         return count
 
+    def purge_texts(self, options: CacheOptions, texts: Sequence[array[int]]) -> int:
+        """`purge_text` of several texts: what only they share goes too, and so does the end of an earlier text that one
+        of them goes on from and a pin has kept. Returns blocks dropped."""
+        count = 0
+        while dropped := sum(self.purge_text(options, tokens) for tokens in texts):
+            count += dropped
+        return count
+
     def purge_prefix(self, options: CacheOptions, tokens: array[int]) -> int:
         """Drop every text that begins with these tokens: blocks that hold their last position or any behind it. What a
         running sequence has not published yet is published as it goes on."""
@@ -271,16 +284,19 @@ class SharedBlocks(ResidentBlocks):
         return count
 
     def purge_tenant(self, tenant: str) -> int:
-        """Drop every text of a tenant, whatever its salt, and its secret: its keys are never made again."""
-        count = 0
-        for namespace, fingerprint, root in self.tree.roots_of(tenant):
+        """Drop every text of a tenant, whatever its salt, and its secret: its keys are never made again. Raises
+        RequestError where only known tenants may enter, and this one is not known and has left nothing either."""
+        roots, count = self.tree.roots_of(tenant), 0
+        if not roots:
+            self.tenancy.check(CacheOptions(tenant))
+        for namespace, fingerprint, root in roots:
             count += self.purge(root)
             self.tree.forget_root(namespace, fingerprint)
         self.secrets.forget(tenant)
         return count
 
     def remove_tenant(self, tenant: str) -> int:
-        """`purge_tenant`, and its quota goes with it. Returns blocks dropped."""
+        """`purge_tenant`, and its quota goes with it. Returns blocks dropped; raises as that does."""
         count = self.purge_tenant(tenant)
         if self.tenancy.is_known(tenant):
             self.set_quota(tenant, 0, None)

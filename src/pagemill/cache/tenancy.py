@@ -67,20 +67,34 @@ class Account:
             f"shorten it or raise the tenant's quota"
         )
 
+    def beside_pins(self, count: int) -> CapacityError | None:
+        """The error of a sequence of `count` blocks that the cap denies while the tenant's own pins last, None where
+        it does not."""
+        if self.cap is None or not self.pinned or count <= self.cap - self.pinned:
+            return None
+        return CapacityError(
+            f"the sequence needs {count:,} blocks of the KV cache; tenant {self.name!r} may have {self.cap:,} and its "
+            f"pins hold {self.pinned:,} of them; unpin some, try again when they end, or raise the tenant's quota",
+            retry_after_s=1.0,
+        )
+
 
 class Tenancy:
     """Accounts by name. Mutated by `account`, `set_quota`, `declare_public`, `drop_idle` and `clear`.
 
-    known_only: refuse tenants that were never declared (`set_quota`), as an operator may wish. accounts: by index; one
-    that was dropped stays as an empty place until another tenant takes it, and blocks name accounts by their index.
+    block_size: token positions in a block, for messages. known_only: refuse tenants that were never declared
+    (`set_quota`), as an operator may wish. accounts: by index; one that was dropped stays as an empty place until
+    another tenant takes it, and blocks name accounts by their index.
     """
 
     __slots__ = (
-        "_by_name", "_crowd", "_floored", "_known_only", "_parted", "_public", "_vacant", "accounts", "num_blocks",
+        "_block_size", "_by_name", "_crowd", "_floored", "_known_only", "_parted", "_public", "_vacant", "accounts",
+        "num_blocks",
     )  # fmt: skip
 
-    def __init__(self, num_blocks: int, *, known_only: bool = False) -> None:
+    def __init__(self, num_blocks: int, block_size: int = 1, *, known_only: bool = False) -> None:
         self.num_blocks = num_blocks
+        self._block_size = block_size
         self.accounts: list[Account] = []
         self._by_name: dict[tuple[bool, str], Account] = {}  # public or not, name
         self._floored: list[Account] = []
@@ -168,20 +182,27 @@ class Tenancy:
         """Raise what `set_quota` would raise."""
         if not tenant:
             raise ConfigError("a tenant has an empty name; give one")
-        if floor < 0 or (cap is not None and cap < 1):
-            raise ConfigError(f"tenant {tenant!r}: a floor is 0 or more blocks, a cap 1 or more; got {floor} and {cap}")
-        known = self._by_name.get((False, tenant))
+        if floor < 0:
+            raise ConfigError(f"tenant {tenant!r}: the floor is {self._tokens(floor)}; give 0 or more tokens")
+        if cap is not None and cap < 1:
+            size = self._block_size
+            raise ConfigError(f"tenant {tenant!r}: the cap is less than a block; give at least {size:,} tokens")
         if cap is not None and cap < floor:
-            raise ConfigError(f"tenant {tenant!r}: the cap ({cap} blocks) is below the floor ({floor}); raise the cap")
+            raise ConfigError(
+                f"tenant {tenant!r}: in whole blocks of {self._block_size:,} tokens the cap, {self._tokens(cap)}, is "
+                f"below the floor, {self._tokens(floor)}; raise the cap"
+            )
         if cap is not None and cap > self.num_blocks:
             raise ConfigError(
-                f"tenant {tenant!r}: the cap is {cap} blocks and the cache has {self.num_blocks}; lower it"
+                f"tenant {tenant!r}: the cap is {self._tokens(cap)} and the cache has {self._tokens(self.num_blocks)}; "
+                f"lower it"
             )
-        others = sum(each.floor for each in self._floored) - (known.floor if known else 0)
+        known = self._by_name.get((False, tenant))
+        others = self.num_promised - (known.floor if known else 0)
         if others + floor > self.num_blocks:
             raise ConfigError(
-                f"tenant {tenant!r}: a floor of {floor} blocks beside {others} promised to others exceeds the "
-                f"{self.num_blocks} of the cache; lower it or raise kv_cache_memory_bytes"
+                f"tenant {tenant!r}: a floor of {self._tokens(floor)} beside {self._tokens(others)} promised to others "
+                f"exceeds the {self._tokens(self.num_blocks)} of the cache; lower it or raise kv_cache_memory_bytes"
             )
 
     def available(self, account: Account, num_free: int, num_cached: int) -> int:
@@ -237,16 +258,19 @@ class Tenancy:
         anyone where there is none."""
         return self.givers(Account(-1, ""), num_cached) or [*self._parted]
 
-    def check_resize(self, num_blocks: int) -> None:
-        """Raise ConfigError where floors would exceed `num_blocks`."""
-        floors = sum(each.floor for each in self._floored)
-        if floors > num_blocks:
-            raise ConfigError(f"tenants' floors need {floors} blocks and {num_blocks} are left; lower the floors first")
+    @property
+    def num_promised(self) -> int:
+        """Blocks of all floors together."""
+        return sum(each.floor for each in self._floored)
 
     def clear(self) -> None:
         """No account has any block. Quotas and names stay."""
         for each in self.accounts:
             each.used = each.cached = each.pinned = each.num_sequences = 0
+
+    def _tokens(self, num_blocks: int) -> str:
+        """So many blocks as operators give them."""
+        return f"{num_blocks * self._block_size:,} tokens ({num_blocks:,} block{'s' * (num_blocks != 1)})"
 
     def _open(self, public: bool, name: str) -> Account:
         index = self._vacant.pop() if self._vacant else len(self.accounts)
@@ -260,5 +284,10 @@ class Tenancy:
 
 
 def quota_blocks(floor_tokens: int, cap_tokens: int | None, block_size: int) -> tuple[int, int | None]:
-    """Floor and cap in blocks of what is granted in token positions: a floor is rounded up, a cap down."""
+    """Floor and cap in blocks of what is granted in token positions: a floor is rounded up, a cap down. Raises
+    ConfigError for less than 0 and 1 of them."""
+    if floor_tokens < 0:
+        raise ConfigError(f"floor_tokens is {floor_tokens:,}; give 0 or more tokens")
+    if cap_tokens is not None and cap_tokens < 1:
+        raise ConfigError(f"cap_tokens is {cap_tokens:,}; give at least a block of {block_size:,} tokens")
     return -(-floor_tokens // block_size), None if cap_tokens is None else cap_tokens // block_size

@@ -43,7 +43,11 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "insecure": (
         Annotated[
             bool,
-            typer.Option("--insecure", help="Listen on other addresses without keys.", rich_help_panel=_ACCESS),
+            typer.Option(
+                "--insecure",
+                help="Listen on other addresses without keys, and for the operator without TLS.",
+                rich_help_panel=_ACCESS,
+            ),
         ],
         False,
     ),

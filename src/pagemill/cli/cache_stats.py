@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pagemill.base.errors import ConfigError
-from pagemill.base.units import parse_count
+from pagemill.base.units import format_bytes, parse_count
 from pagemill.bench.cache_curve import replayed_stats
 from pagemill.cli.cache_remote_client import ADMIN_KEY_VARIABLE, ADMIN_URL_VARIABLE, Server, ServerError
 from pagemill.cli.terminal import BOLD, note, paint, print_json
@@ -101,6 +102,19 @@ def summary(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _curve_columns(point: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Heading of each column -> what it shows of a point like this one."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {"blocks": lambda each: f"{each['blocks']:,}"}
+    if "simulated" not in point:  # a trace's blocks are as long as the trace says, not as those of the replay
+        columns["tokens"] = lambda each: f"{each['tokens']:,}"
+    if "bytes" in point:
+        columns["memory"] = lambda each: format_bytes(each["bytes"])
+    columns["expected"] = lambda each: f"{each['hit_ratio']:.4f}"
+    if "simulated" in point:
+        columns["simulated"] = lambda each: f"{each['simulated']:.4f}"
+    return columns
+
+
 def tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
     """The expected hit ratio by size, and the tenants, each under its heading."""
     made = []
@@ -111,12 +125,11 @@ def tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
             f"looked up, {curve['sampled_share']:.1%} of all followed"
         )
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        simulated = "simulated" in curve["points"][0]
-        for name in ("blocks", *([] if simulated else ["tokens"]), "expected", *(["simulated"] if simulated else [])):
+        columns = _curve_columns(curve["points"][0])
+        for name in columns:
             table.add_column(name, justify="right")
-        for each in curve["points"]:  # a trace's blocks are as long as the trace says, not as those of the replay
-            tokens, other = ([], [f"{each['simulated']:.4f}"]) if simulated else ([f"{each['tokens']:,}"], [])
-            table.add_row(f"{each['blocks']:,}", *tokens, f"{each['hit_ratio']:.4f}", *other)
+        for each in curve["points"]:
+            table.add_row(*(show(each) for show in columns.values()))
         made.append((heading, table))
     if found["tenants"]:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)

@@ -26,6 +26,7 @@ from pagemill.bench.peers_catalog import (
     choose,
     usual_forms,
 )
+from pagemill.bench.peers_mode import find_accuracy, resolve_mode
 from pagemill.bench.peers_plot import draw_peers
 from pagemill.bench.peers_report import Context, make_report, make_tables, remarks, title_of
 from pagemill.bench.peers_run import Settings, measure
@@ -68,7 +69,8 @@ def peers(
     """Measure Pagemill and other engines in one interleaved run; print tables or one JSON object, write JSON and plots
     to `output`.
 
-    Returns 130 where Ctrl-C ended it, 1 where Pagemill itself failed; what was measured by then is reported.
+    Returns 130 where Ctrl-C ended it, 1 where Pagemill itself or every peer failed; what was measured by then is
+    reported.
     """
     asked = Asked(
         tuple(each.strip() for each in names.split(",") if each.strip()), pythons, Path(environments).expanduser()
@@ -78,17 +80,8 @@ def peers(
     if idle:
         raise ConfigError(f"a Python is given for {', '.join(idle)}, which --peers does not name; add it there")
     arguments = dict(engine["arguments"])
-    if "enable_prefix_caching" in arguments:
-        raise ConfigError(
-            "--enable-prefix-caching: prompts are all distinct here and every engine runs without; leave it out"
-        )
-    lists = {name: arguments.pop(name, "") for name in ("dtype", "weight_format")}
-    modes = [{name: each.strip()} for name, text in lists.items() for each in text.split(",") if each.strip()]
-    configs: dict[str, EngineConfig] = {}
-    for mode in modes or [{}]:
-        config = resolve_config({**arguments, **mode}, file=engine["file"], origin="command line").config
-        configs.setdefault(config.weights, config)  # float32 and f32 are one
-    config = next(iter(configs.values()))
+    configs = _configs(arguments, engine["file"])
+    config = configs[0]
     works = _works(rows, QUICK_WORKS if quick else WORKS)
     directory = prepare_directory(output)
     with byte_progress(quiet=as_json) as report_bytes:
@@ -98,7 +91,7 @@ def peers(
     given = {name: value for name, value in arguments.items() if name not in ("model", "num_threads")}
     if engine["file"] is not None:
         given["config_file"] = str(engine["file"])
-    ours = [_pagemill(each, checkpoint, given) for each in configs.values()]
+    ours = [_pagemill(each, checkpoint, given) for each in configs]
     others, absent = _contestants(asked, chosen, checkpoint)
     if not others:
         raise ConfigError(
@@ -109,13 +102,32 @@ def peers(
     with interrupts() as interrupted:
         found = measure([*ours, *others], settings, _Told(), interrupted=interrupted)
     if not any(row.samples for row in found.rows):
-        note("nothing was measured" + "".join(f"; {each.name} {why}" for each, why in found.failures.items()))
+        why_not = "every peer failed, and nothing was measured" if found.without_peers else "nothing was measured"
+        note(why_not + "".join(f"; {each.name} {why}" for each, why in found.failures.items()))
         return _INTERRUPTED if found.interrupted else 1
-    context = Context(Path(config.model).name, checkpoint.weight_format, given, absent)
+    name = Path(config.model).name
+    resolved = {side.mode: resolve_mode(each, checkpoint) for side, each in zip(ours, configs, strict=True)}
+    described = {mode: (each, find_accuracy(directory, name, each)) for mode, each in resolved.items()}
+    context = Context(name, checkpoint.weight_format, given, absent, described)
     _publish(make_report(context, settings, found), directory, as_json=as_json)
     if found.interrupted:
         return _INTERRUPTED
-    return int(any(each in found.failures for each in ours))
+    return int(found.without_peers or any(each in found.failures for each in ours))
+
+
+def _configs(arguments: dict[str, Any], file: str | None) -> list[EngineConfig]:
+    """One configuration for each of the listed dtypes and weight formats, which are taken out of `arguments`."""
+    if "enable_prefix_caching" in arguments:
+        raise ConfigError(
+            "--enable-prefix-caching: prompts are all distinct here and every engine runs without; leave it out"
+        )
+    lists = {name: arguments.pop(name, "") for name in ("dtype", "weight_format")}
+    modes = [{name: each.strip()} for name, text in lists.items() for each in text.split(",") if each.strip()]
+    configs: dict[str, EngineConfig] = {}
+    for mode in modes or [{}]:
+        config = resolve_config({**arguments, **mode}, file=file, origin="command line").config
+        configs.setdefault(config.weights, config)  # float32 and f32 are one
+    return list(configs.values())
 
 
 def _works(rows: str, works: tuple[Work, ...]) -> tuple[Work, ...]:

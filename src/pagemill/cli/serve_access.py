@@ -25,7 +25,7 @@ from pagemill.llm.async_llm import AsyncLLM
 from pagemill.server.access import KeyRing
 from pagemill.server.access_door import Door, Visit
 from pagemill.server.access_keys import given_key
-from pagemill.server.access_listen import HostCheck, TlsOptions, check_address
+from pagemill.server.access_listen import HostCheck, TlsOptions, check_address, check_admin_address
 from pagemill.server.admin import Draining, admin_app, admin_key, admin_key_of
 from pagemill.server.admin_metrics import EngineFigures
 from pagemill.server.limits import Limits
@@ -87,7 +87,8 @@ class ServeAccess:
         path = None if options["keys"] is None else Path(options["keys"]).expanduser()
         self.ring = KeyRing(path, given, clock)
         allowed = options["allowed_hosts"].split(",")
-        has_keys, insecure = not self.ring.is_open, bool(options["insecure"])
+        has_keys = not self.ring.is_open
+        self._insecure = insecure = bool(options["insecure"])
         check_address(host, has_keys=has_keys, insecure=insecure)
         self.hosts = HostCheck.of(host, has_keys=has_keys, insecure=insecure, allowed=allowed)
         self.tls = TlsOptions(*(_path(options[name]) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")))
@@ -121,7 +122,7 @@ class ServeAccess:
         there are none and none is given, one is made and told in the ready line."""
         if self._admin_port == NO_ADMIN:
             return None
-        check_address(self._admin_host, has_keys=True, what="the admin port")
+        check_admin_address(self._admin_host, has_tls=self.tls.enabled, insecure=self._insecure)
         if given is not None:
             return KeyRing(path, [admin_key_of(given)], clock)
         if any(each.role == "admin" for each in self.ring.entries()):

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pagemill.base.errors import ConfigError
+
 _PANEL = "Serving the trace (--serve)"
 
 
@@ -40,8 +42,8 @@ _SERVE = typer.Option(
 
 
 def serving_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's keyword parameter `served` by these options. The command gets them by name, or None without
-    --serve."""
+    """Replace a command's keyword parameter `served` by these options. The command, which has a parameter `ctx`, gets
+    them by name, or None without --serve; where any was given then, it ends with a ConfigError."""
     signature = inspect.signature(function, eval_str=True)
     own = [each for each in signature.parameters.values() if each.name != "served"]
     options = {"serve": (Annotated[bool, _SERVE], False)} | _OPTIONS
@@ -56,9 +58,23 @@ def serving_options(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
         serve = kwargs.pop("serve")
-        given = {name: kwargs.pop(name) for name in _OPTIONS}
-        function(*args, served=given if serve else None, **kwargs)
+        values = {name: kwargs.pop(name) for name in _OPTIONS}
+        if not serve:
+            _refuse_given(kwargs["ctx"])
+        function(*args, served=values if serve else None, **kwargs)
 
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": None}
     return command
+
+
+def _refuse_given(ctx: typer.Context) -> None:
+    """Raise ConfigError where the command line has any of these options."""
+    sources = {name: ctx.get_parameter_source(name) for name in _OPTIONS}
+    given = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name != "DEFAULT"]
+    if given:
+        one = len(given) == 1
+        raise ConfigError(
+            f"{', '.join(given)} {'means' if one else 'mean'} something only where the trace is served; add --serve "
+            f"or leave {'it' if one else 'them'} out"
+        )

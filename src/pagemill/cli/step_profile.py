@@ -7,7 +7,15 @@ from typing import Any
 from pagemill.base.config import resolve_config
 from pagemill.base.errors import ConfigError
 from pagemill.bench.report import file_stem, prepare_directory
-from pagemill.bench.step_profile import Settings, engine_options, make_report, make_table, measure, parse_streams
+from pagemill.bench.step_profile import (
+    Settings,
+    engine_options,
+    make_report,
+    make_table,
+    measure,
+    parse_streams,
+    streams_text,
+)
 from pagemill.build import build
 from pagemill.cli.bench import interrupts
 from pagemill.cli.progress import byte_progress
@@ -39,7 +47,7 @@ def step(*, streams: str, num_steps: int, sampled: bool, output: str, as_json: b
         for num_streams in settings.streams:
             if interrupted():
                 break
-            note(f"{num_streams} streams …")
+            note(f"{streams_text(num_streams)} …")
             profiles.append(measure(built, settings, num_streams))
         stopped = interrupted()
     if not profiles:

@@ -58,7 +58,11 @@ def cache_stats(engine: Engine, sizes: Sequence[int] | None = None) -> dict[str,
 
 def cache_curve(cache: CacheManager, sizes: Sequence[int] | None = None) -> dict[str, Any]:
     """Expected hit ratio of whole blocks for each size, had the traffic seen met a cache that evicts the least recently
-    used. recorded_blocks: uses seen; sampled_share: of all blocks, those that are followed. Raises as `cache_stats`."""
+    used. recorded_blocks: uses seen; sampled_share: of all blocks, those that are followed. Raises as `cache_stats`.
+
+    bytes of a point: in proportion to what this cache takes now, with its pages of layers that read a window; left out
+    where nobody knows what a block takes.
+    """
     if sizes is None:
         sizes = sorted({max(1, int(cache.num_blocks * 2.0**step)) for step in _DOUBLINGS})
     elif not isinstance(sizes, Sequence):
@@ -70,11 +74,14 @@ def cache_curve(cache: CacheManager, sizes: Sequence[int] | None = None) -> dict
         raise ConfigError(f"a size of the cache is {wrong[0]!r:.40}; give whole numbers of blocks")
     seen = cache.curve
     ratios = seen.curve(sizes)
+    memory = None if cache.kv_spec is None else cache.kv_spec.memory_bytes(cache.num_blocks)
     return {
         "recorded_blocks": seen.num_recorded,
         "sampled_share": round(seen.sampled_share, _DIGITS),
         "points": [
-            {"blocks": size, "tokens": size * cache.block_size, "hit_ratio": round(ratio, _DIGITS)}
+            {"blocks": size, "tokens": size * cache.block_size}
+            | ({} if memory is None else {"bytes": size * memory // cache.num_blocks})
+            | {"hit_ratio": round(ratio, _DIGITS)}
             for size, ratio in zip(sizes, ratios, strict=True)
         ],
     }

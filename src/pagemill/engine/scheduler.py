@@ -318,12 +318,25 @@ class Scheduler:
         shared, count = self._cache.shared, self._cache.blocks_for(num_tokens)
         return None if shared is None else shared.floor_error(count, sequence.request.cache)
 
+    def _own_pins_error(self, sequence: Sequence, need: int) -> CapacityError | None:
+        """The error of `need` blocks where its own tenant's cap denies them and that tenant's pins are in the way."""
+        shared, options, tokens = self._cache.shared, sequence.request.cache, sequence.tokens
+        if shared is None:
+            return None
+        account = shared.account_of(options)
+        if sequence.blocks is not None:
+            is_capped = self._cache.is_capped(sequence.seq_id, len(tokens))
+        else:
+            is_capped = account.shortage(shared.entry(options, tokens, len(tokens)).num_new) is not None
+        return account.beside_pins(need) if is_capped else None
+
     def _fail(self, sequence: Sequence) -> tuple[Sequence, PagemillError]:
         cache, num_tokens = self._cache, len(sequence.tokens)
         need = max(cache.blocks_for(num_tokens), cache.blocks_to_open(num_tokens, self._limits.max_model_len))
         error = (
             cache.cap_error(num_tokens, sequence.request.cache)
             or self._floor_error(sequence, num_tokens)
+            or self._own_pins_error(sequence, need)
             or cache.pin_error(need)
             or CapacityError(
                 f"the sequence has {num_tokens:,} tokens and needs {need:,} blocks of the KV cache, which has "
@@ -342,7 +355,7 @@ class Scheduler:
             cache.publish_tail(first.seq_id)
         lookup = cache.open(
             sequence.seq_id, len(sequence.tokens), longest, sequence.tokens, sequence.request.cache,
-            sequence.rank > 0,
+            sequence.rank > 0 or first is not None,
         )  # fmt: skip
         self._entering.enters(share, sequence)
         share.queue.remove(sequence)

@@ -13,13 +13,14 @@ from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions
 from pagemill.engine.cache_stats import cache_curve, cache_stats
 from pagemill.engine.engine import Engine
 from pagemill.engine.ports import CacheListener
+from pagemill.llm.outputs import RequestOutput
 
 MAX_NAME = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A text kept from eviction. num_tokens: of it, those in the cache now. expires_s: on the engine's clock."""
+    """A text kept from eviction. num_tokens: how many of its first ones are kept. expires_s: on the engine's clock."""
 
     pin_id: int
     num_tokens: int
@@ -71,14 +72,21 @@ class CacheControl:
             self._shared.tenancy.declare_public(name)
 
     def pin(self, prompt: Any, seconds: float, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> Pin:
-        """Keep what the cache holds of a prompt for so long. Raises CapacityError beyond the tenant's cap or half of
-        the cache, and RequestError for a time that is none."""
+        """Keep what the cache holds of a prompt for so long: whole blocks, and the one that its last tokens stand in
+        where all of these do. Raises CapacityError beyond the tenant's cap or half of the cache, and RequestError for a
+        time that is none, or where nothing of the prompt is there to be kept."""
         tokens = self._tokens(prompt, options)
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):
             raise RequestError(f"seconds is {seconds!r}; give a number of seconds above 0")
         with self._lock:
             self._engine.advance_clock()
             lease = self._shared.pin(options, tokens, seconds)
+            if not lease.num_tokens:
+                self._shared.unpin(lease.lease_id)
+                raise RequestError(
+                    "nothing of this prompt is in the cache of its tenant and salt; generate it first (max_tokens=1 "
+                    "will do) with the same options, then pin it"
+                )
             return Pin(lease.lease_id, lease.num_tokens, lease.expires_s)
 
     def unpin(self, pin: Pin) -> bool:
@@ -89,12 +97,21 @@ class CacheControl:
             return self._shared.unpin(pin.pin_id)
 
     def purge(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
-        """Drop a text, but not what other texts share with it. Returns blocks dropped, after their pages are wiped."""
-        tokens = self._tokens(prompt, options)
-        return self._purged(lambda: self._shared.purge_text(options, tokens))
+        """Drop a text, but not what other texts share with it. Returns blocks dropped, after their pages are wiped.
+
+        prompt: a prompt, of which all stays that another cached text goes on from, its own answer too: `purge_prefix`
+        first drops these. Or the RequestOutput of a request that has ended: its prompt and the tokens of each choice
+        go. options: those of the request. Raises RequestError for a request that still runs.
+        """
+        if isinstance(prompt, RequestOutput):
+            texts = [self._tokens({"prompt_token_ids": ids}, options) for ids in _texts_of(prompt)]
+        else:
+            texts = [self._tokens(prompt, options)]
+        return self._purged(lambda: self._shared.purge_texts(options, texts))
 
     def purge_prefix(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
-        """Drop every text that begins like this. Returns as `purge` does."""
+        """Drop every text that begins like this; blocks that end before the prompt does stay, for others may begin so
+        too, until `purge` drops those that none does. Returns as `purge` does."""
         tokens = self._tokens(prompt, options)
         return self._purged(lambda: self._shared.purge_prefix(options, tokens))
 
@@ -104,12 +121,14 @@ class CacheControl:
         return self._purged(lambda: self._shared.purge_namespace(options))
 
     def purge_tenant(self, tenant: str) -> int:
-        """Drop every text of a tenant, with its secret. Returns as `purge` does."""
+        """Drop every text of a tenant, with its secret. Returns as `purge` does. Raises RequestError where only known
+        tenants may enter and this is none."""
         _check_name("a tenant", tenant)
         return self._purged(lambda: self._shared.purge_tenant(tenant))
 
     def remove_tenant(self, tenant: str) -> int:
-        """`purge_tenant`, and its quota goes too; where only known tenants may enter, it is none any more."""
+        """`purge_tenant`, and its quota goes too; where only known tenants may enter, it is none any more. Raises as
+        that does."""
         _check_name("a tenant", tenant)
         return self._purged(lambda: self._shared.remove_tenant(tenant))
 
@@ -137,6 +156,17 @@ class CacheControl:
             count = drop()
             self._engine.settle()
             return count
+
+
+def _texts_of(output: RequestOutput) -> list[list[int]]:
+    """The prompt of a request with the answer of each choice."""
+    running = [each.index for each in output.outputs if each.finish_reason is None]
+    if running:
+        raise RequestError(
+            f"choice {running[0]} of request {output.request_id!r} had not ended, so that its text may go on; give the "
+            f"output that has a finish_reason, or drop all that begins with the prompt by purge_prefix"
+        )
+    return [[*output.prompt_token_ids, *each.token_ids] for each in output.outputs]
 
 
 def _check_options(options: object) -> None:

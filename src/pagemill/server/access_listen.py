@@ -34,6 +34,18 @@ def check_address(host: str, *, has_keys: bool, insecure: bool = False, what: st
     return loopback
 
 
+def check_admin_address(host: str, *, has_tls: bool, insecure: bool = False) -> bool:
+    """True where the admin port's `host` is this machine alone. Raises ConfigError for an address that others reach
+    without TLS, where its key would be read on the way, unless `insecure` says so, and for one that is none."""
+    loopback = is_loopback(host)
+    if not loopback and not has_tls and not insecure:
+        raise ConfigError(
+            f"the admin port would listen on {host} without TLS, and whoever sees what passes would read its key; give "
+            "--ssl-certfile and --ssl-keyfile, leave --admin-host at 127.0.0.1, or say --insecure"
+        )
+    return loopback
+
+
 def is_loopback(host: str) -> bool:
     """True where all addresses that `host` stands for are of this machine. Raises ConfigError where it has none."""
     bare = host.removeprefix("[").removesuffix("]")

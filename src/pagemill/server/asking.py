@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import orjson
@@ -22,10 +23,12 @@ from pagemill.base.errors import ConfigError
 from pagemill.base.params import CacheOptions, Grammar, Retain, SamplingParams
 from pagemill.base.units import parse_seconds
 from pagemill.server.errors import FieldError
-from pagemill.server.schema import ChatBody, CompletionBody, GenerationBody, RetainRange
+from pagemill.server.schema import ChatBody, ChatMessage, CompletionBody, GenerationBody, RetainRange
+from pagemill.text.conversation import BREAKPOINT_KEY
 
 _LOG: Final = logging.getLogger(__name__)
 _JSON_OBJECT: Final = '{"type":"object"}'
+_BREAKPOINT: Final = {"mode": "explicit"}
 RETENTION_S: Final = {"in_memory": None, "in-memory": None, "24h": 86_400.0}
 KEPT, LEAVES_FIRST = 80, 0  # priorities
 
@@ -102,6 +105,27 @@ def chat_sampling(body: ChatBody, priority: int) -> SamplingParams:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return sampling_of(body, max_tokens=max_tokens, logprobs=logprobs, priority=priority)
+
+
+def check_biases(params: SamplingParams, facts: Mapping[str, Any]) -> None:
+    """Raise FieldError for a bias of an id beyond the model's vocabulary. facts: of the loaded model."""
+    size = facts["vocab_size"]
+    wrong = next((token for token, _ in params.logit_bias if token >= size), None)
+    if wrong is not None:
+        raise FieldError(f"logit_bias names token {wrong}; give ids from 0 to {size - 1:,}", param="logit_bias")
+
+
+def check_breakpoints(messages: Sequence[ChatMessage]) -> None:
+    """Raise FieldError for a content part whose `prompt_cache_breakpoint` is neither OpenAI's object nor null."""
+    for index, message in enumerate(messages):
+        for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            given = part.get(BREAKPOINT_KEY) if isinstance(part, Mapping) else None
+            if given is not None and given != _BREAKPOINT:
+                raise FieldError(
+                    f"messages.{index}.content.{place}.{BREAKPOINT_KEY} is not known; give {_dumped(_BREAKPOINT)}, or "
+                    "leave it out",
+                    param="messages",
+                )
 
 
 def grammar_of(body: GenerationBody) -> Grammar | None:

@@ -15,11 +15,11 @@ from pagemill.base.params import Grammar, SamplingParams
 from pagemill.base.step import PositionLogprobs
 from pagemill.engine.output import Delta
 from pagemill.server.answering import AnswerWriter, respond
-from pagemill.server.asking import cache_of, chat_sampling, check_fields
+from pagemill.server.asking import cache_of, chat_sampling, check_biases, check_breakpoints, check_fields
 from pagemill.server.errors import FieldError
 from pagemill.server.logprobs import chat_logprobs, prompt_logprobs
 from pagemill.server.ports import Ask, Stream
-from pagemill.server.schema import ChatBody, ChatMessage, NamedTool
+from pagemill.server.schema import ChatBody, ChatMessage, ConversationFields, NamedTool
 from pagemill.server.service import Service, priority_of, service_of, visitor_of
 from pagemill.server.usage import leaves_blocks
 from pagemill.text.conversation import PromptTokens
@@ -40,7 +40,8 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     check_fields(body, strict=service.settings.strict)
     service.check_ready()
     params = _with_tools(body, chat_sampling(body, priority_of(visitor, body.priority)))
-    prompt = await chat_prompt(service, body)
+    check_biases(params, service.serving.facts)
+    prompt = await chat_prompt(service, body.messages, body)
     options = cache_of(body, visitor.tenant, len(prompt.token_ids), prompt.breakpoints)
     asks: list[Ask] = [(prompt.token_ids, params, options)]
     writes = leaves_blocks(asks)
@@ -51,8 +52,10 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     return await respond(service, visitor, request, body, asks, make_writer)
 
 
-async def chat_prompt(service: Service, body: ChatBody) -> PromptTokens:
-    """The conversation as token ids, with its tools where the answer may call them."""
+async def chat_prompt(service: Service, messages: Sequence[ChatMessage], body: ConversationFields) -> PromptTokens:
+    """The conversation as token ids, with its tools where the answer may call them: the same for `/tokenize`. Raises
+    FieldError for what a request may not say."""
+    check_breakpoints(messages)
     variables = body.chat_template_kwargs or {}
     if wrong := sorted(RESERVED_VARIABLES & variables.keys()):
         raise FieldError(f"chat_template_kwargs names {wrong[0]!r}, which is set already", param="chat_template_kwargs")
@@ -61,7 +64,7 @@ async def chat_prompt(service: Service, body: ChatBody) -> PromptTokens:
     tools = [] if body.tool_choice == "none" else [each.model_dump(exclude_none=True) for each in body.tools or ()]
     return await conversation_tokens(
         service,
-        body.messages,
+        messages,
         tools=tools,
         variables=variables,
         add_generation_prompt=body.add_generation_prompt,

@@ -12,7 +12,7 @@ from pagemill.base.errors import RequestError
 from pagemill.base.step import PositionLogprobs
 from pagemill.engine.output import Delta
 from pagemill.server.answering import AnswerWriter, respond
-from pagemill.server.asking import cache_of, check_fields, completion_sampling
+from pagemill.server.asking import cache_of, check_biases, check_fields, completion_sampling
 from pagemill.server.errors import FieldError
 from pagemill.server.logprobs import CompletionLogprobs, prompt_logprobs
 from pagemill.server.ports import Ask, Serving, Stream
@@ -34,6 +34,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     check_fields(body, strict=service.settings.strict)
     service.check_ready()
     params = completion_sampling(body, priority_of(visitor, body.priority))
+    check_biases(params, service.serving.facts)
     prompts = await _prompts(body, service.serving)
     if params.prompt_logprobs is not None:
         times = params.n if body.echo and body.logprobs is not None else 1

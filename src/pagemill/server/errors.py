@@ -12,16 +12,18 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagemill.base.errors import CapacityError, ModelError, PagemillError, RequestError
 from pagemill.server.error_shape import error_body
+from pagemill.server.schema import CacheRequest, PromptCacheOptions, RetainRange
 
 _LOG: Final = logging.getLogger(__name__)
 MEMORY_RETRY_S: Final = 1.0
@@ -35,6 +37,17 @@ _UNIONS: Final = {
     "json": "a JSON schema",
     "guided_json": "a JSON schema",
 }
+_CLOSED: Final[Mapping[str, type[BaseModel]]] = {
+    "cache": CacheRequest,
+    "retain": RetainRange,
+    "prompt_cache_options": PromptCacheOptions,
+}
+# What is said to callers from Python, in words of HTTP.
+_WORDS: Final = (
+    (re.compile(r", or None(?= for no limit$|$)"), ", or leave it out"),
+    (re.compile(r"^the lark "), "the grammar "),
+    (re.compile(r"give a dict with (?=role and content$)"), "give an object with "),
+)
 _ALTERNATIVE: Final = re.compile(r"(?:str|int|float|bool|(?:list|dict|literal)\[.*\]|[A-Z]\w*)", re.ASCII)
 
 
@@ -71,10 +84,18 @@ def status_of(error: BaseException) -> int:
 def body_of(error: BaseException) -> dict[str, Any]:
     """The error in OpenAI's shape. What is not ours to tell is not told."""
     told = isinstance(error, PagemillError)
-    message = str(error) if told else "internal error; the server's log has it"
+    message = _in_words_of_http(error) if told else "internal error; the server's log has it"
     if isinstance(error, MemoryError):
         message = "the server is out of memory; try again soon"
     return error_body(message, status_of(error), getattr(error, "code", None), getattr(error, "param", None))
+
+
+def _in_words_of_http(error: BaseException) -> str:
+    message = str(error)
+    if isinstance(error, RequestError) and not isinstance(error, FieldError):  # which are ours and may quote a client
+        for pattern, words in _WORDS:
+            message = pattern.sub(words, message)
+    return message
 
 
 def error_response(error: BaseException) -> Response:
@@ -154,9 +175,20 @@ def _of_validation(errors: Sequence[Any]) -> FieldError:
     others = len(set(map(tuple, places))) - 1
     more = f" (and {others} more)" if others else ""
     said = first.get("msg", "wrong")
+    if first.get("type") == "extra_forbidden":
+        said = f"unknown field; {_known_beside(place)}"
     if len(place) < len(first["loc"]) - 1:  # one of several types, each with an error of its own
         said = f"give {_UNIONS[place[-1]]}" if place[-1] in _UNIONS else "it has none of the types of this field"
     return FieldError(f"{'.'.join(place)[:200]}: {said}{more}", param=place[0][:200])
+
+
+def _known_beside(place: Sequence[str]) -> str:
+    """Which fields there are where an unknown one was found."""
+    holder = next((each for each in reversed(place[:-1]) if each in _CLOSED), None)
+    if holder is None:
+        return "leave it out"
+    names = [field.alias or name for name, field in _CLOSED[holder].model_fields.items()]
+    return f"there is {', '.join(names)}"
 
 
 def _place_of(location: Sequence[Any]) -> list[str]:

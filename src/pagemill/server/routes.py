@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from pagemill.server.asking import check_fields
-from pagemill.server.chat import conversation_tokens
+from pagemill.server.chat import chat_prompt
 from pagemill.server.errors import FieldError
 from pagemill.server.json_bytes import json_response
 from pagemill.server.schema import DetokenizeBody, TokenizeBody
@@ -55,7 +55,7 @@ async def show_model(name: str, request: Request) -> Response:
 
 @router.post("/tokenize", response_model=None)
 async def tokenize(body: TokenizeBody, request: Request) -> Response:
-    """Token ids of a text, or of a conversation through the model's template."""
+    """Token ids of a text, or of a conversation: those that a chat with the same fields begins with."""
     service = service_of(request)
     service.check_model(body.model)
     check_fields(body, strict=service.settings.strict)
@@ -65,8 +65,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     if body.messages is not None:
         if not body.messages:
             raise FieldError("there are no messages; give at least one", param="messages")
-        prompt = await conversation_tokens(service, body.messages, add_generation_prompt=body.add_generation_prompt)
-        tokens = prompt.token_ids
+        tokens = (await chat_prompt(service, body.messages, body)).token_ids
     else:
         tokens = await service.serving.encode(body.prompt or "", add_special=body.add_special_tokens)
     answer: dict[str, Any] = {"count": len(tokens), "max_model_len": service.serving.facts.get("max_model_len")}

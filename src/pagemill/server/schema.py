@@ -6,13 +6,24 @@ Fields that are not known are kept aside (`model_extra`), reported once and refu
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticUseDefault
 
 MAX_ITEMS = 4096
 
 TokenIds = list[int]
+
+
+def _given(value: Any) -> Any:
+    """The value; null stands for the field's default, as clients send it for what was not set."""
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+Flag = Annotated[bool, BeforeValidator(_given, json_schema_input_type=bool | None)]
 
 
 class _Body(BaseModel):
@@ -24,8 +35,8 @@ class _Part(BaseModel):
 
 
 class StreamOptions(_Part):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: Flag = False
+    continuous_usage_stats: Flag = False
 
 
 class RetainRange(_Part):
@@ -44,13 +55,14 @@ class CacheRequest(_Part):
 
     model_config = ConfigDict(extra="forbid")
     retain: list[RetainRange] = Field(default_factory=list, max_length=64)
-    bypass: bool = False
-    purge_on_end: bool = False
+    bypass: Flag = False
+    purge_on_end: Flag = False
 
 
 class PromptCacheOptions(_Part):
     """mode implicit: all of the prompt is kept; explicit: up to the last breakpoint. ttl: as "30m"."""
 
+    model_config = ConfigDict(extra="forbid")
     mode: Literal["implicit", "explicit"] = "implicit"
     ttl: str | float | None = None
 
@@ -85,7 +97,7 @@ class GenerationBody(_Body):
     """What completions and chat completions have in common."""
 
     model: str | None = None
-    stream: bool = False
+    stream: Flag = False
     stream_options: StreamOptions | None = None
     n: int | None = None
     seed: int | None = None
@@ -103,13 +115,13 @@ class GenerationBody(_Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_ITEMS)
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
+    ignore_eos: Flag = False
+    include_stop_str_in_output: Flag = False
+    skip_special_tokens: Flag = True
     prompt_logprobs: int | None = None
-    return_token_ids: bool = False
+    return_token_ids: Flag = False
     priority: int | None = None
-    cache_salt: str | None = None
+    cache_salt: str | None = Field(None, max_length=1024)
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -129,10 +141,10 @@ class CompletionBody(GenerationBody):
     prompt: str | TokenIds | list[TokenIds] | list[str]
     max_tokens: int | None = 16
     logprobs: int | None = None
-    echo: bool = False
+    echo: Flag = False
     best_of: int | None = None
     suffix: str | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: Flag = True
 
 
 class FunctionDefinition(_Part):
@@ -161,20 +173,25 @@ class ChatMessage(_Part):
     content: str | list[dict[str, Any] | str] | None = None
 
 
-class ChatBody(GenerationBody):
+class ConversationFields(_Body):
+    """What decides, beside the messages, which tokens a conversation becomes."""
+
+    tools: list[ToolDefinition] | None = Field(None, max_length=256)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: Flag = True
+
+
+class ChatBody(ConversationFields, GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    logprobs: bool = False
+    logprobs: Flag = False
     top_logprobs: int | None = None
-    tools: list[ToolDefinition] | None = Field(None, max_length=256)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
     store: bool | None = None
     metadata: dict[str, Any] | None = None
     reasoning_effort: str | None = None
@@ -184,15 +201,14 @@ class ChatBody(GenerationBody):
     modalities: list[str] | None = None
 
 
-class TokenizeBody(_Body):
-    """POST /tokenize: a text (`prompt`) or a conversation (`messages`)."""
+class TokenizeBody(ConversationFields):
+    """POST /tokenize: a text (`prompt`) or a conversation (`messages`, with the same fields as a chat's)."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, max_length=MAX_ITEMS)
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: Flag = True
+    return_token_strs: Flag = False
 
 
 class DetokenizeBody(_Body):

@@ -58,6 +58,11 @@ class Tally:
     def num_cached_tokens(self) -> int:
         return sum(each.num_cached_tokens for each in self._receipts.values())
 
+    @property
+    def knows_cache(self) -> bool:
+        """True where the first choice of every request has ended, which tells what was found of its prompt."""
+        return all((request_id, 0) in self.ended for request_id in self._num_prompts)
+
     def usage(self) -> dict[str, Any]:
         """As OpenAI's clients read it. Cached tokens are known once a request has ended, 0 before."""
         prompt, answer, cached = self.num_prompt_tokens, self.num_generated, self.num_cached_tokens
@@ -107,9 +112,13 @@ class StreamUsage:
         self.is_running = options is not None and options.continuous_usage_stats
 
     def beside(self) -> bytes | None:
-        """In a chunk that has choices: the counts so far, null, or None for no such field."""
+        """In a chunk that has choices: the counts so far, null, or None for no such field. `prompt_tokens_details` is
+        left out as long as it is not known."""
         if self.is_running:
-            return orjson.dumps(self._tally.usage())
+            usage = self._tally.usage()
+            if not self._tally.knows_cache:
+                del usage["prompt_tokens_details"]
+            return orjson.dumps(usage)
         return b"null" if self._at_end else None
 
     def at_end(self) -> bytes | None:

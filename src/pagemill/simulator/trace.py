@@ -34,6 +34,10 @@ _MOST_BLOCKS = 1 << 20  # of a request
 _MOST_ACCESSES = 1 << 26  # of a trace
 _LARGEST = 1 << 53
 _LONGEST_LINE = 1 << 27
+_LONGEST_SHOWN = 40
+_MOONCAKE_FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
+_SESSION_FIELDS = ("id", "block_size", "tool_tokens", "system_tokens", "requests")
+_NUM_AGENT_FIELDS = 7  # of a request of a session
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +157,26 @@ def _json_lines(name: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
 
 def _count(name: str, line: int, field: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST:
-        raise _wrong(name, line, f"{field} is {str(value)[:40]!r}; it must be a whole number from 0")
+        raise _wrong(name, line, f"{field} is {_shown(value)}; it must be a whole number from 0 to 2^53")
     return value
 
 
 def _seconds(name: str, line: int, field: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _LARGEST:
-        raise _wrong(name, line, f"{field} is {str(value)[:40]!r}; it must be a time from 0")
+        raise _wrong(name, line, f"{field} is {_shown(value)}; it must be a time from 0 to 2^53")
     return float(value)
+
+
+def _shown(value: object) -> str:
+    """A value as the file has it, or its beginning."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
+
+def _check_fields(name: str, line: int, row: dict[str, Any], fields: tuple[str, ...], what: str) -> None:
+    missing = [field for field in fields if field not in row]
+    if missing:
+        raise _wrong(name, line, f"has no {missing[0]!r}; every line of {what} must")
 
 
 def _check_blocks(name: str, line: int, num_blocks: int, num_tokens: int, block_tokens: int) -> None:
@@ -173,9 +189,7 @@ def _check_blocks(name: str, line: int, num_blocks: int, num_tokens: int, block_
 def _mooncake(name: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[Request]:
     latest = 0.0
     for line, row in rows:
-        missing = [field for field in ("timestamp", "input_length", "output_length", "hash_ids") if field not in row]
-        if missing:
-            raise _wrong(name, line, f"has no {missing[0]!r}; every line of a Mooncake trace must")
+        _check_fields(name, line, row, _MOONCAKE_FIELDS, "a Mooncake trace")
         time_s = _seconds(name, line, "timestamp", row["timestamp"]) / 1000
         if time_s < latest:
             raise _wrong(name, line, "its timestamp is before that of the line above; sort the trace by time")
@@ -201,15 +215,16 @@ def _sessions(name: str, rows: Iterator[tuple[int, dict[str, Any]]], gap_s: floa
     found: list[Request] = []
     num_accesses = 0
     for index, (line, row) in enumerate(rows):
-        size = _count(name, line, "block_size", row.get("block_size"))
+        _check_fields(name, line, row, _SESSION_FIELDS, "agent sessions")
+        size = _count(name, line, "block_size", row["block_size"])
         if size == 0 or size != (block_tokens or size):
             raise _wrong(name, line, f"block_size is {size} and must be one size above 0 in the whole file")
         block_tokens = size
-        requests = row.get("requests")
+        requests = row["requests"]
         if not isinstance(requests, list):
-            raise _wrong(name, line, 'has no list "requests"')
+            raise _wrong(name, line, "requests is not a list")
         for field in ("tool_tokens", "system_tokens"):
-            _count(name, line, field, row.get(field, 0))
+            _count(name, line, field, row[field])
         now_s = start_s
         for request in requests:
             waited_s, took_s, lengths, ids = _agent_request(name, line, size, request)
@@ -228,7 +243,7 @@ def _agent_request(
     name: str, line: int, block_tokens: int, request: object
 ) -> tuple[float, float, tuple[int, int], list[int]]:
     """(seconds of thinking before it, of serving it, (tokens in, out), block ids) of one request of a session."""
-    if not isinstance(request, list) or len(request) < 6:
+    if not isinstance(request, list) or len(request) < _NUM_AGENT_FIELDS:
         raise _wrong(name, line, "a request is not [t, in, out, [[first_id, count], …], think_s, api_s, agent]")
     _seconds(name, line, "t", request[0])
     num_in = _count(name, line, "in", request[1])

@@ -1,10 +1,11 @@
 """A prefix cache under test, with an executor that has no model, and what is checked after every operation.
 
 The store holds, for each position of each block, a value that depends on every token before it. `compute` first makes
-the moves that the cache asks for, then re-reads the whole history of the sequence through its table and compares it
-with what an uncached run would have written, then writes the next positions. Wiped positions hold None. What a look-up
-finds is compared with `slow_index.py`, to the token, and in plain least-recently-used order so is each victim. A cache
-is reached through `Harness` alone (about a dozen operations), so that a broken one can be put in its place.
+the moves that the cache asks for, then compares what the sequence hit with what an uncached run would have written,
+writes the next positions, and re-reads the whole history through the table: the logits, which are all that was read
+folded together, must be those of a run without a cache. Wiped positions hold None. What a look-up finds is compared
+with `slow_index.py`, to the token, and in plain least-recently-used order so is each victim. A cache is reached through
+`Harness` alone (about a dozen operations), so that a broken one can be put in its place.
 """
 
 from __future__ import annotations
@@ -19,25 +20,22 @@ from pagemill.base.transfer import Moves
 from pagemill.cache.entry import Removed, SharingConfig, Stored
 from pagemill.cache.manager import CacheManager
 from pagemill.cache.receipt import Lookup
-from tests.contracts.cache.slow_index import SlowIndex
+from tests.contracts.cache.slow_index import SlowIndex, ViolationError
 from tests.fixtures.fake_executor import mix
 
 Options = CacheOptions
 BLOCK = 4
 
 
-class ViolationError(AssertionError):
-    """A cache broke a promise."""
-
-
 @dataclass(slots=True)
 class Text:
-    """A live sequence. Mutated by Harness."""
+    """A live sequence. Mutated by Harness. num_unread: tokens that it hit and no step has read."""
 
     tokens: array[int]
     options: CacheOptions
     lookup: Lookup
-    committed: int = 0
+    num_unread: int
+    committed: int
 
 
 @dataclass(slots=True)
@@ -115,7 +113,7 @@ class Harness:
             raise ViolationError(f"{lookup} leaves nothing to compute, or went past a bypass")
         if not options.bypass:
             self.check_hit(lookup, options, expected)
-        text = self.live[self.next_id] = Text(known, options, lookup, lookup.num_hit)
+        text = self.live[self.next_id] = Text(known, options, lookup, lookup.num_hit, lookup.num_hit)
         hit = tuple(tokens[: lookup.num_hit])
         if hit and not any(hit == each[: len(hit)] for each in self.verified.get(scope(options), ())):
             raise ViolationError(f"{hit} was hit in {scope(options)!r} and never verified there")
@@ -135,7 +133,7 @@ class Harness:
             raise ViolationError(f"{lookup} found other than {whole} tokens in blocks and {part} behind them")
 
     def compute(self, seq_id: int, most: int) -> None:
-        """One step of one sequence: moves, re-reading, writing, commit."""
+        """One step of one sequence: moves, writing, re-reading, commit."""
         cache, text = self.cache, self.live[seq_id]
         self.move()
         table = cache.block_table(seq_id)
@@ -145,18 +143,29 @@ class Harness:
             value = mix(value, text.tokens[position])
             block, slot = table[position // BLOCK], position % BLOCK
             if position < start:
-                if self.store[block][slot] != value:
-                    raise ViolationError(f"position {position} of {text} holds {self.store[block][slot]}, not {value}")
+                found = self.store[block][slot]
+                if position < text.num_unread and found != value:
+                    raise ViolationError(f"position {position} of the hit of {text} holds {found}, not {value}")
             else:
                 filled = slot == 0 and any(each is not None for each in self.store[block])
                 if filled and not self.rewritten(seq_id, position):
                     raise ViolationError(f"block {block} was handed out with its contents")
                 self.store[block][slot] = value
+        self.check_logits(text, [self.store[table[each // BLOCK]][each % BLOCK] for each in range(end)])
         self.learn(text, end)
         cache.commit(seq_id, end)
-        text.committed = end
+        text.committed, text.num_unread = end, 0
         self.verified.setdefault(scope(text.options), set()).add(tuple(text.tokens[:end]))
         self.check()
+
+    def check_logits(self, text: Text, history: list[int | None]) -> None:
+        """What comes of all positions as they are read, the ones just written too, is what comes of them uncached."""
+        logits = cold = value = 0
+        for token, found in zip(text.tokens, history, strict=False):
+            value = mix(value, token)
+            logits, cold = mix(logits, -1 if found is None else found), mix(cold, value)
+        if logits != cold:
+            raise ViolationError(f"logits after {len(history)} tokens of {text} are {logits:x}, uncached {cold:x}")
 
     def rewritten(self, seq_id: int, position: int) -> bool:
         """True where the sequence itself wrote this block before a rollback."""
@@ -200,6 +209,7 @@ class Harness:
         cache.resize(seq_id, num_tokens)
         del text.tokens[num_tokens:]
         text.committed = min(text.committed, num_tokens)
+        text.num_unread = min(text.num_unread, num_tokens)
         self.check()
 
     def draft(self, seq_id: int, tokens: list[int]) -> None:

@@ -15,6 +15,10 @@ from pagemill.cache.keys import Namespace, child_key, root_key
 from pagemill.cache.sharing import SharedBlocks
 
 
+class ViolationError(AssertionError):
+    """A cache broke a promise."""
+
+
 @dataclass(slots=True)
 class SlowIndex:
     """Texts by key and the blocks that hold them. Mutated by `learn`, `note` and `touched`.
@@ -47,15 +51,20 @@ class SlowIndex:
                 self._children.setdefault(parent, set()).add(key)
 
     def note(self, event: Stored | Removed) -> None:
-        """The cache stored or dropped a block. AssertionError for one that nobody wrote, or that is not there."""
+        """The cache stored or dropped a block. ViolationError for one that nobody wrote, or that is not there."""
         if isinstance(event, Removed):
-            assert self.stored.pop(event.key, None) is not None, "a block that is not stored was dropped"
+            if self.stored.pop(event.key, None) is None:
+                raise ViolationError("a block that is not stored was dropped")
             return
-        assert event.key not in self.stored, "a block was stored twice"
+        if event.key in self.stored:
+            raise ViolationError("a block was stored twice")
         known = self._texts.get(event.key)
-        assert known is not None, "a block was stored that no sequence of its namespace has written"
-        assert known[0] == event.parent, "a block was stored behind another than its text's"
-        assert len(known[1]) == event.num_tokens, "a block was stored with another length than its text's"
+        if known is None:
+            raise ViolationError("a block was stored that no sequence of its namespace has written")
+        if known[0] != event.parent:
+            raise ViolationError("a block was stored behind another than its text's")
+        if len(known[1]) != event.num_tokens:
+            raise ViolationError("a block was stored with another length than its text's")
         self.stored[event.key] = event
         self._use(event.key)
 
