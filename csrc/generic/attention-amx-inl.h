@@ -10,6 +10,7 @@ namespace PAGEMILL_TARGET {
 #ifdef PAGEMILL_AMX
 
 constexpr int kFewRows = 7;  // up to here a tile's idle rows cost more than the vector unit does
+static_assert(kAttendRows <= kFewRows, "tiles do not ask for pages beside their own");
 
 // Tiles read 64 dims of keys at a time; what lies behind the last is values of the same page, times zero.
 static bool tiles_read(int dim_pad) { return dim_pad >= 32; }

@@ -186,9 +186,11 @@ static void weigh_values_int8(TileState& t, SplitBatch& b, const uint8_t* const*
         for (int v = 0; v < V; v++) high[r][v] = low[r][v] = iset(0);
     for (int page = range.page0; page < range.page1; page++) {
         const int slot = page - base / kPage;
-        const uint8_t *values = page_values(t.page[slot], dim_pad) + size_t(column) * 4, *ask = asked[slot] + size_t(column) * 4;
-        if constexpr (!BESIDE) t.ahead.values(page, nullptr);
-        if (BESIDE && column == 0) Ahead::line(ask + size_t(dim_pad) * kPage);  // scales
+        const uint8_t *values = page_values(t.page[slot], dim_pad) + size_t(column) * 4, *ask = nullptr;
+        if constexpr (BESIDE) {
+            ask = asked[slot] + size_t(column) * 4;
+            if (column == 0) Ahead::line(ask + size_t(dim_pad) * kPage);  // scales
+        } else t.ahead.values(page, nullptr);
 #pragma GCC unroll 4
         for (int quad = 0; quad < 4; quad++) {
             U value[V];

@@ -247,15 +247,33 @@ def test_texts_that_only_each_other_share_are_purged_whole(turned: bool) -> None
     cache.verify()
 
 
-def test_an_end_that_a_pin_has_kept_goes_with_the_text_that_goes_on_from_it() -> None:
+@pytest.mark.parametrize("length", [8, 6])
+def test_a_pinned_text_outlives_the_purge_of_one_that_goes_on_from_it(length: int) -> None:
     cache, shared = make(20)
     options, tokens = CacheOptions(), text(1, 3)[:11]
-    store(cache, tokens[:6], options)
-    shared.pin(options, tokens[:6], 10.0)
+    store(cache, tokens[:length], options)
+    lease = shared.pin(options, tokens[:length], 10.0)
+    assert lease.num_tokens == length
     store(cache, tokens, options)
-    assert shared.purge_texts(options, [tokens]) == 4
+    assert shared.purge_texts(options, [tokens]) > 0
+    assert store(cache, tokens, options) == length
+    assert shared.purge_texts(options, [tokens]) > 0
+    assert shared.leases.num_forced == 0
+    assert shared.purge_texts(options, [tokens[:length]]) > 0, "a pin of the very text ends"
     assert (cache.stats().num_free_blocks, shared.leases.num_forced) == (20, 1)
-    assert store(cache, tokens, options) == 0
+    assert not shared.unpin(lease.lease_id)
+
+
+def test_a_pin_takes_no_block_that_a_sequence_still_writes() -> None:
+    cache, shared = make(20)
+    options, tokens = CacheOptions(), text(1, 3)[:7]
+    cache.open(1, len(tokens), 100, tokens, options)
+    cache.commit(1, len(tokens))
+    cache.publish_tail(1)
+    assert shared.pin(options, tokens, 10.0).num_tokens == 4
+    cache.close(1)
+    assert shared.pin(options, tokens, 10.0).num_tokens == 7
+    cache.verify()
 
 
 def test_a_running_sequence_survives_the_purge_of_its_text() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.contracts.cache.broken import BROKEN
+from tests.contracts.cache.broken import ALL
 from tests.trust import accounting
 from tests.trust.figures import Figure
 
@@ -21,7 +21,7 @@ def test_random_operations_lose_no_block_and_diverge_nowhere(part: int, publish:
     assert min(figure.also.values()) > 500, "too little was met to tell anything"
 
 
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("broken", ALL, ids=lambda each: each.__name__)
 def test_a_broken_cache_is_counted_with_its_replay(
     broken: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

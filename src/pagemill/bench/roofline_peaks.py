@@ -80,9 +80,11 @@ class PeakMeter:
     def measure_pages(self, samples: int, page_bytes: int, block_bytes: int) -> None:
         """Read the largest buffer as attention reads a KV cache of such blocks: of each block a page, then of each the
         next one. Keeps the best rate. A page counts in whole 512 bytes."""
-        piece = max(_PIECE_BYTES, page_bytes // _PIECE_BYTES * _PIECE_BYTES)
         for threads in self._threads:
-            rate = _native.piece_rate(self._target, self._memory, piece, max(piece, block_bytes), threads, samples)
+            most = self._memory.nbytes // threads // _PIECE_BYTES * _PIECE_BYTES
+            piece = min(most, max(_PIECE_BYTES, page_bytes // _PIECE_BYTES * _PIECE_BYTES))
+            stride = min(most, max(piece, block_bytes))
+            rate = _native.piece_rate(self._target, self._memory, piece, stride, threads, samples)
             key = (PAGES, threads)
             self.peaks.read_bytes[key] = max(rate, self.peaks.read_bytes.get(key, 0.0))
 

@@ -41,6 +41,16 @@ class Leases:
         """How many of the blocks are under no lease."""
         return sum(1 for block in blocks if block not in self._holders)
 
+    def num_of(self, block: int) -> int:
+        """Leases that hold a block."""
+        return self._holders[block]
+
+    def ends_at(self, block: int, num_tokens: int) -> bool:
+        """Whether a lease of fewer than so many tokens ends with this block."""
+        if block not in self._holders:
+            return False
+        return any(each.blocks[-1] == block and each.num_tokens < num_tokens for each in self.of({block}))
+
     def held_blocks(self) -> list[int]:
         """One entry for each lease of each block."""
         return list(self._holders.elements())

@@ -31,7 +31,7 @@ class SharedBlocks(ResidentBlocks):
     """Published blocks over a pool. Mutated by every method that is not a question.
 
     on_used: told of the nodes that a sequence found, first to last. num_asked, num_hit: tokens looked for and found so
-    far, at index 0 by sequences that enter for the first time, at 1 by those that were put off.
+    far, at index 0 by requests that enter for the first time, at 1 by sequences put off and by further choices.
     """
 
     __slots__ = ("_entry", "_patrol", "leases", "num_asked", "num_hit", "on_used")
@@ -183,7 +183,8 @@ class SharedBlocks(ResidentBlocks):
 
     def pin(self, options: CacheOptions, tokens: array[int], seconds: float) -> Lease:
         """Keep what is published of a text from eviction for so long: whole blocks, and the one behind them where it
-        covers the rest of the text or ends within it. Nothing of a text that is not there is kept: the lease is empty.
+        covers the rest of the text or ends within it, unless a running sequence still writes it. Nothing of a text that
+        is not there is kept: the lease is empty.
 
         Raises CapacityError, and changes nothing, where the account's pinned blocks would exceed its cap, or all of
         them half of the cache, and RequestError for a time that is none.
@@ -193,6 +194,8 @@ class SharedBlocks(ResidentBlocks):
         self.tenancy.check(options)
         account = self.account_of(options)
         nodes = self.chain_of(options, tokens, covering=True)
+        if nodes and len(nodes[-1].tokens) < TOKEN_BYTES * self.tree.block_size and self._is_written(nodes[-1]):
+            nodes = nodes[:-1]
         blocks = [node.block for node in nodes]
         fresh = self.leases.num_fresh(blocks)
         most = self._pool.num_blocks // 2
@@ -210,6 +213,10 @@ class SharedBlocks(ResidentBlocks):
         account.pinned += fresh
         num_tokens = min(sum(len(node.tokens) for node in nodes) // TOKEN_BYTES, len(tokens))
         return self.leases.add(blocks, account.index, num_tokens, self.now_s + seconds)
+
+    def _is_written(self, tail: Node) -> bool:
+        """Whether a sequence holds a part-filled block: its writer, since those who find it copy it."""
+        return self._pool.num_holders(tail.block) > self.leases.num_of(tail.block)
 
     def unpin(self, lease_id: int) -> bool:
         """End a lease; False where it has ended already."""
@@ -241,11 +248,12 @@ class SharedBlocks(ResidentBlocks):
         self._entry = None
 
     def purge_text(self, options: CacheOptions, tokens: array[int]) -> int:
-        """Drop what is published of a text and of no other that goes on from it. Returns blocks dropped."""
+        """Drop what is published of a text and of no other that goes on from it. A pinned text is one that does, up to
+        its end; a pin of the very text ends. Returns blocks dropped."""
         self.tenancy.check(options)
         count = 0
         for node in reversed(self.chain_of(options, tokens)):
-            if node.below:
+            if node.below or self.leases.ends_at(node.block, len(tokens)):
                 break
             count += self.purge(node)
         self.lookups.forget_text(self._root(options), tokens)
@@ -253,12 +261,8 @@ class SharedBlocks(ResidentBlocks):
         return count
 
     def purge_texts(self, options: CacheOptions, texts: Sequence[array[int]]) -> int:
-        """`purge_text` of several texts: what only they share goes too, and so does the end of an earlier text that one
-        of them goes on from and a pin has kept. Returns blocks dropped."""
-        count = 0
-        while dropped := sum(self.purge_text(options, tokens) for tokens in texts):
-            count += dropped
-        return count
+        """`purge_text` of several texts: what only they share goes with the last of them. Returns blocks dropped."""
+        return sum(self.purge_text(options, tokens) for tokens in texts)
 
     def purge_prefix(self, options: CacheOptions, tokens: array[int]) -> int:
         """Drop every text that begins with these tokens: blocks that hold their last position or any behind it. What a
@@ -287,12 +291,12 @@ class SharedBlocks(ResidentBlocks):
         """Drop every text of a tenant, whatever its salt, and its secret: its keys are never made again. Raises
         RequestError where only known tenants may enter, and this one is not known and has left nothing either."""
         roots, count = self.tree.roots_of(tenant), 0
+        self.secrets.forget(tenant)
         if not roots:
             self.tenancy.check(CacheOptions(tenant))
         for namespace, fingerprint, root in roots:
             count += self.purge(root)
             self.tree.forget_root(namespace, fingerprint)
-        self.secrets.forget(tenant)
         return count
 
     def remove_tenant(self, tenant: str) -> int:

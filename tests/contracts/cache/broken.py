@@ -253,6 +253,7 @@ BESIDE: dict[str, list[Broken]] = {
     "was handed out with its contents": [no_wipe],
     "something is left at the end|was hit in .* and never verified": [purge_leaves_the_tree],
 }
+ALL: list[Broken] = [each for found in (*BROKEN.values(), *BESIDE.values()) for each in found]
 # What is said when an invariant is broken: a regular expression.
 MESSAGES = {
     1: "blocks are not the .* that exist",
