@@ -25,6 +25,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("PAGEMILL_") and name != "PAGEMILL_HOME":
             monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("HOME", "/nowhere")  # whatever peers this machine has
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,21 @@ def test_default_is_the_checkpoints_own_format_with_int8_kv_held_against_bf16(
         ("auto", "int8", "int8", "bf16"),
     ]
     assert report["rows"][1]["kld"] > 0
-    assert report["rows"][1]["gate"] == {"ppl_ratio": 1.005, "kld": 0.005}
+    gates = [row["gate"] for row in report["rows"]]
+    assert gates == [None, *[{"ppl_ratio": 1.005, "kld": 0.005}] * 2, {"ppl_ratio": 1.0015, "kld": 0.0033}]
+    assert [row["default"] for row in report["rows"]] == [False, False, True, False]
+    assert report["rows"][2]["verdict"] in ("pass", "miss")
+
+
+def test_the_table_shows_the_verdict_of_the_default(
+    model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(model, text, tmp_path, "--n-ctx", "64")) == 0
+    printed = capsys.readouterr().out
+    row = printed.splitlines().index(next(line for line in printed.splitlines() if line.startswith(" auto/int8")))
+    assert "pass" in printed.splitlines()[row] or "miss" in printed.splitlines()[row]
+    assert printed.splitlines()[row + 1].split()[-2:] == ["+0.5%,", "0.005"]
+    assert "the default, auto/int8, at n_ctx 64 against float32/f32: " in printed
 
 
 def test_weight_formats_and_the_parts_of_int8_have_rows_of_their_own(
@@ -115,19 +130,20 @@ def test_weight_formats_and_the_parts_of_int8_have_rows_of_their_own(
         ("q8_0", "int8", "native"),
     }
     keys_only = [row for row in rows if row["kv"] == "int8-k"]
-    assert [(r["k"], r["v"], r["probabilities"], r["against"]["kv"]) for r in keys_only] == [
-        ("int8", "f32", "f32", "f32"),
-        ("int8", "f32", "f32", "bf16"),
+    assert [(r["k"], r["v"], r["queries"], r["probabilities"], r["against"]["kv"]) for r in keys_only] == [
+        ("int8", "f32", "f32", "f32", "f32"),
+        ("int8", "f32", "f32", "f32", "bf16"),
     ]
     spec = {row["kv"]: row["bits_per_value"] for row in rows}
     assert spec["int8-k"] == spec["int8-v"] == (spec["int8"] + 32) / 2
-    assert spec["int8-qp"] == 32
+    assert spec["int8-q"] == spec["int8-p"] == 32
     assert all(row["verdict"] is None for row in keys_only)
     assert main(command(model, text, tmp_path, *lists)) == 0
     printed = capsys.readouterr().out
-    assert "float32/int8-qp*" in printed
+    assert "float32/int8-q*" in printed
+    assert "float32/int8-p*" in printed
     assert "* by the reference in numpy" in printed
-    assert max(map(len, printed.splitlines()[1:-4])) <= 80
+    assert max(map(len, printed.split("* by the reference")[0].splitlines()[1:])) <= 80
 
 
 def test_the_weights_of_the_environment_are_the_ones_measured(
@@ -157,7 +173,7 @@ def test_the_table_fits_80_columns_and_tells_what_the_text_lacks(
     assert any("bfloat16/bf16" in line and ("pass" in line or "miss" in line) for line in table)
     assert "4 of 40 windows at n_ctx 64: the text has no more" in printed.out
     assert "loading" in printed.err
-    assert max(map(len, printed.out.splitlines()[1:-3])) <= 80
+    assert max(map(len, printed.out.split("4 of 40 windows")[0].splitlines()[1:])) <= 80
 
 
 def test_ctrl_c_reports_the_windows_measured_by_then(
@@ -199,6 +215,9 @@ def test_ctrl_c_before_the_first_window_reports_nothing(
         (["--text", "/nowhere/text"], "cannot read /nowhere/text"),
         (["--output", "/dev/null/x"], "results cannot be written to /dev/null/x"),
         (["--model", "/nowhere/model.gguf"], "/nowhere/model.gguf"),
+        (["--peer", "vllm"], "--peer: unknown 'vllm'; give llama.cpp, or none to leave it out"),
+        (["--python-llama", "/nowhere/python"], "/nowhere/python cannot import llama_cpp"),
+        (["--peer", "none", "--python-llama", "x"], "--python-llama is of no use with --peer none"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -212,4 +231,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_the_text_is_required(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "quality", "--model", model]) == 2
-    assert "--text" in capsys.readouterr().err
+    assert "--text is missing: give a UTF-8 text file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [([], "not installed in {}/none"), (["--peer", "none"], "--peer none was given")]
+)
+def test_llama_cpp_is_left_out_with_the_reason(
+    model: str, text: str, tmp_path: Path, options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--dtype", "float32", "--n-ctx", "32", "--environments", str(tmp_path / "none"), *options]
+    assert main(command(model, text, tmp_path, *given)) == 0
+    assert f"llama.cpp is left out: {reason.format(tmp_path)}" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from pagemill.bench.quality_modes import (
     Comparison,
     Mode,
     comparisons_of,
+    default_mode,
     modes_to_run,
     parse_apart,
     parse_counts,
@@ -55,7 +56,7 @@ def test_kv_types_are_held_against_bf16_in_the_same_weights() -> None:
 def test_parts_of_int8_are_held_against_f32_and_bf16_kv_of_their_own_weights_and_arithmetic() -> None:
     modes = modes_to_run([REFERENCE, *parse_apart("bfloat16")])
     exact, plain = Mode("bfloat16", "f32", True), Mode("bfloat16", "bf16", True)
-    parts = [Mode("bfloat16", kv, True) for kv in ("int8-k", "int8-v", "int8-qp", "int8")]
+    parts = [Mode("bfloat16", kv, True) for kv in ("int8-k", "int8-v", "int8-q", "int8-p", "int8")]
     assert modes == (REFERENCE, exact, plain, *parts)
     assert comparisons_of(modes) == (
         Comparison(REFERENCE, REFERENCE),
@@ -66,15 +67,20 @@ def test_parts_of_int8_are_held_against_f32_and_bf16_kv_of_their_own_weights_and
 
 
 def test_a_part_says_what_is_rounded_and_the_codec_rounds_all() -> None:
-    rounded = {mode.kv: (mode.k, mode.v, mode.probabilities) for mode in parse_apart("float32")}
+    rounded = {mode.kv: (mode.k, mode.v, mode.queries, mode.probabilities) for mode in parse_apart("float32")}
     assert rounded == {
-        "f32": ("f32", "f32", "f32"),
-        "bf16": ("bf16", "bf16", "f32"),
-        "int8-k": ("int8", "f32", "f32"),
-        "int8-v": ("f32", "int8", "f32"),
-        "int8-qp": ("f32", "f32", "int8"),
-        "int8": ("int8", "int8", "int8"),
+        "f32": ("f32", "f32", "f32", "f32"),
+        "bf16": ("bf16", "bf16", "f32", "f32"),
+        "int8-k": ("int8", "f32", "f32", "f32"),
+        "int8-v": ("f32", "int8", "f32", "f32"),
+        "int8-q": ("f32", "f32", "int8", "f32"),
+        "int8-p": ("f32", "f32", "f32", "int8"),
+        "int8": ("int8", "int8", "int8", "int8"),
     }
+
+
+def test_the_default_is_what_runs_where_nothing_is_asked_for() -> None:
+    assert default_mode() == INT8
 
 
 def test_no_weights_means_no_parts() -> None:

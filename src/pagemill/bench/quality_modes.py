@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from pagemill.base.config import DTYPE_FORMATS
+from pagemill.base.config import DTYPE_FORMATS, EngineConfig
 from pagemill.base.errors import ConfigError
 from pagemill.base.kv_spec import KV_VALUE_BYTES
 from pagemill.base.units import parse_count
@@ -28,7 +28,8 @@ _NOTHING = dict.fromkeys(("keys", "values", "queries", "probabilities"), False)
 PARTS: dict[str, Int8Rounding] = {
     "int8-k": Int8Rounding(**_NOTHING | {"keys": True}),
     "int8-v": Int8Rounding(**_NOTHING | {"values": True}),
-    "int8-qp": Int8Rounding(**_NOTHING | {"queries": True, "probabilities": True}),
+    "int8-q": Int8Rounding(**_NOTHING | {"queries": True}),
+    "int8-p": Int8Rounding(**_NOTHING | {"probabilities": True}),
 }
 _APART = ("f32", "bf16", *PARTS, "int8")
 
@@ -70,12 +71,24 @@ class Mode:
         return self.codec if self.codec != "int8" or self.rounding.values else "f32"
 
     @property
+    def queries(self) -> str:
+        """What queries are rounded to."""
+        return "int8" if self.codec == "int8" and self.rounding.queries else "f32"
+
+    @property
     def probabilities(self) -> str:
-        """What queries and probabilities are rounded to."""
+        """What probabilities are rounded to, by the arithmetic of codec int8 (16 bits as of now) or not at all."""
         return "int8" if self.codec == "int8" and self.rounding.probabilities else "f32"
 
 
 REFERENCE = Mode("float32", "f32")
+
+
+def default_mode() -> Mode:
+    """What runs where nothing is asked for."""
+    config = EngineConfig()
+    [mode] = parse_modes("", config.kv_cache_dtype, config.weights)
+    return mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +115,8 @@ def parse_modes(dtypes: str, kv_cache_dtypes: str, weight_formats: str = "") -> 
 
 
 def parse_apart(weights: str) -> tuple[Mode, ...]:
-    """The modes that tell K, V, and queries with probabilities apart, for each of a list of weights separated by
-    commas; none for an empty list. Raises ConfigError."""
+    """The modes that tell K, V, queries and probabilities apart, for each of a list of weights separated by commas;
+    none for an empty list. Raises ConfigError."""
     names = _names("--apart", weights, tuple(WEIGHTS)) if weights.strip() else ()
     return tuple(Mode(each, kv, apart=True) for each in names for kv in _APART)
 
@@ -129,7 +142,8 @@ def modes_to_run(asked: Iterable[Mode]) -> tuple[Mode, ...]:
 def comparisons_of(modes: Sequence[Mode]) -> tuple[Comparison, ...]:
     """Every mode against float32, and every KV type against bf16 KV in the same weights where that runs too.
 
-    Modes that tell K, V and probabilities apart are held against f32 and bf16 KV of their own weights and arithmetic.
+    Modes that tell K, V, queries and probabilities apart are held against f32 and bf16 KV of their own weights and
+    arithmetic.
     """
     comparisons = []
     for mode in modes:

@@ -16,7 +16,16 @@ from rich.table import Table
 
 from pagemill.bench.machine import describe_git, describe_machine, describe_versions, disturbance
 from pagemill.bench.quality import Measurement, Scores, Settings, Subject
-from pagemill.bench.quality_modes import PARTS, REFERENCE, UNQUANTISED, Comparison, Mode, comparisons_of
+from pagemill.bench.quality_modes import (
+    PARTS,
+    REFERENCE,
+    UNQUANTISED,
+    Comparison,
+    Mode,
+    comparisons_of,
+    default_mode,
+)
+from pagemill.bench.quality_peer import PEER, PeerScores
 from pagemill.bench.quality_score import Estimate, Float64, mean, perplexity, perplexity_ratio
 from pagemill.bench.report import rounded, timestamp
 from pagemill.execution.loader import kv_spec_for
@@ -35,28 +44,33 @@ DEFAULT_GATE = Gate(1.005, 0.005)
 WEIGHTS_GATES = {"throughput": Gate(1.01, 0.008)}
 # A KV type against bf16 KV, by the bits that a value takes with everything counted: the first that applies.
 KV_GATES = ((4.8, Gate(1.02, 0.02)), (5.3, Gate(1.012, 0.01)), (float("inf"), Gate(1.0015, 0.0033)))
+# KV types of so few bits are taken for their size: together with weights they have no gate.
+SMALL_KV_BITS = 5.3
+# How far the perplexity of our own float32 may be from llama.cpp's, either way, as a share.
+PEER_GATE = 0.005
 
 PASS, MISS = "pass", "miss"
 
 
 def gate_of(comparison: Comparison, bits: float) -> Gate | None:
-    """The gate of a comparison: of weights and activations against float32, of a quantised KV type against bf16 KV.
+    """The gate of a comparison: of a whole mode, its KV type with it, against float32; of a quantised KV type also
+    against bf16 KV in the same weights.
 
-    bits: of a KV value. None otherwise: float32 itself; a quantised KV type against float32, where the weights' cost
-    is in the figure too; f32 or f16 against bf16 KV, which tells how far any change of the cache is magnified by the
-    roundings behind it; and single parts of a KV type.
+    bits: of a KV value. None otherwise: float32 itself; a KV type of SMALL_KV_BITS against float32; f32 or f16 against
+    bf16 KV, which tells how far any change of the cache is magnified by the roundings behind it; single parts of a KV
+    type; and what the reference in numpy computes, but for its int8 against bf16.
     """
-    if comparison.mode.kv in PARTS or (comparison.mode.apart and comparison.against.kv != "bf16"):
+    mode, against = comparison.mode, comparison.against
+    if mode == REFERENCE or mode.kv in PARTS or (mode.apart and against.kv != "bf16"):
         return None
-    quantised = comparison.mode.kv not in UNQUANTISED
-    if comparison.mode == REFERENCE or quantised == (comparison.against == REFERENCE):
-        return None
-    if quantised:
-        return next(gate for limit, gate in KV_GATES if bits <= limit)
-    return WEIGHTS_GATES.get(comparison.mode.weights, DEFAULT_GATE)
+    quantised = mode.kv not in UNQUANTISED
+    if against == REFERENCE:
+        small = quantised and bits <= SMALL_KV_BITS
+        return None if small else WEIGHTS_GATES.get(mode.weights, DEFAULT_GATE)
+    return next(gate for limit, gate in KV_GATES if bits <= limit) if quantised else None
 
 
-def make_report(subject: Subject, settings: Settings, found: Measurement) -> dict[str, Any]:
+def make_report(subject: Subject, settings: Settings, found: Measurement, peer: PeerScores) -> dict[str, Any]:
     """The bench's JSON object, without the names of its files. kld in nats per token, top1 a share from 0 to 1."""
     executor = subject.config.executor
     machine = describe_machine(choose_target() if executor == "native" else executor, subject.num_threads)
@@ -69,6 +83,13 @@ def make_report(subject: Subject, settings: Settings, found: Measurement) -> dic
         "settings": _settings(subject, settings),
         "interrupted": found.interrupted,
         "rows": make_rows(subject, found.scores),
+        "peer": {
+            "name": PEER,
+            "weights": subject.checkpoint.weight_format,
+            "versions": peer.versions,
+            "rows": make_peer_rows(subject, found.scores, peer),
+            "absent": peer.absence,
+        },
     }
 
 
@@ -76,6 +97,39 @@ def make_rows(subject: Subject, measured: Sequence[Scores]) -> list[dict[str, An
     """One row for each n_ctx and comparison that has a whole window."""
     comparisons = comparisons_of(subject.modes)
     return [_row(subject, scores, each) for scores in measured if scores.num_windows for each in comparisons]
+
+
+def make_peer_rows(subject: Subject, measured: Sequence[Scores], peer: PeerScores) -> list[dict[str, Any]]:
+    """llama.cpp beside our float32, one row for each n_ctx of which it has windows, over these windows. Perplexities
+    are over all tokens, standard errors over windows, of which llama.cpp tells no single tokens."""
+    rows = []
+    for scores in measured:
+        own = [float(each.mean()) for each in scores.nll[REFERENCE]] if scores.num_windows else []
+        means = peer.nll.get(scores.n_ctx, [])
+        if not means:
+            continue
+        nll, nll_ref = np.array(means), np.array(own[: len(means)])
+        ratio = perplexity_ratio(nll, nll_ref)
+        rows.append(
+            {
+                "n_ctx": scores.n_ctx,
+                "windows": len(means),
+                "tokens": sum(len(each) for each in scores.nll[REFERENCE][: len(means)]),
+                "against": _names(subject, REFERENCE),
+                **_figure("ppl", perplexity(nll)),
+                **_figure("ppl_ref", perplexity(nll_ref)),
+                **_figure("ppl_ratio", ratio),
+                "gate": {"ppl_difference": PEER_GATE},
+                "verdict": peer_verdict(ratio),
+                "samples": {"nll": [rounded(each) for each in means], "nll_ref": [rounded(each) for each in nll_ref]},
+            }
+        )
+    return rows
+
+
+def peer_verdict(ratio: Estimate) -> str:
+    """PASS where llama.cpp's perplexity ÷ ours is within PEER_GATE of 1, on either side."""
+    return PASS if abs(ratio.value - 1) <= PEER_GATE else MISS
 
 
 def _row(subject: Subject, scores: Scores, comparison: Comparison) -> dict[str, Any]:
@@ -88,6 +142,7 @@ def _row(subject: Subject, scores: Scores, comparison: Comparison) -> dict[str, 
     gate = gate_of(comparison, bits)
     return {
         **_names(subject, mode),
+        "default": mode == default_mode() and against == REFERENCE,
         "n_ctx": scores.n_ctx,
         "windows": scores.num_windows,
         "tokens": len(nll),
@@ -115,13 +170,13 @@ def bits_per_value(subject: Subject, codec: str) -> float:
 
 
 def _names(subject: Subject, mode: Mode) -> dict[str, str]:
-    """A mode in JSON. kv: as asked; k, v, probabilities: what keys, values, queries with probabilities are rounded
-    to."""
+    """A mode in JSON. kv: as asked; k, v, queries, probabilities: what these are rounded to."""
     return {
         "weights": mode.weights,
         "kv": mode.kv,
         "k": mode.k,
         "v": mode.v,
+        "queries": mode.queries,
         "probabilities": mode.probabilities,
         "executor": "reference" if mode.apart else subject.config.executor,
     }
@@ -175,6 +230,9 @@ def make_tables(report: dict[str, Any]) -> list[Table]:
             table.add_column(heading, justify="right")
         for row in rows:
             table.add_row(*_cells(row))
+        for row in report["peer"]["rows"]:
+            if row["n_ctx"] == n_ctx:
+                table.add_row(*_peer_cells(row))
         tables.append(table)
     return tables
 
@@ -197,12 +255,27 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _peer_cells(row: dict[str, Any]) -> list[str]:
+    few, many = (".2f", ".3f") if row["ppl"] < 1000 else (".0f", ".0f")
+    return [
+        f"{PEER}\n{_mode(row['against'])}",
+        f"{row['ppl']:{many}}{_under(row['ppl_se'], few)}",
+        f"{row['ppl_ratio'] - 1:+.2%}{_under(row['ppl_ratio_se'], '.2%')}",
+        *("", "", ""),
+        f"{row['verdict']}\n±{100 * row['gate']['ppl_difference']:g}%",
+    ]
+
+
 def _mode(names: dict[str, Any]) -> str:
     return f"{names['weights']}/{names['kv']}{'*' * (names['executor'] == 'reference')}"
 
 
 def _under(error: float | None, form: str) -> str:
     return "" if error is None else f"\n± {error:{form}}"
+
+
+def _default_line(row: dict[str, Any]) -> str:
+    return f"the default, {_mode(row)}, at n_ctx {row['n_ctx']:,} against {_mode(row['against'])}: {row['verdict']}"
 
 
 def title_of(report: dict[str, Any]) -> str:
@@ -212,7 +285,8 @@ def title_of(report: dict[str, Any]) -> str:
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """What was cut short, and the machine, one line each."""
+    """What was cut short, the default's verdict, what llama.cpp is for or why it is absent, and the machine, one line
+    each."""
     settings, machine = report["settings"], report["machine"]
     lines = []
     for n_ctx, windows in zip(settings["n_ctx"], settings["windows"], strict=True):
@@ -222,6 +296,11 @@ def remarks(report: dict[str, Any]) -> list[str]:
             lines.append(f"{done:,} of {windows:,} windows at n_ctx {n_ctx:,}: {why}")
     if any(row["executor"] == "reference" for row in report["rows"]):
         lines.append(
-            "* by the reference in numpy; int8-k, -v, -qp: only keys, values, queries and probabilities in int8"
+            "* by the reference in numpy; int8-k, -v, -q, -p: only keys, values, queries or probabilities as in int8"
         )
+    lines += [_default_line(row) for row in report["rows"] if row["default"]]
+    if report["peer"]["rows"]:
+        lines.append(f"{PEER}: the same file and windows; our float32 is to be within {PEER_GATE:.1%} of it")
+    if report["peer"]["absent"] is not None:
+        lines.append(report["peer"]["absent"])
     return [*lines, f"{machine['cpu']}, {machine['num_threads']} of {machine['num_cores']} cores, {machine['target']}"]

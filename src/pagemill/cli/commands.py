@@ -14,6 +14,7 @@ from pagemill.cli.access_options import access_options
 from pagemill.cli.cache_remote_commands import cache_app
 from pagemill.cli.keys_commands import keys_app
 from pagemill.cli.options import engine_options
+from pagemill.cli.quality_command import add_bench_quality
 from pagemill.cli.serve_bench_command import add_bench_serve
 from pagemill.cli.simulate_options import serving_options
 from pagemill.cli.terminal import silence_stdout
@@ -288,43 +289,7 @@ def bench_kvcache(
     )
 
 
-@bench_app.command("quality")
-@engine_options
-def bench_quality(
-    ctx: typer.Context,
-    text: Annotated[str, typer.Option(help="UTF-8 text to predict, such as a test split.", metavar="FILE")],
-    n_ctx: Annotated[str, typer.Option(help="Tokens of a window, or several numbers as 512,4096.")] = "512",
-    windows: Annotated[
-        str, typer.Option(help="Windows to run, from the beginning of the text; as 40,10 one number for each --n-ctx.")
-    ] = "40",
-    apart: Annotated[
-        str,
-        typer.Option(
-            help="Weights for which keys, values, and queries with probabilities are also put in int8 one at a time, "
-            "in numpy (slow), as float32.",
-            metavar="WEIGHTS",
-        ),
-    ] = "",
-    output: Annotated[str, typer.Option(help="Directory for JSON.")] = "bench-results",
-    json: Json = False,
-    engine: dict[str, Any] | None = None,
-) -> None:
-    """Perplexity and KL divergence of weights and KV types against the engine's own float32, by llama.cpp's procedure.
-
-    --dtype, --weight-format and --kv-cache-dtype take several names, separated by commas; each weights of the first two
-    is run with each KV type.
-    """
-    _act(
-        ctx,
-        "bench.quality",
-        text=text,
-        n_ctx=n_ctx,
-        windows=windows,
-        apart=apart,
-        output=output,
-        as_json=json,
-        engine=engine,
-    )
+add_bench_quality(bench_app, _act)
 
 
 @bench_app.command("peers")

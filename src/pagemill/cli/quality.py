@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pagemill.base.config import resolve_config
+from pagemill.base.errors import ConfigError
 from pagemill.base.units import format_seconds
 from pagemill.bench.quality import (
     Scores,
@@ -22,6 +23,7 @@ from pagemill.bench.quality import (
     total_tokens,
 )
 from pagemill.bench.quality_modes import parse_apart, parse_counts, parse_modes
+from pagemill.bench.quality_peer import find_peer, measure_peer
 from pagemill.bench.quality_report import make_report, make_tables, remarks, title_of
 from pagemill.bench.quality_score import perplexity
 from pagemill.bench.report import file_stem, prepare_directory
@@ -39,12 +41,28 @@ _USED = ("model", "block_size", "num_threads", "executor", *_LISTS)
 
 
 def quality(
-    *, text: str, n_ctx: str, windows: str, apart: str, output: str, as_json: bool, engine: dict[str, Any]
+    *,
+    text: str | None,
+    n_ctx: str,
+    windows: str,
+    apart: str,
+    output: str,
+    as_json: bool,
+    engine: dict[str, Any],
+    peer: str = "",
+    python_llama: str | None = None,
+    environments: str = "~/.cache/pagemill/peers",
 ) -> int:
     """Measure what weight formats and KV types cost; print a table or one JSON object, write the JSON to `output`.
 
-    Returns 130 where Ctrl-C ended it; the whole windows measured by then are reported all the same.
+    peer: llama.cpp beside our float32, "" where it is installed, "none" without it. Returns 130 where Ctrl-C ended it;
+    the whole windows measured by then are reported all the same.
     """
+    if text is None:
+        raise ConfigError(
+            "--text is missing: give a UTF-8 text file to predict, such as wiki.test.raw of WikiText-2 "
+            "(wikitext-2-raw-v1); any other text will do to compare modes with each other"
+        )
     arguments = dict(engine["arguments"])
     refuse_unused(arguments, _USED, "this bench runs windows of --n-ctx tokens one at a time")
     lists = {name: arguments.pop(name) for name in _LISTS if name in arguments}
@@ -58,6 +76,7 @@ def quality(
     contexts, counts = parse_counts("--n-ctx", n_ctx), parse_counts("--windows", windows)
     settings = Settings(Path(text), (*modes, *parse_apart(apart)), contexts, counts)
     directory = prepare_directory(output)
+    place = find_peer(peer, Path(environments).expanduser(), python_llama)
     with byte_progress() as report_bytes:
         subject = open_subject(
             config,
@@ -65,13 +84,17 @@ def quality(
             progress=report_bytes,
             loading=lambda mode: note(f"loading {config.model}: {mode.name} …"),
         )
-    with interrupts() as interrupted, _Display(total_tokens(subject, settings)) as display:
-        found = measure(subject, settings, display, interrupted=interrupted)
+    with interrupts() as interrupted:
+        with _Display(total_tokens(subject, settings)) as display:
+            found = measure(subject, settings, display, interrupted=interrupted)
+        beside = measure_peer(subject, found, place, note, interrupted=interrupted)
     if not any(scores.num_windows for scores in found.scores):
         note("interrupted before a window was measured")
         return _INTERRUPTED
-    _publish(make_report(subject, settings, found), directory, as_json=as_json)
-    return _INTERRUPTED if found.interrupted else 0
+    if beside.absence is not None and as_json:
+        note(beside.absence)
+    _publish(make_report(subject, settings, found, beside), directory, as_json=as_json)
+    return _INTERRUPTED if found.interrupted or beside.interrupted else 0
 
 
 def _publish(report: dict[str, Any], directory: Path, *, as_json: bool) -> None:
