@@ -18,6 +18,7 @@ from pagemill.bench.peers_report import Context, make_report, remarks
 from pagemill.bench.peers_run import Measured, Measurement, Settings
 from pagemill.cli import peers
 from pagemill.cli.main import main
+from tests.bench.test_peers_mode import RESOLVED
 from tests.fixtures.small_peers import peer_script
 from tests.fixtures.tiny import tiny_llama
 
@@ -27,17 +28,6 @@ QUICK = (
     Work("decode", 2, 16, 9, goal=1e-9, floor=1e-9),
     Work("start", 1, 8, 1),
 )
-
-RESOLVED = {
-    "model": "smollm2-135m",
-    "asked": "auto",
-    "layers": {"i8_rotated": 210},
-    "others": {"q8_0": 1},
-    "kv": "int8",
-    "executor": "native",
-    "target": "avx512",
-    "file_format": "q4_1",
-}
 
 
 @pytest.fixture(autouse=True)

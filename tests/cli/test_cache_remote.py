@@ -121,10 +121,12 @@ def test_a_pin_keeps_a_text_until_it_is_ended(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_text_that_is_not_cached_cannot_be_pinned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cache", "pin", "Nobody has asked for this text"]) == 0
-    assert "nothing is kept" in capsys.readouterr().out
-    assert main(["cache", "pin", HEAD, "--salt", "another"]) == 0
-    assert "nothing is kept" in capsys.readouterr().out
+    for asked in (["Nobody has asked for this text"], [HEAD, "--salt", "another"]):
+        assert main(["cache", "pin", *asked]) == 2
+        told = capsys.readouterr()
+        assert "nothing of this text is in the cache" in told.err
+        assert "take --token-ids with what /tokenize answers" in told.err
+        assert told.out == ""
 
 
 def test_tokens_are_named_as_tokenize_answers_them(

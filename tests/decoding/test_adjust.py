@@ -281,7 +281,7 @@ def test_text_that_a_grammar_does_not_allow_is_refused(tokenizer: Tokenizer) -> 
     ],
 )
 def test_grammars_that_are_wrong_are_told(tokenizer: Tokenizer, grammar: Grammar) -> None:
-    with pytest.raises(RequestError, match=grammar.kind):
+    with pytest.raises(RequestError, match=f"the {grammar.noun} cannot be used"):
         GrammarCompiler(tokenizer).check(grammar)
 
 

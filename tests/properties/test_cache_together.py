@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pagemill.base.errors import CapacityError, ConfigError
+from pagemill.base.errors import CapacityError, ConfigError, RequestError
 from pagemill.base.params import CacheOptions, Retain
 from pagemill.base.transfer import Moves
 from pagemill.cache.block import Node
@@ -34,7 +34,7 @@ MODELS: dict[str, type[SlowLRU]] = {
     "lru": SlowLRU, "lfu": SlowLFU, "s3fifo": SlowS3FIFO, "arc": SlowARC, "gdsf": SlowGDSF,
 }  # fmt: skip
 FIXED = ("s3fifo", "arc", "gdsf")  # whose slow models have one size
-SEEDS, STEPS = 8, 150  # seeds for each policy, none for two
+SEEDS, STEPS = 12, 150  # seeds for each policy, none for two
 
 
 @dataclass
@@ -224,8 +224,11 @@ class Both:
             assert self.slow.pin(0, options, tokens, seconds) is None
             self.count("pins refused")
             return
+        except RequestError:
+            assert self.slow.pin(0, options, tokens, seconds) == 0, "nothing of it is there"
+            return
         assert self.slow.pin(lease.lease_id, options, tokens, seconds) == len(lease.blocks)
-        self.count("pins" if lease.blocks else "empty pins")
+        self.count("pins")
 
     def unpin(self) -> None:
         for lease_id in list(self.slow.leases)[:1]:
@@ -342,7 +345,7 @@ def test_all_of_retention_together_does_what_the_slow_model_does(policy: str) ->
     expected += ["public hits", "rollbacks", "rollbacks by a copy"]
     if policy not in FIXED:
         expected += ["sizes", "sizes refused"]
-    assert all(totals.get(what, 0) >= 2 for what in expected), totals
+    assert all(totals.get(what, 0) >= 5 for what in expected), totals
 
 
 def ignore(what: str, both: Both) -> None:

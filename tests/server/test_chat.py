@@ -287,3 +287,20 @@ def test_wrong_fields_are_told(http: httpx.Client, fields: dict[str, Any], statu
     found, message = refused(http, **fields)
     assert found == status, message
     assert said in message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required"},
+        {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+        {"chat_template_kwargs": {"messages": []}},
+    ],
+)
+def test_what_a_chat_refuses_of_its_conversation_tokenize_refuses_too(
+    http: httpx.Client, fields: dict[str, Any]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello"}], **fields}
+    answers = [http.post(route, json=body) for route in ("/v1/chat/completions", "/tokenize")]
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert answers[0].json()["error"]["message"] == answers[1].json()["error"]["message"]

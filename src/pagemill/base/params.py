@@ -67,12 +67,17 @@ class Grammar:
     kind: GrammarKind
     text: str
 
+    @property
+    def noun(self) -> str:
+        """What messages call it."""
+        return "grammar" if self.kind == "lark" else self.kind
+
     def __post_init__(self) -> None:
         known = ("json_schema", "regex", "lark")
         _check(self.kind in known, f"a grammar's kind is {self.kind!r:.40}; give json_schema, regex or lark")
-        _check(isinstance(self.text, str) and self.text != "", f"the {self.kind} is empty or no text; give one")
+        _check(isinstance(self.text, str) and self.text != "", f"the {self.noun} is empty or no text; give one")
         size = len(self.text.encode(errors="replace"))
-        _check(size <= MAX_GRAMMAR_BYTES, f"the {self.kind} has {size:,} bytes; give up to {MAX_GRAMMAR_BYTES:,}")
+        _check(size <= MAX_GRAMMAR_BYTES, f"the {self.noun} has {size:,} bytes; give up to {MAX_GRAMMAR_BYTES:,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +199,9 @@ class SamplingParams:
             f"n is {self.n} with temperature 0: greedy choices would all be equal; give n=1 or a temperature above 0",
         )
         if self.max_tokens is not None:
-            _check(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; give at least 1, or None for no limit")
+            _check(
+                self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; give at least 1, or leave it out for no limit"
+            )
         _check(self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; give 0 or more")
         _check(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
@@ -204,7 +211,7 @@ class SamplingParams:
             count = getattr(self, name)
             _check(
                 count is None or 0 <= count <= MAX_LOGPROBS,
-                f"{name} is {count}; give a number from 0 to {MAX_LOGPROBS}, or None",
+                f"{name} is {count}; give a number from 0 to {MAX_LOGPROBS}, or leave it out",
             )
 
     def _check_adjustments(self) -> None:
@@ -230,7 +237,7 @@ class SamplingParams:
             f"priority is {self.priority}; give a whole number from -{MOST_PRIORITY} (first) to {MOST_PRIORITY} (last)",
         )
         if self.deadline_s is not None:
-            _check(0 < self.deadline_s < 1e9, f"deadline_s is {self.deadline_s}; give seconds above 0, or None")
+            _check(0 < self.deadline_s < 1e9, f"deadline_s is {self.deadline_s}; give seconds above 0, or leave it out")
 
     def _check_stops(self) -> None:
         _check(len(self.stop) <= MAX_STOPS, f"{len(self.stop)} stop strings; give at most {MAX_STOPS}")
@@ -260,7 +267,7 @@ class Retain:
         _check(0 <= self.priority <= 100, f"priority is {self.priority}; give a whole number from 0 to 100")
         if self.ttl_s is not None:
             object.__setattr__(self, "ttl_s", _number("ttl_s", self.ttl_s))
-            _check(0 < self.ttl_s < 1e9, f"ttl_s is {self.ttl_s}; give seconds above 0, or None")
+            _check(0 < self.ttl_s < 1e9, f"ttl_s is {self.ttl_s}; give seconds above 0, or leave it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +292,7 @@ class CacheOptions:
             value = getattr(self, name)
             _check(
                 value is None or (isinstance(value, str) and len(value) <= 1024),
-                f"{name} is {value!r:.40}; give a text of at most 1,024 letters, or None",
+                f"{name} is {value!r:.40}; give a text of at most 1,024 letters, or leave it out",
             )
         _check(isinstance(self.bypass, bool), f"bypass is {self.bypass!r}; give True or False")
         retain = _listed("retain", self.retain, "ranges (Retain)")

@@ -27,7 +27,7 @@ from pagemill.bench.quality_modes import (
 )
 from pagemill.bench.quality_peer import PEER, PeerScores
 from pagemill.bench.quality_score import Estimate, Float64, mean, perplexity, perplexity_ratio
-from pagemill.bench.report import rounded, timestamp
+from pagemill.bench.report import MISS, PASS, rounded, timestamp
 from pagemill.execution.loader import kv_spec_for
 from pagemill.kernels.target import choose_target
 
@@ -48,8 +48,6 @@ KV_GATES = ((4.8, Gate(1.02, 0.02)), (5.3, Gate(1.012, 0.01)), (float("inf"), Ga
 SMALL_KV_BITS = 5.3
 # How far the perplexity of our own float32 may be from llama.cpp's, either way, as a share.
 PEER_GATE = 0.005
-
-PASS, MISS = "pass", "miss"
 
 
 def gate_of(comparison: Comparison, bits: float) -> Gate | None:

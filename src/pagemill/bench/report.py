@@ -20,6 +20,7 @@ from pagemill.base.errors import ConfigError
 from pagemill.bench.machine import describe_git, describe_versions
 
 DEFAULT_DIRECTORY = "bench-results"
+PASS, MISS = "pass", "miss"  # verdicts on a goal or a gate
 
 _DIGITS = 6
 _MAX_STEM = 80

@@ -18,7 +18,7 @@ from pagemill.base.config import EngineConfig
 from pagemill.base.errors import ConfigError
 from pagemill.base.params import SamplingParams
 from pagemill.bench.machine import barrier_ns, describe_git, describe_machine, describe_versions
-from pagemill.bench.report import Row, timestamp
+from pagemill.bench.report import MISS, PASS, Row, timestamp
 from pagemill.build import Built
 from pagemill.execution.runner import Runner
 from pagemill.kernels.target import choose_target
@@ -30,7 +30,6 @@ WARM_STEPS = 4
 # Goals for all but the native call, by the number of streams: the most microseconds, or the most of the step. They are
 # judged for greedy steps, which is what they were set for.
 GOALS: dict[int, dict[str, float]] = {1: {"median": 150.0}, 32: {"share": 0.05}, 256: {"share": 0.03}}
-PASS, MISS = "pass", "miss"
 
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=1)
 _SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, logprobs=5, ignore_eos=True, seed=1)

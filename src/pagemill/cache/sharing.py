@@ -183,11 +183,10 @@ class SharedBlocks(ResidentBlocks):
 
     def pin(self, options: CacheOptions, tokens: array[int], seconds: float) -> Lease:
         """Keep what is published of a text from eviction for so long: whole blocks, and the one behind them where it
-        covers the rest of the text or ends within it, unless a running sequence still writes it. Nothing of a text that
-        is not there is kept: the lease is empty.
+        covers the rest of the text or ends within it, unless a running sequence still writes it.
 
         Raises CapacityError, and changes nothing, where the account's pinned blocks would exceed its cap, or all of
-        them half of the cache, and RequestError for a time that is none.
+        them half of the cache, and RequestError for a time that is none, or where nothing of the text is there.
         """
         if not 0 < seconds < 1e9:
             raise RequestError(f"a lease of {seconds} seconds; give a time above 0")
@@ -196,6 +195,11 @@ class SharedBlocks(ResidentBlocks):
         nodes = self.chain_of(options, tokens, covering=True)
         if nodes and len(nodes[-1].tokens) < TOKEN_BYTES * self.tree.block_size and self._is_written(nodes[-1]):
             nodes = nodes[:-1]
+        if not nodes:
+            raise RequestError(
+                "nothing of this text is in the cache of its tenant and salt; generate it first (max_tokens 1 will do) "
+                "with the same ones, then pin it"
+            )
         blocks = [node.block for node in nodes]
         fresh = self.leases.num_fresh(blocks)
         most = self._pool.num_blocks // 2
@@ -259,10 +263,6 @@ class SharedBlocks(ResidentBlocks):
         self.lookups.forget_text(self._root(options), tokens)
         self._let_go()
         return count
-
-    def purge_texts(self, options: CacheOptions, texts: Sequence[array[int]]) -> int:
-        """`purge_text` of several texts: what only they share goes with the last of them. Returns blocks dropped."""
-        return sum(self.purge_text(options, tokens) for tokens in texts)
 
     def purge_prefix(self, options: CacheOptions, tokens: array[int]) -> int:
         """Drop every text that begins with these tokens: blocks that hold their last position or any behind it. What a

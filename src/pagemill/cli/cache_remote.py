@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -132,16 +133,16 @@ def pin(
     if wanted_s <= 0:
         raise ConfigError(f"--for is {seconds}; give a time above 0, as 10m or 1h")
     server = admin_server(url, key)
-    found = server.ask("POST", PIN, body={"seconds": wanted_s, **given, **_named(whose)}, timeout_s=_ACT_TIMEOUT_S)
+    try:
+        found = server.ask("POST", PIN, body={"seconds": wanted_s, **given, **_named(whose)}, timeout_s=_ACT_TIMEOUT_S)
+    except ServerError as error:
+        if error.status == HTTPStatus.BAD_REQUEST and text is not None:
+            note("a conversation has control tokens too: take --token-ids with what /tokenize answers for its messages")
+        raise
     if as_json:
         print_json(found)
         return 0
     number, tokens, blocks = _shown(server, lambda: tuple(int(found[name]) for name in ("pin", "tokens", "blocks")))
-    if not blocks:
-        print(f"nothing of it is cached for tenant {plain(whose['tenant'])}, so nothing is kept")
-        if text is not None:
-            note("a conversation has control tokens too: take --token-ids with what /tokenize answers for its messages")
-        return 0
     print(f"pin {number}: {tokens:,} tokens in {_blocks(blocks)} are kept for {format_seconds(wanted_s)}")
     note(f"end it with: pagemill cache unpin {number}")
     return 0

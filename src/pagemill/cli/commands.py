@@ -14,6 +14,7 @@ from pagemill.cli.access_options import access_options
 from pagemill.cli.cache_remote_commands import cache_app
 from pagemill.cli.keys_commands import keys_app
 from pagemill.cli.options import engine_options
+from pagemill.cli.peer_options import ENVIRONMENTS, Environments, PeerPython
 from pagemill.cli.quality_command import add_bench_quality
 from pagemill.cli.serve_bench_command import add_bench_serve
 from pagemill.cli.simulate_options import serving_options
@@ -43,10 +44,6 @@ TopK = Annotated[int, typer.Option(help="Choose among the k most likely tokens (
 TopP = Annotated[float, typer.Option(help="Choose among the most likely tokens that make up this probability.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the most likely one.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
-PeerPython = Annotated[
-    str | None, typer.Option(help="Python that has this peer already.", metavar="PATH", show_default=False)
-]
-Environments = Annotated[str, typer.Option(help="Directory of the peers' environments.", metavar="DIRECTORY")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few small rows, to try it out.")]
 Output = Annotated[str, typer.Option(help="Directory for JSON and plots.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's own end of text.")]
@@ -264,7 +261,7 @@ def bench_kvcache(
         str | None, typer.Option(help="An engine to run in turns with ours: transformers.", show_default=False)
     ] = None,
     python_transformers: PeerPython = None,
-    environments: Environments = "~/.cache/pagemill/peers",
+    environments: Environments = ENVIRONMENTS,
     timeout: Annotated[float, typer.Option(help="Seconds that a peer may take for one answer.")] = 600.0,
     output: Output = "bench-results",
     json: Json = False,
@@ -304,7 +301,7 @@ def bench_peers(
     python_vllm: PeerPython = None,
     python_openvino: PeerPython = None,
     python_transformers: PeerPython = None,
-    environments: Environments = "~/.cache/pagemill/peers",
+    environments: Environments = ENVIRONMENTS,
     runs: Annotated[int, typer.Option(help="Samples of each row, interleaved over the engines.")] = 5,
     rows: Annotated[str, typer.Option(help="Rows to measure, as 'prefill 256,decode 32,start' (unset: all).")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and shorter answers, to try it out.")] = False,
@@ -402,7 +399,7 @@ def bench_cache(
         ),
     ] = False,
     python_llama: PeerPython = None,
-    environments: Environments = "~/.cache/pagemill/peers",
+    environments: Environments = ENVIRONMENTS,
     output: Output = "bench-results",
     json: Json = False,
     engine: dict[str, Any] | None = None,

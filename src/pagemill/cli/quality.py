@@ -29,6 +29,7 @@ from pagemill.bench.quality_score import perplexity
 from pagemill.bench.report import file_stem, prepare_directory
 from pagemill.cli.bench import interrupts
 from pagemill.cli.options import refuse_unused
+from pagemill.cli.peer_options import ENVIRONMENTS
 from pagemill.cli.progress import byte_progress
 from pagemill.cli.publish import publish
 from pagemill.cli.terminal import note
@@ -51,7 +52,7 @@ def quality(
     engine: dict[str, Any],
     peer: str = "",
     python_llama: str | None = None,
-    environments: str = "~/.cache/pagemill/peers",
+    environments: str = ENVIRONMENTS,
 ) -> int:
     """Measure what weight formats and KV types cost; print a table or one JSON object, write the JSON to `output`.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pagemill.cli.options import engine_options
+from pagemill.cli.peer_options import ENVIRONMENTS, Environments, PeerPython
 
 
 def add_bench_quality(app: typer.Typer, act: Callable[..., None]) -> None:
@@ -45,12 +46,8 @@ def add_bench_quality(app: typer.Typer, act: Callable[..., None]) -> None:
                 "where installed)."
             ),
         ] = "",
-        python_llama: Annotated[
-            str | None, typer.Option(help="Python that has this peer already.", metavar="PATH", show_default=False)
-        ] = None,
-        environments: Annotated[
-            str, typer.Option(help="Directory of the peers' environments.", metavar="DIRECTORY")
-        ] = "~/.cache/pagemill/peers",
+        python_llama: PeerPython = None,
+        environments: Environments = ENVIRONMENTS,
         output: Annotated[str, typer.Option(help="Directory for JSON.")] = "bench-results",
         json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
         engine: dict[str, Any] | None = None,

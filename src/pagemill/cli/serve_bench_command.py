@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pagemill.cli.options import engine_options
+from pagemill.cli.peer_options import ENVIRONMENTS, Environments, PeerPython
 
 
 def add_bench_serve(app: typer.Typer, act: Callable[..., None]) -> None:
@@ -69,12 +70,8 @@ def add_bench_serve(app: typer.Typer, act: Callable[..., None]) -> None:
             str,
             typer.Option(help="llama.cpp: set it up where it is missing; none: leave it out (unset: where installed)."),
         ] = "",
-        python_llama: Annotated[
-            str | None, typer.Option(help="Python that has this peer already.", metavar="PATH", show_default=False)
-        ] = None,
-        environments: Annotated[
-            str, typer.Option(help="Directory of the peers' environments.", metavar="DIRECTORY")
-        ] = "~/.cache/pagemill/peers",
+        python_llama: PeerPython = None,
+        environments: Environments = ENVIRONMENTS,
         load_seed: Annotated[int, typer.Option(help="Seed of prompts, lengths and arrivals.")] = 0,
         output: Annotated[str, typer.Option(help="Directory for JSON and plots.")] = "bench-results",
         json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,

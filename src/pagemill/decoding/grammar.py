@@ -111,9 +111,9 @@ class GrammarCompiler:
                 text = LLMatcher.grammar_from_lark(grammar.text)
             matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]
         except Exception as error:
-            raise RequestError(f"the {grammar.kind} cannot be used: {str(error)[:500]}") from None
+            raise RequestError(f"the {grammar.noun} cannot be used: {str(error)[:500]}") from None
         if matcher.is_error():
-            raise RequestError(f"the {grammar.kind} cannot be used: {matcher.get_error()[:500]}")
+            raise RequestError(f"the {grammar.noun} cannot be used: {matcher.get_error()[:500]}")
         return matcher
 
     def _of_library(self) -> LLTokenizer:

@@ -81,12 +81,6 @@ class CacheControl:
         with self._lock:
             self._engine.advance_clock()
             lease = self._shared.pin(options, tokens, seconds)
-            if not lease.num_tokens:
-                self._shared.unpin(lease.lease_id)
-                raise RequestError(
-                    "nothing of this prompt is in the cache of its tenant and salt; generate it first (max_tokens=1 "
-                    "will do) with the same options, then pin it"
-                )
             return Pin(lease.lease_id, lease.num_tokens, lease.expires_s)
 
     def unpin(self, pin: Pin) -> bool:
@@ -107,7 +101,7 @@ class CacheControl:
             texts = [self._tokens({"prompt_token_ids": ids}, options) for ids in _texts_of(prompt)]
         else:
             texts = [self._tokens(prompt, options)]
-        return self._purged(lambda: self._shared.purge_texts(options, texts))
+        return self._purged(lambda: sum(self._shared.purge_text(options, tokens) for tokens in texts))
 
     def purge_prefix(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
         """Drop every text that begins like this; blocks that end before the prompt does stay, for others may begin so

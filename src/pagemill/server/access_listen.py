@@ -25,25 +25,27 @@ LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 def check_address(host: str, *, has_keys: bool, insecure: bool = False, what: str = "the server") -> bool:
     """True where `host` is this machine alone. Raises ConfigError for an address that others reach without keys unless
     `insecure` says so, and for one that is none."""
-    loopback = is_loopback(host)
-    if not loopback and not has_keys and not insecure:
+    if is_loopback(host):
+        return True
+    if not has_keys and not insecure:
         raise ConfigError(
             f"{what} would listen on {host} for everybody, without keys; add one by `pagemill keys add` and give "
             "--keys FILE, listen on 127.0.0.1, or say --insecure"
         )
-    return loopback
+    return False
 
 
 def check_admin_address(host: str, *, has_tls: bool, insecure: bool = False) -> bool:
     """True where the admin port's `host` is this machine alone. Raises ConfigError for an address that others reach
     without TLS, where its key would be read on the way, unless `insecure` says so, and for one that is none."""
-    loopback = is_loopback(host)
-    if not loopback and not has_tls and not insecure:
+    if is_loopback(host):
+        return True
+    if not has_tls and not insecure:
         raise ConfigError(
             f"the admin port would listen on {host} without TLS, and whoever sees what passes would read its key; give "
             "--ssl-certfile and --ssl-keyfile, leave --admin-host at 127.0.0.1, or say --insecure"
         )
-    return loopback
+    return False
 
 
 def is_loopback(host: str) -> bool:

@@ -135,7 +135,8 @@ def set_quota(engine: Engine, tenant: str, floor_tokens: object, cap_tokens: obj
 
 
 def pin(engine: Engine, options: CacheOptions, token_ids: Iterable[int], seconds: float) -> dict[str, Any]:
-    """Keep what the cache holds of a text for so long. Raises CapacityError beyond the tenant's cap or half of it."""
+    """Keep what the cache holds of a text for so long. Raises CapacityError beyond the tenant's cap or half of
+    it, and RequestError where nothing of the text is there."""
     shared = _shared(engine)
     engine.advance_clock()
     lease = shared.pin(options, _packed(token_ids), seconds)

@@ -56,6 +56,7 @@ async def chat_prompt(service: Service, messages: Sequence[ChatMessage], body: C
     """The conversation as token ids, with its tools where the answer may call them: the same for `/tokenize`. Raises
     FieldError for what a request may not say."""
     check_breakpoints(messages)
+    _demanded(body)  # a choice among tools that are not given is refused by /tokenize too
     variables = body.chat_template_kwargs or {}
     if wrong := sorted(RESERVED_VARIABLES & variables.keys()):
         raise FieldError(f"chat_template_kwargs names {wrong[0]!r}, which is set already", param="chat_template_kwargs")
@@ -116,23 +117,30 @@ def _told_of(messages: list[dict[str, Any]], preamble: str) -> list[dict[str, An
     return [{"role": "system", "content": preamble}, *messages]
 
 
-def _with_tools(body: ChatBody, params: SamplingParams) -> SamplingParams:
-    """The parameters, held to a call where the request demands one. Raises FieldError for tools that are not given."""
+def _demanded(body: ConversationFields) -> list[dict[str, Any]]:
+    """The functions of which one must be called; none where the request demands no call. Raises FieldError for tools
+    that are not given."""
     choice = body.tool_choice
-    if not body.tools:
-        if choice not in (None, "none", "auto"):
-            raise FieldError("tool_choice demands a call and there are no tools; give tools", param="tool_choice")
-        return params
-    functions = [each.function.model_dump(exclude_none=True) for each in body.tools]
     if choice in (None, "none", "auto"):
-        return params
-    if params.grammar is not None:
-        raise FieldError("tool_choice demands a call and response_format another form; give one of them")
+        return []
+    if not body.tools:
+        raise FieldError("tool_choice demands a call and there are no tools; give tools", param="tool_choice")
+    functions = [each.function.model_dump(exclude_none=True) for each in body.tools]
     if isinstance(choice, NamedTool):
         functions = [each for each in functions if each["name"] == choice.function.name]
         if not functions:
             raise FieldError(f"tool_choice names {choice.function.name[:100]!r}, which is none of the tools")
-    several = choice == "required" and body.parallel_tool_calls is True
+    return functions
+
+
+def _with_tools(body: ChatBody, params: SamplingParams) -> SamplingParams:
+    """The parameters, held to a call where the request demands one. Raises FieldError for tools that are not given."""
+    functions = _demanded(body)
+    if not functions:
+        return params
+    if params.grammar is not None:
+        raise FieldError("tool_choice demands a call and response_format another form; give one of them")
+    several = body.tool_choice == "required" and body.parallel_tool_calls is True
     return replace(params, grammar=Grammar("lark", calls_grammar(functions, several=several)))
 
 

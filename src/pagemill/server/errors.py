@@ -42,12 +42,6 @@ _CLOSED: Final[Mapping[str, type[BaseModel]]] = {
     "retain": RetainRange,
     "prompt_cache_options": PromptCacheOptions,
 }
-# What is said to callers from Python, in words of HTTP.
-_WORDS: Final = (
-    (re.compile(r", or None(?= for no limit$|$)"), ", or leave it out"),
-    (re.compile(r"^the lark "), "the grammar "),
-    (re.compile(r"give a dict with (?=role and content$)"), "give an object with "),
-)
 _ALTERNATIVE: Final = re.compile(r"(?:str|int|float|bool|(?:list|dict|literal)\[.*\]|[A-Z]\w*)", re.ASCII)
 
 
@@ -84,18 +78,10 @@ def status_of(error: BaseException) -> int:
 def body_of(error: BaseException) -> dict[str, Any]:
     """The error in OpenAI's shape. What is not ours to tell is not told."""
     told = isinstance(error, PagemillError)
-    message = _in_words_of_http(error) if told else "internal error; the server's log has it"
+    message = str(error) if told else "internal error; the server's log has it"
     if isinstance(error, MemoryError):
         message = "the server is out of memory; try again soon"
     return error_body(message, status_of(error), getattr(error, "code", None), getattr(error, "param", None))
-
-
-def _in_words_of_http(error: BaseException) -> str:
-    message = str(error)
-    if isinstance(error, RequestError) and not isinstance(error, FieldError):  # which are ours and may quote a client
-        for pattern, words in _WORDS:
-            message = pattern.sub(words, message)
-    return message
 
 
 def error_response(error: BaseException) -> Response:

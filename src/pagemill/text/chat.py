@@ -79,10 +79,10 @@ def render_chat(
 
 def _checked_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RequestError(f"message {index} is {type(message).__name__}; give a dict with role and content")
+        raise RequestError(f"message {index} is {type(message).__name__}; give an object with role and content")
     for key in ("role", "content"):
         if key not in message:
-            raise RequestError(f"message {index} has no {key!r}; give a dict with role and content")
+            raise RequestError(f"message {index} has no {key!r}; give an object with role and content")
         if not isinstance(message[key], str):
             raise RequestError(f"{key!r} of message {index} is {type(message[key]).__name__}; give a string")
     if not message["role"]:

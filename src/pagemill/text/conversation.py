@@ -62,7 +62,7 @@ def mark_messages(
     """
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise RequestError(f"message {index} is {type(message).__name__}; give a dict with role and content")
+            raise RequestError(f"message {index} is {type(message).__name__}; give an object with role and content")
     texts = "".join(_texts_of([messages, tools]))
     free = [mark for mark in _MARKS if mark not in texts]
     if len(free) < 2:
@@ -124,7 +124,7 @@ def _encode_shielded(text: str, shield: str, tokenizer: Vocabulary, special_text
 def _joined(index: int, message: Mapping[str, Any], breakpoint_mark: str) -> tuple[str, bool]:
     """The content as one text, and whether a breakpoint is in it."""
     if "content" not in message and not message.get("tool_calls"):
-        raise RequestError(f"message {index} has no 'content'; give a dict with role and content")
+        raise RequestError(f"message {index} has no 'content'; give an object with role and content")
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise RequestError(f"'content' of message {index} is null; give text")

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from pagemill.base.errors import CapacityError, ConfigError, IntegrityError
+from pagemill.base.errors import CapacityError, ConfigError, IntegrityError, RequestError
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions
 from pagemill.base.transfer import Moves
 from pagemill.cache.entry import Removed, SharingConfig, Stored
@@ -259,7 +259,7 @@ class Harness:
         before = self.snapshot()
         try:
             lease = self.cache.shared.pin(options, array("i", tokens), seconds)
-        except CapacityError:
+        except (CapacityError, RequestError):
             if self.snapshot() != before:
                 raise ViolationError("a failed pin changed something") from None
             return
