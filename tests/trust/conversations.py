@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Any
 
 from pagemill import LLM, SamplingParams
-from pagemill.base.errors import CapacityError
+from pagemill.base.errors import CapacityError, RequestError
 from pagemill.base.params import CacheOptions
 from pagemill.base.step import StepPlan, StepResult
 from pagemill.kernels.batch import Batch
@@ -141,7 +141,11 @@ def purging(player: Player) -> None:
     elif kind == 2:
         shared.purge_text(options, text)
     else:
-        shared.pin(options, text, 0.01)
+        try:
+            shared.pin(options, text, 0.01)
+        except RequestError as error:
+            if "nothing of this text" not in str(error):
+                raise
     engine.settle()
 
 

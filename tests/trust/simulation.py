@@ -179,6 +179,10 @@ class Simulation:
                 shared.pin(options, tokens, draw.choice((0.05, 1.0)))
             except CapacityError:
                 return
+            except RequestError as error:
+                if "nothing of this text" not in str(error):
+                    raise
+                return
         elif kind == "purge":
             shared.purge_prefix(options, tokens[: draw.randint(0, len(tokens))])
             rig.engine.settle()
