@@ -14,6 +14,7 @@ struct SamplingScratch;
 struct Kernels {
     const char* name;
     bool tiles;  // reads weights in tiles (pack.h, the .._tiles layouts)
+    size_t worker_bytes;  // what each worker of a step keeps attention's rows in: Scratch::workers
     void (*run_step)(const StepContext& ctx, int worker);
     void (*sample_row)(const SamplingJob& job, int row, SamplingScratch& scratch);
     // Entry points of the contract tests: the same code that the step runs.

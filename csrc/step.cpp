@@ -48,12 +48,18 @@ void release(uint8_t* memory, size_t bytes) {
     std::free(memory);
 }
 
+static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+Runner::Runner(Model& model, const Kernels& kernels, int threads) : model_(model), kernels_(kernels), pool_(threads) {
+    scratch_.worker_stride = size_t(padded(int(kernels.worker_bytes), 64));
+    scratch_.workers = allocate(worker_bytes());
+}
+
 Runner::~Runner() {
+    release(scratch_.workers, worker_bytes());
     for (auto& [memory, bytes] : memory_) release(memory, bytes);
     if (partial_memory_.first) release(partial_memory_.first, partial_memory_.second);
 }
-
-static int padded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 void Runner::reserve(int rows, int logits, int partials) {
     const int needed = std::max(rows, logits);
@@ -119,6 +125,7 @@ void Runner::wipe_activations() {
         for (auto& [memory, bytes] : memory_) std::memset(memory, 0, bytes / capacity * used);
     }
     if (partial_memory_.first) std::memset(partial_memory_.first, 0, partial_memory_.second);
+    std::memset(scratch_.workers, 0, worker_bytes());
     used_rows_ = 0;
 }
 

@@ -12,7 +12,7 @@ void release(uint8_t* memory, size_t bytes);  // bytes: as asked for
 
 class Runner {
 public:
-    Runner(Model& model, const Kernels& kernels, int threads) : model_(model), kernels_(kernels), pool_(threads) {}
+    Runner(Model& model, const Kernels& kernels, int threads);
     ~Runner();
     Runner(const Runner&) = delete;
     Runner& operator=(const Runner&) = delete;
@@ -24,6 +24,7 @@ public:
 
 private:
     void reserve(int rows, int logits, int partials);
+    size_t worker_bytes() const { return scratch_.worker_stride * size_t(pool_.size()); }
     Model& model_;
     const Kernels& kernels_;
     Pool pool_;

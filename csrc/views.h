@@ -141,6 +141,8 @@ struct Scratch {
     int32_t* peaks = nullptr;  // [threads][rows] each worker's best column of each logit row
     uint16_t* panel = nullptr;  // [threads][panel_stride] a panel of weights widened to bf16
     size_t panel_stride = 0;
+    uint8_t* workers = nullptr;  // [threads][worker_stride] rows, scores and values that a worker attends to, 64-byte aligned
+    size_t worker_stride = 0;
     float* partials = nullptr;  // [num_partials][16 + dim_pad]: maximum, sum, 14 unused, output
     Activations act;
     int hidden_ld = 0, wide_ld = 0, attn_ld = 0;

@@ -5,11 +5,18 @@
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
+// A stretch of memory.
+struct Stretch {
+    const uint8_t* at = nullptr;
+    size_t bytes = 0;
+};
+
 struct Output {
     float* y;         // [rows][ld]
     int ld;
     bool accumulate;  // y += scale * (W x + bias) instead of y = scale * (W x + bias)
     float scale;
+    Stretch then{};   // weights that are read next, behind the last panel
 };
 
 // Panels [next, end).
@@ -42,19 +49,20 @@ struct PanelClaims {
 constexpr int kIntoFirst = 3, kIntoSecond = 2;  // caches, as __builtin_prefetch has them
 constexpr int kStreamRows = 2;  // up to so many rows weights are one stream, fetched a little ahead; for more, panel by panel
 
-// The panel that is read next, on its way into the cache: a few lines with each step along k, spread over all rows.
+// The panel that is read next, on its way into the cache: its lines are asked for evenly, with the steps along k of all rows.
 template <int CACHE> struct Fetch {
     const uint8_t *at, *end;
-    int lines;
-    // panel: -1 for none. steps: calls of `some` that there will be.
-    Fetch(const Matrix& w, int panel, int steps) {
-        at = end = w.data + size_t(panel < 0 ? 0 : panel) * w.panel_bytes;
-        if (panel >= 0 && panel < w.panels()) end += w.panel_bytes;
-        lines = int((w.panel_bytes / 64 + size_t(steps) - 1) / size_t(steps));
+    int lines, steps, due = 0;
+    // panel: -1 for none; what is read behind the last one is asked for instead. steps: calls of `some` that there will be.
+    Fetch(const Matrix& w, int panel, int num_steps, const Stretch& then = {}) : steps(num_steps) {
+        const bool any = panel >= 0 && panel < w.panels();
+        at = any ? w.data + size_t(panel) * w.panel_bytes : then.at;
+        end = at + (any ? w.panel_bytes : then.bytes);
+        lines = int(size_t(end - at) / 64) + 1;
     }
     inline __attribute__((always_inline)) void some() {
         if (at >= end) return;
-        for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, CACHE);
+        for (due += lines; due >= steps; due -= steps, at += 64) __builtin_prefetch(at, 0, CACHE);
     }
 };
 
@@ -252,7 +260,7 @@ static void product(const Activations& act, int r0, int r1, const Matrix& w, Pan
     const int tiles = (rows + most - 1) / most, steps = FMT == Format::bf16 ? (w.k + 1) / 2 : is_float<FMT>() ? w.k : w.k / kGroup;
     Following<Panels> following(panels, rows);
     for (int panel = following.first(); panel >= 0; panel = following.next()) {
-        Fetch<kIntoSecond> next(w, following.known, tiles * steps);
+        Fetch<kIntoSecond> next(w, following.known, tiles * steps, out.then);
         for (int t = 0; t < tiles; t++) {
             const int begin = int(int64_t(rows) * t / tiles), end = int(int64_t(rows) * (t + 1) / tiles);
             tile<FMT, most, BYTES>(end - begin, act, r0 + begin, w, panel, next, out);

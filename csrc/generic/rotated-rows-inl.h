@@ -86,7 +86,7 @@ static void product_rotated_rows(const Activations& act, int r0, int r1, const M
     for (int panel = following.first(); panel >= 0; panel = following.next()) {
         const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
         const PanelRow here = finish.at(panel);
-        Fetch<kIntoSecond> next(w, following.known, tiles.count * (w.k / 4));
+        Fetch<kIntoSecond> next(w, following.known, tiles.count * (w.k / 4), out.then);
         for (int t = 0; t < tiles.count; t++) rotated_rows<kRotatedRows>(tiles.size(t), act, tiles.begin(t), p, w.k, next, here);
     }
 }

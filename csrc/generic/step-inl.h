@@ -1,5 +1,6 @@
 // The phases of a step, in order; every worker runs this function. Barriers stand where one worker reads what another wrote.
 #pragma once
+#include <new>
 
 namespace pagemill {
 namespace PAGEMILL_TARGET {
@@ -7,9 +8,10 @@ namespace PAGEMILL_TARGET {
 struct Worker {
     const StepContext* ctx;
     const int id;
-    TileState tile;
+    TileState& tile;
 
-    Worker(const StepContext& context, int worker) : ctx(&context), id(worker) {}
+    Worker(const StepContext& context, int worker)
+        : ctx(&context), id(worker), tile(*::new (context.scratch->workers + size_t(worker) * context.scratch->worker_stride) TileState) {}
     void barrier() { ctx->barrier->wait(id); }
     // Where a thread keeps its own rows, nothing that it reads was written by another.
     void between_stages() { if (!ctx->by_rows) barrier(); }
@@ -49,6 +51,18 @@ static void prepare_rows(const Phase& p, const float* src, int ld, int width, co
     if (forms & kFormTiles && rows > 1) fill_tiles(act, from, to, 0, width);
 }
 
+// The first panel that a worker reads behind the nth matrix of phase `index`: what it waits for unless it is asked for before.
+static Stretch first_panel_behind(const Worker& w, size_t index, size_t nth) {
+    const Model& model = *w.ctx->model;
+    for (; index < model.phases.size(); index++, nth = size_t(-1)) {
+        const std::vector<int>& matrices = model.phases[index].matrices;
+        if (++nth >= matrices.size()) continue;
+        const Matrix& next = model.matrices[size_t(matrices[nth])];
+        return {next.data + size_t(w.begin_of(next.panels())) * next.panel_bytes, next.panel_bytes};
+    }
+    return {};
+}
+
 // All matrices of phase `index` side by side into y [rows][ld]: a thread's own rows, or panels as they are claimed.
 static void run_products(Worker& w, const Activations& act, size_t index, int rows, float* y, int ld, bool accumulate, float scale, bool by_rows) {
     const Model& model = *w.ctx->model;
@@ -56,7 +70,7 @@ static void run_products(Worker& w, const Activations& act, size_t index, int ro
     int column = 0, nth = 0;
     for (int m : model.phases[index].matrices) {
         const Matrix& matrix = model.matrices[size_t(m)];
-        const Output out{y + column, ld, accumulate, scale};
+        const Output out{y + column, ld, accumulate, scale, by_rows ? Stretch{} : first_panel_behind(w, index, size_t(nth))};
         if (by_rows) run_product(act, w.first_row(), w.last_row(), matrix, PanelRange{0, matrix.panels()}, w.panel(), out);
         else if (w.ctx->shares && nth < kMostMatrices) {
             PanelShare* shares = w.ctx->shares + (index * kMostMatrices + size_t(nth)) * size_t(threads);
@@ -249,6 +263,14 @@ static void run_phase(Worker& w, size_t i) {
     }
 }
 
+// What the functions of a step have left on this thread's stack, which nobody wipes when a text is purged: theirs began where this
+// one does.
+static __attribute__((noinline)) void forget_stack() {
+    uint8_t frames[48 << 10];
+    std::memset(frames, 0, sizeof frames);
+    asm volatile("" : : "r"(frames) : "memory");  // so that it is done
+}
+
 static void run_step(const StepContext& ctx, int worker) {
     Worker w(ctx, worker);
     w.clear_shares();
@@ -259,6 +281,7 @@ static void run_step(const StepContext& ctx, int worker) {
         if (ctx.rest && i == ctx.last_attention) keep_logit_rows(w);
     }
     leave_tiles();
+    forget_stack();
 }
 
 }  // namespace PAGEMILL_TARGET

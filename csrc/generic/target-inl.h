@@ -86,7 +86,7 @@ constexpr bool kTiles = true;
 #else
 constexpr bool kTiles = false;
 #endif
-const Kernels kernels{PAGEMILL_TARGET_NAME, kTiles, run_step, sample_row, quantize_rows, multiply, integer_sums, &peaks};
+const Kernels kernels{PAGEMILL_TARGET_NAME, kTiles, sizeof(TileState), run_step, sample_row, quantize_rows, multiply, integer_sums, &peaks};
 
 }  // namespace PAGEMILL_TARGET
 }  // namespace pagemill

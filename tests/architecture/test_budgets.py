@@ -7,7 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from tests.fixtures.forbidden_calls import forbidden_in
+from tests.fixtures.forbidden_calls import TESTS_MAY, forbidden_in
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "pagemill"
@@ -42,7 +42,11 @@ def test_python_functions_stay_within_their_budget() -> None:
 
 
 def test_nothing_unpickles_evaluates_or_runs_a_shell() -> None:
-    found = [f"{path.relative_to(ROOT)}:{what}" for path in SOURCES for what in forbidden_in(path.read_text())]
+    found = [
+        f"{path.relative_to(ROOT)}:{what}"
+        for path in SOURCES
+        for what in forbidden_in(path.read_text(), () if path.is_relative_to(PACKAGE) else TESTS_MAY)
+    ]
     assert not found, "\n".join(found)
 
 

@@ -45,7 +45,7 @@ WRONG = [
     ({"stop": [5]}, "no text"),
     ({"stop": [""]}, "empty"),
     ({"stop": ["x" * 1025]}, "longer than 1,024"),
-    ({"stop": ["x"] * 17}, "17 stop strings"),
+    ({"stop": ["x"] * 17}, "stop has 17 strings"),
     ({"stop_token_ids": 5}, "stop_token_ids is 5; give a list of token ids"),
     ({"stop_token_ids": ["a"]}, "'a'; give a whole number"),
     ({"stop_token_ids": [-1]}, "stop_token_ids holds -1"),

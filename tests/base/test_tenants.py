@@ -112,7 +112,11 @@ def test_quotas_and_names_without_a_prefix_cache_are_refused(off: dict[str, str]
 
 
 def test_names_are_read_from_text_and_lists() -> None:
-    assert parse_names("x", " docs, manuals,docs ,") == ("docs", "manuals")
+    assert parse_names("x", " docs, manuals,docs ") == ("docs", "manuals")
+    assert parse_names("x", " ") == ()
+    for wrong in ("a b", "a b,,", "a,,b", "a,", ",a", ","):
+        with pytest.raises(ConfigError, match="one comma between two"):
+            parse_names("x", wrong)
     assert parse_names("x", ["docs"]) == ("docs",)
     for wrong in (5, {"a": 1}, [""], ["a\0b"]):
         with pytest.raises(ConfigError):

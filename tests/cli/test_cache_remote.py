@@ -116,8 +116,11 @@ def test_a_pin_keeps_a_text_until_it_is_ended(capsys: pytest.CaptureFixture[str]
     assert main(["cache", "unpin", str(made["pin"])]) == 0
     assert capsys.readouterr().out == f"pin {made['pin']} has ended\n"
     assert pinned() == 0
-    assert main(["cache", "unpin", str(made["pin"])]) == 0
-    assert "or it had ended" in capsys.readouterr().out
+    for options in ([], ["--json"]):
+        assert main(["cache", "unpin", str(made["pin"]), *options]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert f"there is no pin {made['pin']}, or it had ended" in told.err
 
 
 def test_a_text_that_is_not_cached_cannot_be_pinned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,9 +165,19 @@ def test_a_purge_asks_before(capsys: pytest.CaptureFixture[str], typed: bytes, c
     assert num_blocks(capsys) == left
 
 
+def test_a_purge_tells_the_pins_that_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    made = answer_of(capsys, "pin", TEXTS[0])
+    assert main(["cache", "purge", HEAD, "--yes"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "6 blocks dropped and wiped\n"
+    assert told.err == "1 pin of it ended too\n"
+    assert main(["cache", "unpin", str(made["pin"])]) == 2
+
+
 def test_a_purge_drops_what_it_names_and_no_more(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer_of(capsys, "purge", TEXTS[0], "--what", "text", "--yes") == {
         "blocks": 3,
+        "pins": 0,
         "what": "text",
         "tenant": "default",
     }
@@ -186,9 +199,14 @@ def test_a_purge_drops_what_it_names_and_no_more(capsys: pytest.CaptureFixture[s
         (["purge", "x", "--what", "tenant", "--yes"], "leave the text out"),
         (["purge", "--what", "prefix", "--yes"], "give a text"),
         (["purge", "--what", "all", "--yes"], "give text, prefix, namespace or tenant"),
-        (["purge", "", "--yes"], "the text is empty"),
+        (["purge", "", "--yes"], "the text is empty; give one, or choose all with --what namespace"),
         (["purge", "x", "--token-ids", "y", "--yes"], "not both"),
         (["pin"], "pin what?"),
+        (["pin", ""], "the text is empty; give one, whose blocks are to be kept"),
+        (
+            ["pin", "x", "--public", "foo"],
+            "refuses (403): there is no public namespace 'foo'; the operator declares them\n",
+        ),
         (["pin", "x", "--for", "0"], "give a time above 0"),
         (["pin", "x", "--for", "soon"], "'soon' is not a time"),
         (["pin", "x", "--for", "1000h"], "up to 2,592,000"),
@@ -255,6 +273,23 @@ def test_a_server_that_answers_otherwise_is_told_about(
     told = capsys.readouterr().err
     assert message in told
     assert "\x1b" not in told
+
+
+@pytest.mark.parametrize(
+    ("answer", "printed", "told"),
+    [
+        ({"blocks": 3}, "3 blocks dropped and wiped\n", ""),
+        ({"blocks": 3, "pins": 0}, "3 blocks dropped and wiped\n", ""),
+        ({"blocks": 3, "pins": 1}, "3 blocks dropped and wiped\n", "1 pin of it ended too\n"),
+        ({"blocks": 3, "pins": 2}, "3 blocks dropped and wiped\n", "2 pins of it ended too\n"),
+    ],
+)
+def test_a_purge_tells_the_pins_that_it_ended_where_the_server_does(
+    capsys: pytest.CaptureFixture[str], answer: dict[str, int], printed: str, told: str
+) -> None:
+    with serving(lambda path, authorization: (200, json.dumps(answer).encode(), {})) as url:
+        assert main(["cache", "purge", "x", "--yes", "--url", url]) == 0
+    assert tuple(capsys.readouterr()) == (printed, told)
 
 
 def test_what_a_server_tells_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
 from pagemill import LLM, SamplingParams
 from pagemill.cli import chat
+from pagemill.cli.main import main
 from tests.fixtures.program import run_on_terminal, run_program
 
 SMALL = ["--max-tokens", "8", "--kv-cache-memory-bytes", "4MiB"]
@@ -99,3 +102,20 @@ def test_on_a_terminal_each_turn_tells_what_the_cache_did(tiny_model: str) -> No
     assert "cache: 0 of" in lines[0]
     assert "not seen recently" in lines[0]
     assert "cache: 0 of" not in lines[1]
+
+
+def test_a_conversation_has_the_cache_that_its_options_ask_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "open_llm", lambda *_, **__: nullcontext(llm))
+
+    def num_hit(*options: str) -> int:
+        before = llm.cache.stats()["tokens"]["hit"]
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/clear\nHello\n"))
+        assert main(["chat", *SMALL, "--temperature", "0", *options]) == 0
+        after: int = llm.cache.stats()["tokens"]["hit"]
+        return after - before
+
+    assert num_hit("--cache-bypass") == 0, "nothing is read"
+    once = num_hit()
+    assert once > 0, "by the second conversation, of the first; nothing was left before"
+    assert num_hit("--cache-salt", "a") == once, "which is another cache"
+    assert num_hit("--cache-salt", "a") == 2 * once

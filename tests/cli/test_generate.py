@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
+from pagemill import LLM
+from pagemill.cli import generate
 from pagemill.cli.main import main
 from tests.fixtures.program import environment, run_on_terminal, run_program
 
@@ -153,3 +156,33 @@ def test_a_terminal_is_told_the_speed_and_a_pipe_is_not(tiny_model: str) -> None
     assert code == 0
     assert "8 tokens, first after" in printed
     assert run_program("generate", "Hello", "-m", tiny_model, *SMALL).stderr == b""
+
+
+def test_a_bypassed_cache_is_neither_read_nor_left_anything(
+    capsys: pytest.CaptureFixture[str], tiny_model: str
+) -> None:
+    arguments = ["Hello, who is there?", "-m", tiny_model, *SMALL]
+    plain = generated(capsys, *arguments)
+    found = generated(capsys, *arguments, "--repeat", "2", "--cache-bypass")
+    for each in found["answers"]:
+        assert each["usage"]["cached_tokens"] == each["receipt"]["cached_tokens"] == 0
+        assert each["receipt"]["miss"]["kind"] == "bypassed"
+        assert each["token_ids"] == plain["token_ids"]
+
+
+def test_a_salt_parts_the_cache(
+    capsys: pytest.CaptureFixture[str], tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(tiny_model, kv_cache_memory_bytes="4MiB") as llm:
+        monkeypatch.setattr(generate, "open_llm", lambda *_, **__: nullcontext(llm))
+        prompt = "Hello, who is there?"
+        for salt, is_hit in ((None, False), ("a", False), ("a", True), ("b", False), ("", False), (None, True)):
+            found = generated(capsys, prompt, *SMALL, *([] if salt is None else ["--cache-salt", salt]))
+            assert (found["receipt"]["cached_tokens"] > 0) == is_hit, salt
+            assert main(["generate", prompt, *SMALL, *([] if salt is None else ["--cache-salt", salt])]) == 0
+            assert capsys.readouterr().out == found["text"] + "\n", "streamed, with the same cache"
+
+
+def test_a_salt_that_is_too_long_is_refused(capsys: pytest.CaptureFixture[str], tiny_model: str) -> None:
+    assert main(["generate", "x", "-m", tiny_model, "--cache-salt", "x" * 1025]) == 2
+    assert "give a text of at most 1,024 letters" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--min-tokens", "9", "--max-tokens", "3"], "min_tokens (9) is above max_tokens (3)"),
         (["generate", "x", "-n", "2"], "n is 2 with temperature 0"),
         (["generate", "x", "--logprobs", "21"], "logprobs is 21"),
-        (["generate", "x", "--stop", ""], "a stop string is empty"),
+        (["generate", "x", "--stop", ""], "stop holds what is empty"),
         (["generate", "x", "--model", "smollm2-135"], "smollm2-135m"),
         (["generate", "x", "--config", "/nowhere.toml"], "cannot read configuration file /nowhere.toml"),
         (["generate", "x", "--max-num-seqs", "64", "--max-num-batched-tokens", "8"], "is below max_num_seqs"),
@@ -135,6 +135,28 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("pagemill.cli.config.json_schema", interrupted)
     assert main(["config", "schema"]) == 130
+
+
+@pytest.mark.parametrize("module", ["typer", "rich", "pagemill.cli.commands", "pagemill.cli.doctor", "numpy"])
+def test_ctrl_c_while_modules_are_imported_exits_with_130(module: str) -> None:
+    """Also where the import would have made another error of it."""
+    program = f"""
+import importlib.abc, os, signal, sys
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                sum(range(1000))
+            except KeyboardInterrupt:
+                raise ImportError("lost") from None
+from pagemill.cli.main import run
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["pagemill", "doctor"]
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_errors_are_red_on_a_terminal_only() -> None:

@@ -38,7 +38,9 @@ def test_lengths_alone_give_the_share_of_unused_positions(capsys: pytest.Capture
     assert main(["simulate", str(trace), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["allocation"]["num_steps"] == 2
     assert main(["simulate", str(trace)]) == 0
-    assert "of allocated positions unused" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "of allocated positions unused" in told.out
+    assert "a.csv has lengths only and gives no hit curve: --policy and --blocks are of no use here" in told.err
 
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
@@ -75,6 +77,35 @@ def test_options_of_serving_without_serve_are_refused_by_name(capsys: pytest.Cap
     ):
         assert main(["simulate", TRACE, *given]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--pace", "0"], "--pace is 0; give a number above 0"),
+        (["--pace", "-1"], "--pace is -1; give a number above 0"),
+        (["--pace", "nan"], "--pace is nan; give a number above 0"),
+    ],
+)
+def test_a_pace_that_is_none_is_refused_before_steps_are_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: list[str], message: str
+) -> None:
+    monkeypatch.setattr("pagemill.cli.simulate_serve.measure_step_cost", lambda _: pytest.fail("measured"))
+    assert main(["simulate", TRACE, "--serve", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_tokens", [0, 16])
+def test_a_trace_of_block_ids_that_names_none_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, num_tokens: int
+) -> None:
+    trace = tmp_path / "t.jsonl"
+    row = {"timestamp": 0, "input_length": num_tokens, "output_length": 2, "hash_ids": []}
+    trace.write_text(json.dumps(row) + "\n")
+    assert main(["simulate", str(trace), "--policy", "lru", "--blocks", "40"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert ("no request has a block" if num_tokens == 0 else "line 1: hash_ids names 0 blocks") in told.err
 
 
 def test_a_plot_of_lengths_alone_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_json_has_a_row_for_each_policy_and_size(
         ("lru", 400, 20),
         ("s3fifo", 400, 20),
     ]
-    assert report["cost_model"] == FIGURES
+    assert report["cost_model"] == FIGURES | {"fit": None}
     assert json.loads(output.read_text()) == report
 
 
@@ -44,8 +44,26 @@ def test_the_table_names_what_was_served(capsys: pytest.CaptureFixture[str], cos
     assert main(arguments(cost_model, "--requests", "5", "--streams", "2", "--pace", "0.5")) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].endswith("5 requests, 2 streams, steps as of by hand")
-    assert printed[1].split()[:4] == ["blocks", "policy", "done", "lost"]
-    assert printed[2].split()[:4] == ["400", "lru", "5", "0"]
+    assert printed[1] == "cost model: its file does not say what it was fitted to"
+    assert printed[2].split()[:4] == ["blocks", "policy", "done", "lost"]
+    assert printed[3].split()[:4] == ["400", "lru", "5", "0"]
+
+
+def test_how_far_the_cost_model_is_from_what_it_was_fitted_to_is_told(
+    capsys: pytest.CaptureFixture[str], cost_model: str
+) -> None:
+    fitted = [0.9, 1.0, 1.0, 1.02, 0.8, 1.04, 1.01, 0.99, 1.03, 0.95, 1.5]  # seconds that the model says of one
+    steps = [{"rows": 1 + at, "chunk": 0, "behind": 64, "seconds": 1.0, "fitted_s": at_s} for at, at_s in
+             enumerate(fitted)]  # fmt: skip
+    Path(cost_model).write_text(json.dumps(FIGURES | {"steps": steps}))
+    assert main(arguments(cost_model, "--requests", "2", "--json")) == 0
+    fit = json.loads(capsys.readouterr().out)["cost_model"]["fit"]
+    assert fit["steps"] == steps
+    assert fit["relative_error"] == pytest.approx({"p50": 0.03, "p90": 0.2, "max": 0.5})
+    assert main(arguments(cost_model, "--requests", "2")) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "cost model: off by 3% (median), 20% (p90) and 50% (most) of the 11 kinds of steps that it was fitted to"
+    )
 
 
 def test_requests_that_are_not_finished_by_their_deadline_are_counted(
@@ -86,8 +104,11 @@ def test_a_model_that_is_not_there_is_measured_and_kept(
     assert main(arguments(str(path), "--requests", "2", "--json")) == 0
     first = json.loads(capsys.readouterr().out)["cost_model"]
     kept = json.loads(path.read_text())
-    assert {name: kept[name] for name in FIGURES} == first
+    assert {name: kept[name] for name in FIGURES} == {name: first[name] for name in FIGURES}
     assert len(kept["steps"]) == 12
+    assert first["fit"]["steps"] == kept["steps"]
+    errors = sorted(abs(step["fitted_s"] / step["seconds"] - 1) for step in kept["steps"])
+    assert first["fit"]["relative_error"] == pytest.approx({"p50": errors[6], "p90": errors[10], "max": errors[11]})
     assert all(step["seconds"] > 0 for step in kept["steps"])
     assert main(arguments(str(path), "--requests", "2", "--json")) == 0
     assert json.loads(capsys.readouterr().out)["cost_model"] == first
@@ -124,10 +145,14 @@ def test_wrong_arguments_are_one_line_and_exit_2(
     assert message in capsys.readouterr().err
 
 
+STEP = {"rows": 1, "chunk": 0, "behind": 64, "seconds": 0.1, "fitted_s": 0.1}
 WRONG_TYPE = json.dumps(FIGURES | {"base_s": "x"})
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", WRONG_TYPE])
+WRONG_STEPS = [json.dumps(FIGURES | {"steps": steps}) for steps in (5, [5], [{"x": 1}], [{**STEP, "seconds": 0}])]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", WRONG_TYPE, *WRONG_STEPS])
 def test_a_file_that_is_no_cost_model_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
     path = tmp_path / "cost.json"
     path.write_text(text)

@@ -93,6 +93,21 @@ def test_no_max_tokens_means_up_to_the_end_of_a_tenants_part() -> None:
     assert longest == {"small": 11, "other": 54}
 
 
+def test_max_tokens_is_cut_at_a_tenants_cap() -> None:
+    cache = CacheManager(32, 4, sharing=SharingConfig())
+    cache.grant("small", cap_tokens=20)
+    admission = Admission(LIMITS, cache)
+    for asked, got in ((5, 5), (11, 11), (12, 11), (1000, 11)):
+        request = admission.admit("r", [1] * 10, SamplingParams(max_tokens=asked), 99, 0.0, CacheOptions("small"))
+        assert request.max_tokens == got
+
+
+def test_a_bias_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(RequestError, match="logit_bias names token 100; give ids from 0 to 99"):
+        admit([1], SamplingParams(logit_bias={3: 1.0, 100: 1.0}))  # type: ignore[arg-type]
+    admit([1], SamplingParams(logit_bias={99: 1.0}))  # type: ignore[arg-type]
+
+
 def test_prompt_larger_than_the_whole_cache_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(CapacityError, match=r"21 tokens need 6 blocks .* 5 blocks of 4 .*20 tokens.*kv_cache_memory"):
         admit([1] * 21, num_blocks=5)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagemill.base.errors import DeadlineError
+from pagemill.base.errors import DeadlineError, IntegrityError
 from pagemill.base.params import CacheOptions, SamplingParams
 from pagemill.cache.entry import SharingConfig
 from pagemill.engine.entering import MOST_PASSED
@@ -188,7 +188,7 @@ def test_a_rebuilt_cache_leaves_late_ones_behind_the_others() -> None:
     timed(rig, "late", 60, 40)
     timed(rig, "good", 30, 40)
     rig.step()
-    rig.engine._damage = RuntimeError("found in a test")
+    rig.engine._damage = IntegrityError("found in a test")
     rig.num_rebuilds = 1
     assert order(rig, "late", "good")[0] == "good"
 

@@ -98,12 +98,13 @@ def test_a_capped_tenant_gives_way_within_itself_and_nobody_else_does() -> None:
         assert rig.tokens(f"c{index}") == answer(prompt(4, 1 + 40 * index), 18, 256)
 
 
-def test_a_sequence_beyond_its_tenants_cap_fails_when_it_is_the_first_of_its_tenant() -> None:
+def test_a_sequence_beyond_a_cap_that_came_later_fails_when_it_is_the_first_of_its_tenant() -> None:
     rig = Rig(num_blocks=40, max_num_batched_tokens=64, sharing=SharingConfig())
     assert rig.cache.shared is not None
-    rig.cache.shared.set_quota("capped", 0, 3)
     rig.add("other", prompt(4, 200), CacheOptions(tenant="other"), max_tokens=30)
     rig.add("grows", prompt(4), CacheOptions(tenant="capped"), max_tokens=30)
+    rig.step()
+    rig.cache.shared.set_quota("capped", 0, 3)
     rig.run()
     error = rig.answers["grows", 0].deltas[-1].error
     assert isinstance(error, CapacityError)

@@ -59,7 +59,8 @@ def test_a_tenant_at_its_cap_takes_nothing_from_others() -> None:
         add(rig, f"other {index}", list(range(100 + index, 110 + index)), "other", max_tokens=20)
     rig.run()
     assert rig.engine.stats().num_preemptions == 0
-    assert rig.answers["capped", 0].finish_reason == "error"
+    assert rig.answers["capped", 0].finish_reason == "length"
+    assert len(rig.tokens("capped")) == 4 * SIZE + 1 - 13
     assert all(rig.answers[f"other {i}", 0].finish_reason == "length" for i in range(5))
 
 

@@ -237,6 +237,7 @@ def test_an_engine_that_cannot_even_fail_ends_everybody(model: str, monkeypatch:
             await asyncio.sleep(0)
         monkeypatch.setattr(Engine, "step", lost)
         monkeypatch.setattr(Engine, "abort", lost)
+        monkeypatch.setattr(Engine, "discard", lost)
         with pytest.raises(RuntimeError, match="lost"):
             await task
         assert llm.status == "failed"

@@ -29,6 +29,8 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
         raise ValueError("broken")
     if scope["path"] == "/refuse":
         raise RefusedError("not today", 429, "tokens", 2.5)
+    if scope["path"] == "/full":
+        visit.refused("queue")
     visit.charge(10)
     await send_json(send, 200, {"tenant": visit.tenant, "id": visit.request_id})
 
@@ -121,6 +123,10 @@ def test_metrics_are_for_keys_of_that_role_and_users_see_none() -> None:
     assert found == {"alice": 403, "prometheus": 200, "root": 200}
     assert house.ask_as("prometheus").status_code == 403
     assert house.ask_as("root").status_code == 403, "an admin's key has no tenant, hence generates nothing"
+    told = house.ask_as("root").json()["error"]["message"]
+    assert told == "this takes a key of role user, and yours is of role admin"
+    told = house.ask_as("alice", "GET", "/metrics").json()["error"]["message"]
+    assert told == "this takes a key of role metrics or admin, and yours is of role user"
 
 
 def test_no_spelling_of_its_path_leads_a_user_to_the_metrics() -> None:
@@ -306,3 +312,10 @@ def test_the_caller_s_trace_is_handed_on() -> None:
     house.ask(path="/v1/other", headers={"traceparent": "nonsense"})
     assert (seen[0].operation, f"{seen[0].trace_id:x}") == ("chat", "4bf92f3577b34da6a3ce929d0e0e4736")
     assert (seen[1].operation, seen[1].parent) == ("http", None)
+
+
+def test_a_request_that_the_engine_does_not_let_in_is_counted_once_with_its_reason() -> None:
+    house = House()
+    assert house.ask(path="/full").status_code == 200, "the route's own answer"
+    assert house.ask().status_code == 200
+    assert house.refused("queue") == 1

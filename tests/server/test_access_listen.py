@@ -67,9 +67,17 @@ def test_other_names_are_not_answered_without_keys(header: str | None) -> None:
 
 
 def test_names_that_the_operator_gives_are_answered_and_then_no_others() -> None:
-    check = HostCheck.of("0.0.0.0", has_keys=True, insecure=False, allowed=["llm.example", ""])
+    check = HostCheck.of("0.0.0.0", has_keys=True, insecure=False, allowed=["llm.example", " [2001:db8::1]"])
     assert check.allows_host("LLM.example:443")
+    assert check.allows_host("[2001:db8::1]:443")
     assert not check.allows_host("evil.example")
+    assert HostCheck.of("0.0.0.0", has_keys=True, insecure=False, allowed=[""]).allows_host("evil.example")
+
+
+@pytest.mark.parametrize("allowed", ["a b", "a,", "a,,b", "llm.example:8000", "http://a", "*", "a/b", "-a", "abc:80"])
+def test_names_that_no_host_has_are_refused(allowed: str) -> None:
+    with pytest.raises(ConfigError, match=r"allowed_hosts names .*one comma between two"):
+        HostCheck.of("127.0.0.1", has_keys=False, insecure=False, allowed=allowed.split(","))
 
 
 @pytest.mark.parametrize(

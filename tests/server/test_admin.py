@@ -58,12 +58,19 @@ class Life:
 class Office:
     """An admin port over a rig. Mutated by requests."""
 
-    def __init__(self, *, shares: bool = True, num_blocks: int = 64, windows: tuple[WindowSpec, ...] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        shares: bool = True,
+        num_blocks: int = 64,
+        windows: tuple[WindowSpec, ...] = (),
+        public: KeyRing | None = None,
+    ) -> None:
         sharing = SharingConfig(windows=windows) if shares else None
         self.rig = Rig(num_blocks, 4, sharing=sharing)
         self.side, self.life = Side(self.rig), Life()
         self.key, entry = admin_key()
-        self.public = KeyRing(None, [KeyEntry("alice", *make_key()[1:], tenant="alice")], VirtualClock())
+        self.public = public or KeyRing(None, [KeyEntry("alice", *make_key()[1:], tenant="alice")], VirtualClock())
         self.metrics = Metrics("tiny")
         self.figures = EngineFigures(self.metrics, EngineObserver(self.metrics), self.rig.clock, tenant_names=True)
         self.app = admin_app(
@@ -84,13 +91,13 @@ class Office:
         self.rig.run()
         return [*text, self.rig.answers[name, 0].token_ids[0]]
 
-    def ask(self, method: str, path: str, **body: Any) -> httpx.Response:
+    def ask(self, method: str, path: str, *, content: bytes | None = None, **body: Any) -> httpx.Response:
         async def go() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
             headers = {"authorization": f"Bearer {self.key}"}
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
-                content = json.dumps(body).encode() if body else None  # httpx itself refuses halves of pairs
-                return await client.request(method, path, content=content)
+                data = json.dumps(body).encode() if body else content  # httpx itself refuses halves of pairs
+                return await client.request(method, path, content=data)
 
         return asyncio.run(go())
 
@@ -272,7 +279,11 @@ def test_a_drain_is_begun_and_shown() -> None:
         ("POST", "/admin/cache/purge", {"tenant": None}, "tenant"),
         ("POST", "/admin/cache/purge", {"tenant": {}}, "tenant"),
         ("POST", "/admin/cache/pin", {"tenant": "\ud800", "prompt_token_ids": [1], "seconds": 5}, "tenant"),
-        ("POST", "/admin/cache/purge", {"public": "nobody"}, "no public namespace"),
+        ("POST", "/admin/cache/purge", {"what": "namespace", "public": "nobody"}, "no public namespace"),
+        ("POST", "/admin/cache/purge", {"prompt": "x", "prompt_token_ids": [1]}, "both given"),
+        ("POST", "/admin/cache/purge", {"prompt_token_ids": [-1]}, "0 or more"),
+        ("POST", "/admin/cache/pin", {"prompt": "", "seconds": 5}, "prompt is empty"),
+        ("PUT", "/admin/tenants/a", {"floor_tokens": False}, "whole number"),
         ("POST", "/admin/cache/pin", {"prompt": "x"}, "seconds is None"),
         ("POST", "/admin/cache/pin", {"prompt": "x", "seconds": -1}, "seconds is -1"),
         ("POST", "/admin/cache/pin", {"prompt": "x", "seconds": 1e18}, "seconds is"),

@@ -332,7 +332,7 @@ def test_wrong_fields_are_told_in_openai_s_shape(
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; give at least 1, or leave it out for no limit"),
         ({"logprobs": 21}, "logprobs", "give a number from 0 to 20, or leave it out"),
         ({"logit_bias": {"1": 1, "99999999": 1}}, "logit_bias", "logit_bias names token 99999999"),
-        ({"cache_salt": "x" * 1025}, "cache_salt", "cache_salt: String should have at most 1024 characters"),
+        ({"cache_salt": "x" * 1025}, "cache_salt", "cache_salt: give a text of at most 1,024 characters"),
         ({"cache": {"unknown": 1}}, "cache", "cache.unknown: unknown field; there is retain, bypass, purge_on_end"),
         (
             {"cache": {"retain": [{"until": 1}]}},
@@ -351,30 +351,70 @@ def test_wrong_fields_are_told_in_openai_s_shape(
         ({"prompt": 5, "best_of": "x"}, "prompt", "give a text, token ids, or a list of either (and 1 more)"),
         ({"stop": 7}, "stop", "stop: give a text or a list of texts"),
         ({"cache": {"retain": [{"ttl": {}}]}}, "cache", "cache.retain.0.ttl: give seconds, or a time such as 30m"),
-        ({"logit_bias": {"1": "x"}}, "logit_bias", "logit_bias.1: Input should be a valid number"),
-        ({"temperature": "hot"}, "temperature", "temperature: Input should be a valid number"),
-        ({"prompt": ""}, None, "the prompt is empty"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias", "logit_bias.1: give a number"),
+        ({"temperature": "hot"}, "temperature", "temperature: give a number"),
+        ({"prompt": ""}, "prompt", "the prompt is empty"),
+        ({"prompt": ["x", ""]}, "prompt", "prompt.1 is empty; give"),
+        ({"prompt": [[65], []]}, "prompt", "prompt.1 is empty; give"),
+        ({"prompt": [True]}, "prompt", "prompt: give a text, token ids, or a list of either"),
+        ({"prompt": [[65, True]]}, "prompt", "prompt: give a text, token ids, or a list of either"),
+        ({"stop_token_ids": [True]}, "stop_token_ids", "stop_token_ids.0: give a whole number"),
+        ({"cache_salt": ""}, "cache_salt", "cache_salt: it is empty; give a text, or leave it out"),
+        ({"n": "many"}, "n", "n: give a whole number"),
+        ({"n": 1.5}, "n", "n: give a whole number"),
+        ({"n": []}, "n", "n: give a whole number"),
+        ({"stream": "perhaps"}, "stream", "stream: give true or false"),
+        ({"stream": 5}, "stream", "stream: give true or false"),
+        ({"stop_token_ids": 5}, "stop_token_ids", "stop_token_ids: give a list"),
+        ({"stop_token_ids": [1] * 5000}, "stop_token_ids", "give a list of at most 4,096"),
+        ({"logit_bias": 5}, "logit_bias", "logit_bias: give an object"),
+        ({"stream_options": 5}, "stream_options", "stream_options: give an object"),
+        ({"user": 5}, "user", "user: give a text"),
+        ({"prompt_cache_retention": "48h"}, "prompt_cache_retention", "give one of 'in_memory', 'in-memory' or '24h'"),
+        ({"response_format": {}}, "response_format", "response_format.type: it is missing; give it"),
+        ({"prompt": None}, "prompt", "prompt: give a text, token ids, or a list of either"),
+        ({"top_k": -2}, "top_k", "top_k is -2; give 0 or -1 (all tokens)"),
+        ({"deadline_s": 1e9}, "deadline_s", "above 0 and below 10^9"),
+        ({"prompt_cache_options": {"ttl": 1e12}}, "prompt_cache_options", "above 0 and below 10^9"),
     ],
 )
 def test_an_error_names_the_field_that_is_wrong(
-    http: httpx.Client, fields: dict[str, Any], param: str | None, said: str
+    http: httpx.Client, fields: dict[str, Any], param: str, said: str
 ) -> None:
     error = http.post("/v1/completions", json={"prompt": "x", **fields}).json()["error"]
     assert error["param"] == param, error
     assert said in error["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"[1]", b"5"])
-def test_a_body_that_is_no_object_is_told_so(http: httpx.Client, body: bytes) -> None:
-    answer = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, None)
-    assert "no JSON object" in answer.json()["error"]["message"]
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "the body is empty, which is no JSON object"),
+        (b"[1]", "no JSON object"),
+        (b"5", "no JSON object"),
+        (b'{"prompt": "x",\n "n": }', "line 2, column 7: expecting value"),
+        (b'{"prompt": "x"', "line 1, column 15: "),
+        (b'{"prompt": "caf\xe9"}', "send a JSON object in UTF-8"),
+    ],
+)
+def test_a_body_that_is_no_object_is_told_so(http: httpx.Client, body: bytes, said: str) -> None:
+    for kind in ("application/json", "application/json; charset=utf-8"):
+        answer = http.post("/v1/completions", content=body, headers={"content-type": kind})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, None)
+        assert said in answer.json()["error"]["message"]
+        assert "content-type" not in answer.json()["error"]["message"], "which was right"
 
 
-def test_a_body_that_is_not_said_to_be_json_is_told_what_to_send(http: httpx.Client) -> None:
-    answer = http.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
+@pytest.mark.parametrize(
+    ("headers", "said"), [({"content-type": "text/plain"}, "says content-type: 'text/plain'"), ({}, "no content-type")]
+)
+def test_a_body_that_is_not_said_to_be_json_is_told_what_to_send(
+    http: httpx.Client, headers: dict[str, str], said: str
+) -> None:
+    answer = http.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
     assert answer.status_code == 400
-    assert "content-type: application/json" in answer.json()["error"]["message"]
+    assert said in answer.json()["error"]["message"]
+    assert "send a JSON object with content-type: application/json" in answer.json()["error"]["message"]
 
 
 def test_a_wrong_stream_is_refused_before_it_begins(http: httpx.Client) -> None:

@@ -107,6 +107,7 @@ def test_a_client_that_leaves_leaves_nothing_of_what_was_to_be_purged(tiny_model
     body = {**LONG, "stream": True, "n": 8, "stream_options": {"continuous_usage_stats": True}, "logprobs": 20}
     data = json.dumps({**body, "cache": {"purge_on_end": True}}).encode()
     with LiveServer(str(tiny_model), settings=settings, max_num_seqs=8) as server, socket.socket() as client:
+        slow_down(server)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
         client.sendall(_post(data))
@@ -218,6 +219,27 @@ def test_draining_lets_requests_finish_and_refuses_new_ones(tiny_model: Path) ->
         server.stop()
         thread.join()
         assert answers[0]["usage"]["completion_tokens"] == 150
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_the_end_of_the_server_cuts_ends_with_an_error(tiny_model: Path, stream: bool) -> None:
+    with LiveServer(str(tiny_model)) as server, server.client() as client:
+        slow_down(server)
+        answers: list[httpx.Response] = []
+        body = {**LONG, "stream": stream}
+        thread = threading.Thread(target=lambda: answers.append(client.post("/v1/completions", json=body)))
+        thread.start()
+        assert wait_until(lambda: stats(server).num_running == 1)
+        server.llm.shutdown(10)
+        thread.join()
+        [answer] = answers
+        assert answer.status_code == (200 if stream else 503)
+        lines = answer.text.split("\n\n")
+        error = json.loads(lines[-3].removeprefix("data: ") if stream else answer.text)["error"]
+        assert error["type"] == "overloaded_error"
+        assert "shutting down" in error["message"]
+        assert '"abort"' not in answer.text
+        assert "data: [DONE]" in lines or not stream
 
 
 def test_a_client_that_does_not_read_is_left(tiny_model: Path) -> None:

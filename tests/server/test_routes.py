@@ -22,6 +22,7 @@ def test_models_are_listed_under_each_name(tiny_model: Path) -> None:
     ):
         listed = http.get("/v1/models").json()
         assert [each["id"] for each in listed["data"]] == ["first", "org/second"]
+        assert http.get("/v1/models/").json() == listed
         assert listed["data"][0]["max_model_len"] == 1536
         assert http.get("/v1/models/org/second").json()["id"] == "org/second"
         assert http.get("/v1/models/third").status_code == 404

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -16,10 +17,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pagemill.server.access_keys import KeyEntry, Role, make_key, write_keys
 from tests.fixtures.program import COMMAND, environment, run_program
 
 READY = re.compile(r"ready: (http://127\.0\.0\.1:\d+)  tiny-llama-f32-0  KV cache [\d,]+ tokens in memory")
-LONG = {"prompt": "Go on", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+LONG = {"prompt": "Go on", "max_tokens": 1200, "ignore_eos": True, "temperature": 0}
 
 
 @contextmanager
@@ -117,6 +119,11 @@ def test_a_port_in_use_is_told(tiny_model: Path) -> None:
         (["--chat-template", "/nothing/there"], b"chat template"),
         (["--shutdown-timeout", "soon"], b"soon"),
         (["--model", "other"], b"twice"),
+        (["--chat-template", os.devnull], b"is empty"),
+        (["--served-model-name", ""], b"--served-model-name is ''"),
+        (["--served-model-name", "a", "--served-model-name", " "], b"--served-model-name is ' '"),
+        (["--allowed-hosts", "a b"], b"allowed_hosts names 'a b'"),
+        (["--public-namespaces", "a b,,"], b"public_namespaces is 'a b,,'"),
         (["--max-num-seq", "4"], b"--max-num-seq"),
     ],
 )
@@ -124,6 +131,19 @@ def test_options_that_are_wrong_are_told(tiny_model: Path, options: list[str], s
     done = run_program("serve", str(tiny_model), *options)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+@pytest.mark.parametrize(("role", "warned"), [(None, True), ("metrics", True), ("user", False)])
+def test_a_file_of_keys_that_lets_nobody_generate_is_told_at_the_start(
+    tiny_model: Path, tmp_path: Path, role: Role | None, warned: bool
+) -> None:
+    path = tmp_path / "keys.toml"
+    tenant = "a" if role == "user" else None
+    write_keys(path, () if role is None else (KeyEntry("a", *make_key()[1:], role=role, tenant=tenant),))
+    with serving(tiny_model, "--keys", str(path)) as (process, _):
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert ("warning: --keys names a file without a key of role user" in errors) == warned
 
 
 def test_neither_help_nor_generate_imports_what_only_the_server_needs(tiny_model: Path) -> None:

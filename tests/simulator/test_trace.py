@@ -80,7 +80,9 @@ BAD_LINES: list[tuple[object, str]] = [
     ({**MOONCAKE, "hash_ids": 5}, "not a list"),
     ({**MOONCAKE, "hash_ids": ["x", 1]}, "a block id"),
     ({**MOONCAKE, "hash_ids": [7, 7]}, "twice"),
-    ({**MOONCAKE, "hash_ids": [7, 8, 9]}, "more than"),
+    ({**MOONCAKE, "hash_ids": [7, 8, 9]}, "more than 1,000 input tokens fill; mend or remove the line"),
+    ({**MOONCAKE, "hash_ids": [7]}, "names 1 blocks, and 1,000 input tokens fill more of 512 tokens; name each"),
+    ({**MOONCAKE, "hash_ids": []}, "names 0 blocks"),
 ]
 
 
@@ -149,7 +151,9 @@ def test_a_session_without_a_field_is_named_with_it(tmp_path: Path, field: str) 
     ids=lambda row: row[:40],
 )
 def test_a_wrong_line_of_lengths_is_named_with_its_number(tmp_path: Path, row: str) -> None:
-    with pytest.raises(ConfigError, match=r"a\.csv, line 2: "):
+    with pytest.raises(
+        ConfigError, match=r"a\.csv, line 2: .*; (mend or remove the line|give times of one zone|it must be)"
+    ):
         read_trace(write(tmp_path / "a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens", row))
 
 
@@ -164,7 +168,7 @@ def test_bytes_that_are_not_text_are_named_with_their_line(tmp_path: Path, name:
 
 def test_where_a_compressed_file_breaks_off_is_named(tmp_path: Path) -> None:
     rng = random.Random(0)
-    rows = [{**MOONCAKE, "hash_ids": [rng.randrange(1 << 40)]} for _ in range(2000)]
+    rows = [{**MOONCAKE, "input_length": 500, "hash_ids": [rng.randrange(1 << 40)]} for _ in range(2000)]
     content = gzip.compress("\n".join(map(json.dumps, rows)).encode())
     (tmp_path / "t.jsonl.gz").write_bytes(content[: len(content) // 2])
     with pytest.raises(ConfigError, match=r"line [1-9][\d,]+: cannot be read") as refused:
@@ -207,6 +211,22 @@ def test_a_file_of_no_format_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ConfigError, match=r"give|columns|is not CSV"):
         read_trace(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (
+            "arrived_at,num_prefill_tokens,num_decode_tokens",
+            "is neither a JSON object nor the header TIMESTAMP,Context",
+        ),
+        ("0.5,374,44", "is neither a JSON object nor the header TIMESTAMP,Context"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens,Model", "the columns are not TIMESTAMP,Context"),
+    ],
+)
+def test_a_csv_of_other_columns_is_told_which_are_read(tmp_path: Path, header: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"line 1: {message}.*; give a trace of a known format"):
+        read_trace(write(tmp_path / "a.csv", header, "2023-11-16 18:15:46.68,1,2,x"))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", ".", "broken.jsonl.gz", "cut.jsonl.gz"])

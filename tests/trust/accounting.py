@@ -1,7 +1,8 @@
 """R5: random operations on a cache against a slow model; blocks are conserved after each, and none is left at the end.
 
 Open, compute, extend, roll back, draft, share, fork, close (or abort), preempt and resume, pin, unpin, purge by text,
-prefix, namespace and tenant, resize, quotas, time. What is offloaded and restored joins with the colder tiers.
+prefix, namespace and tenant, resize, quotas, time. Every fourth cache has window groups beside, whose pages are
+accounted for and re-read in the same way. What is offloaded and restored joins with the colder tiers.
 """
 
 from __future__ import annotations
@@ -9,16 +10,23 @@ from __future__ import annotations
 from pagemill.cache.policies.registry import POLICIES
 from tests.contracts.cache.exercise import exercise
 from tests.contracts.cache.harness import Harness
+from tests.contracts.cache.windowed import WindowedHarness
 from tests.trust.figures import Figure
 
 SIZES = (3, 6, 12, 30)
-STEPS = 200
+STEPS = 220
 
 
 def harness_of(seed: int) -> Harness:
-    """Every third in plain least-recently-used order, where the slow model also says who is evicted."""
-    plain = seed % 3 == 0
+    """Every fourth with window groups; of the others every third in plain least-recently-used order, where the slow
+    model also says who is evicted."""
     policies = sorted(POLICIES)
+    if seed % 4 == 3:
+        policy = policies[seed // 4 % len(policies)]
+        return WindowedHarness(
+            num_blocks=SIZES[seed // 4 % len(SIZES)], num_pages=(9, 14)[seed // 4 % 2], policy=policy
+        )
+    plain = seed % 3 == 0
     policy = "lru" if plain else policies[seed // 3 % len(policies)]
     return Harness(num_blocks=SIZES[seed % len(SIZES)], policy=policy, plain=plain)
 
@@ -30,7 +38,7 @@ def replay(seed: int) -> None:
 
 def count(seeds: range) -> Figure:
     """Seeds until there are none, counting operations and what the cache met."""
-    num_operations = num_evicted = num_hit = 0
+    num_operations = num_evicted = num_hit = num_windowed = 0
     replays = []
     for seed in seeds:
         harness = harness_of(seed)
@@ -41,5 +49,6 @@ def count(seeds: range) -> Figure:
         num_operations += harness.num_operations
         num_evicted += harness.num_evicted
         num_hit += harness.num_hit
-    also = {"evictions": num_evicted, "tokens hit": num_hit}
+        num_windowed += harness.num_operations * isinstance(harness, WindowedHarness)
+    also = {"evictions": num_evicted, "tokens hit": num_hit, "operations with windows": num_windowed}
     return Figure("R5", "leaks, double frees or divergences", len(replays), num_operations, "operations", also, replays)

@@ -3,6 +3,7 @@
 A script of conversations is played once without sharing, one request at a time. Then again in arms: shared, with forks,
 in a cache so small that texts are evicted, in one where running sequences are preempted, while texts are purged and
 pinned, and while the cache changes its size between steps. Of each token the bits of all its logits are compared.
+Models are of every family: with full attention, with layers that all read a window, with some that do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from pagemill import LLM, SamplingParams
@@ -19,7 +21,11 @@ from pagemill.base.errors import CapacityError, RequestError
 from pagemill.base.params import CacheOptions
 from pagemill.base.step import StepPlan, StepResult
 from pagemill.kernels.batch import Batch
+from tests.fixtures.tiny import gpt2_config, gpt2_weights, llama_weights, mistral_config, qwen2_config, write_hf
 from tests.trust.figures import Figure
+
+CODECS = ("f32", "bf16", "int8", "f16")
+FAMILIES = ("llama", "mistral", "qwen2", "gpt2")
 
 Place = tuple[int, int, int]  # seed of the request, choice, position of the token that the logits are for
 
@@ -178,6 +184,7 @@ def compare(model: str, codec: str, script: Script, seed: int) -> Figure:
     longest = -(-script.longest // block_size)
     count = len(script.begins)
     with make(3 * longest, enable_prefix_caching="off") as llm:
+        assert not llm.built.kv_spec.window_pages  # every position of every layer is kept
         plain = Player(llm, script, seed).play(1)
     met = {"logits compared": 0, "arms": 0, "evictions": 0, "preemptions": 0, "tokens hit": 0}
     replays, num_failures = [], 0
@@ -192,6 +199,8 @@ def compare(model: str, codec: str, script: Script, seed: int) -> Figure:
         with make(num_blocks) as llm:
             arm = Player(llm, script, seed).play(together, between)
             stats = llm.stats()
+            shared = llm.built.engine.cache.shared
+            windows = shared.windows.groups if shared is not None and shared.windows is not None else ()
         num_wrong, first = difference(plain, arm)
         if num_wrong:
             num_failures += num_wrong
@@ -201,6 +210,9 @@ def compare(model: str, codec: str, script: Script, seed: int) -> Figure:
         met["evictions"] += stats.cache.num_evicted_blocks
         met["preemptions"] += stats.num_preemptions
         met["tokens hit"] += stats.cache.num_hit_tokens
+        if windows:
+            pages = sum(each.num_wiped for each in windows)
+            met["pages of windows that left"] = met.get("pages of windows that left", 0) + pages
     num_turns = script.num_turns * len(arms)
     return Figure("R7", "turns whose tokens or logits differ", num_failures, num_turns, "turns in arms", met, replays)
 
@@ -216,10 +228,31 @@ def difference(plain: Player, arm: Player) -> tuple[int, str]:
     return len(seeds), first
 
 
+def family_of(seed: int) -> str:
+    """Four seeds in a row, which are the codecs, have the same."""
+    return FAMILIES[seed // len(CODECS) % len(FAMILIES)]
+
+
+def checkpoint_of(model: str, family: str) -> str:
+    """A tiny checkpoint of a family, beside that of llama."""
+    if family == "llama":
+        return model
+    folder = Path(model).parent / f"conversations-{family}"
+    if not folder.exists():
+        configs = {
+            "mistral": mistral_config(window=40),
+            "qwen2": qwen2_config(window=40, first=2, layers=4),
+            "gpt2": gpt2_config(),
+        }
+        config = configs[family]
+        write_hf(folder, config, gpt2_weights(config, 5) if family == "gpt2" else llama_weights(config, 5))
+    return str(folder)
+
+
 def count_tiny(model: str, seed: int) -> Figure:
-    """One script of 100 turns on a tiny model, in a codec that the seed says."""
-    codec = ("f32", "bf16", "int8", "f16")[seed % 4]
-    return compare(model, codec, script_of(seed, 10, 10, 24, 9), seed)
+    """One script of 100 turns on a tiny model, in a family and a codec that the seed says. model: a llama."""
+    codec = CODECS[seed % len(CODECS)]
+    return compare(checkpoint_of(model, family_of(seed)), codec, script_of(seed, 10, 10, 24, 9), seed)
 
 
 def count_default(model: str, seed: int) -> Figure:

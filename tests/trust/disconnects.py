@@ -29,15 +29,22 @@ from pagemill.engine.engine import Engine
 from pagemill.engine.output import Delta
 from pagemill.engine.request import Sequence
 from pagemill.llm.engine_thread import Abort, Command
+from pagemill.text.tokenizer import Tokenizer
 from tests.fixtures.live_server import wait_until
 from tests.trust.figures import Figure
 from tests.trust.serving import FORMS, WITH_GRAMMAR, ask, connect, guarded_server, own_words, request_bytes, tiny_model
 
-STATES: Final = ("body", "compiling", "entering", "queued", "prefill", "first token", "decode", "last token", "any")
-UNSEEN: Final = ("compiling", "entering")  # the server looks whether the client is there when this is over
+STATES: Final = (
+    "body", "tokenising", "compiling", "entering", "queued", "prefill", "first token", "decode", "preempted",
+    "last token", "unread", "any",
+)  # fmt: skip
+UNSEEN: Final = ("tokenising", "compiling", "entering")  # the server looks whether the client is there afterwards
+UNSTOPPED: Final = ("body", "unread", "any")  # the engine goes on meanwhile
 MAX_SEQS: Final = 4
+SMALL: Final = {"max_model_len": 512, "kv_cache_memory_bytes": "96KiB"}  # where choices of one request preempt others
 PER_SHARD: Final = 100
 LATE_S: Final = 0.1
+LATE_SHARE: Final = 0.01  # of those that leave; judged where times are
 WAIT_S = 30.0  # for what must come
 _NEIGHBOUR: Final = {"prompt": "A neighbour.", "max_tokens": 150, "temperature": 0, "ignore_eos": True}
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: what is unsent is dropped, the other side gets a reset
@@ -62,18 +69,26 @@ class Trial:
     def request(self) -> bytes:
         """The whole request."""
         path, body = own_words(self.form, self.number)
-        most = 6 if self.state == "last token" else 300
+        most = 6 if self.state in ("last token", "unread") else 300
         return request_bytes(
             path, {**body, "seed": self.seed, "temperature": 1, "max_tokens": most, "stream": self.stream}
         )
+
+
+def forms_of(state: str) -> tuple[str, ...]:
+    """Forms that come to a state."""
+    if state == "compiling":
+        return WITH_GRAMMAR
+    if state == "preempted":
+        return ("several", "batch", "ids")  # of several sequences, which grow
+    return tuple(form for form in FORMS if state != "tokenising" or form != "ids")
 
 
 def every_trial() -> list[Trial]:
     """Each state with each form, streaming and not, ends and resets in turns."""
     found: list[Trial] = []
     for state in STATES:
-        forms = WITH_GRAMMAR if state == "compiling" else tuple(FORMS)
-        for form in forms:
+        for form in forms_of(state):
             for stream in (True, False):
                 found.append(Trial(len(found), state, form, stream, resets=len(found) % 3 == 0))
     return found
@@ -85,7 +100,7 @@ def drawn_trials(seeds: range) -> list[Trial]:
     for seed in seeds:
         draw = random.Random(seed)
         state = draw.choice(STATES)
-        form = draw.choice(WITH_GRAMMAR if state == "compiling" else tuple(FORMS))
+        form = draw.choice(forms_of(state))
         found.append(Trial(1000 + seed, state, form, draw.random() < 0.5, draw.random() < 0.3))
     return found
 
@@ -108,16 +123,16 @@ class Left:
 class Watched:
     """A server whose steps can be stopped. Mutated by trials."""
 
-    def __init__(self, model: str) -> None:
-        self.server = server = guarded_server(
-            model, max_num_seqs=MAX_SEQS, max_num_batched_tokens=48, kv_cache_memory_bytes="2MiB"
-        )
+    def __init__(self, model: str, **options: Any) -> None:
+        fixed = {"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 48, "kv_cache_memory_bytes": "2MiB"}
+        self.server = server = guarded_server(model, **{**fixed, **options})
         self.engine: Engine = server.llm.built.engine
         self._run = server.llm.built.executor.run
         self._check = server.llm.built.grammars.check
         self._armed: Trial | None = None
         self._reached, self._go = threading.Event(), threading.Event()
         self.met: Counter[str] = Counter()
+        self.num_preemptions = 0
         self._left: Left | None = None
         self._victims: list[Sequence] = []
         self._num_seen = 0
@@ -129,6 +144,12 @@ class Watched:
         self._abort = Engine.abort
         self._patch = patch.object(Engine, "abort", lambda engine, name: self._watched_abort(engine, name))
         self._patch.start()
+        self._encode = Tokenizer.encode
+        self._encode_patch = patch.object(
+            Tokenizer, "encode", lambda *args, **named: self._watched_encode(*args, **named)
+        )
+        self._encode_patch.start()
+        self._running: set[int] = set()  # seeds of victims that were seen in a step
         self._interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)  # as the server's own process does
         self.expected = asyncio.run(ask(server.port, "/v1/completions", _NEIGHBOUR)).json["choices"][0]["text"]
@@ -146,6 +167,7 @@ class Watched:
 
     def _stopped_run(self, plan: StepPlan) -> StepResult:
         trial = self._armed
+        self._running |= {each.request.seed or 0 for every in self.engine._unfinished.values() for each in every}
         if trial is not None and (met := self._state_of(trial, plan)):
             self._armed = None
             self.met[met] += 1
@@ -168,6 +190,9 @@ class Watched:
             return "entering"
         if self._num_seen == 1:  # that it has entered is told at this step's end
             return ""
+        if trial.state == "preempted":
+            waits = any(each.num_preemptions and each.seq_id not in self.engine.cache._sequences for each in victims)
+            return "preempted" if waits else ""
         numbers = {each.seq_id for each in victims}
         rows = [each for each in plan.sequences if each.seq_id in numbers]
         if not rows:
@@ -190,6 +215,14 @@ class Watched:
             self.met["compiling"] += 1
             self._stop()
         self._check(grammar)
+
+    def _watched_encode(self, tokenizer: Tokenizer, text: str, **options: Any) -> list[int]:
+        trial = self._armed
+        if trial is not None and trial.state == "tokenising" and f"{trial.number}: " in text:
+            self._armed = None
+            self.met["tokenising"] += 1
+            self._stop()
+        return self._encode(tokenizer, text, **options)
 
     # From the loop to the engine's thread
 
@@ -230,7 +263,7 @@ class Watched:
         self._reached.clear()
         self._go.clear()
         draw = random.Random(trial.seed)
-        if trial.state not in ("body", "any"):
+        if trial.state not in UNSTOPPED:
             self._armed = trial
         try:
             with connect(self.server.port) as client:
@@ -238,6 +271,9 @@ class Watched:
                 client.sendall(data[:-20] if trial.state == "body" else data)
                 if trial.state == "any":
                     time.sleep(draw.choice((0.0, 0.001, 0.004, 0.016)))
+                elif trial.state == "unread":
+                    if not wait_until(lambda: self._has_answered(trial), WAIT_S):
+                        return f"{trial} was not answered", False
                 elif trial.state != "body" and not self._reached.wait(WAIT_S):
                     return f"{trial} never came to its state", False
                 if trial.stream and trial.state in ("decode", "any") and draw.random() < 0.5:
@@ -245,7 +281,7 @@ class Watched:
                 if trial.resets:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             gone_s = time.monotonic()
-            if trial.state in ("body", "any"):
+            if trial.state in UNSTOPPED:
                 self.met[trial.state] += 1
                 return self._wrong_after(trial), left.freed.is_set() and left.freed_s - gone_s > LATE_S
             if trial.state not in UNSEEN and not left.seen.wait(WAIT_S):
@@ -259,6 +295,14 @@ class Watched:
         finally:
             self._armed = None
             self._go.set()
+
+    def _has_answered(self, trial: Trial) -> bool:
+        """Whether the engine has ended all that was asked; its client has read nothing."""
+
+        def is_running(engine: Engine) -> bool:
+            return any(each.request.seed == trial.seed for every in engine._unfinished.values() for each in every)
+
+        return trial.seed in self._running and not self.server.call(is_running)
 
     def _wrong_after(self, trial: Trial) -> str:
         """Where nothing was stopped: soon nothing may be left of it."""
@@ -303,12 +347,14 @@ class Watched:
     def stop(self) -> None:
         """End the server."""
         self._patch.stop()
+        self._encode_patch.stop()
         sys.setswitchinterval(self._interval_s)
         self.server.stop()
 
     def left_behind(self) -> list[str]:
         """What is still there although nobody is, in words."""
         stats = self.server.call(lambda engine: engine.stats())
+        self.num_preemptions = stats.num_preemptions
         wait_until(lambda: self._open_things() == self._baseline, 5)
         cache, now = stats.cache, self._open_things()
         counts = {
@@ -324,36 +370,51 @@ class Watched:
         return [f"{number} {name} are left" for name, number in counts.items() if number]
 
 
-def count(model: str, trials: Iterable[Trial], *, timed: bool = False) -> list[Figure]:
-    """Trials on one server: what was not freed within a step or left behind; and what others got meanwhile. timed: with
-    the number of those that were freed late."""
-    watched, wrong = Watched(model), []
-    told: list[bool] = []
-    num_trials = num_late = 0
+def run_all(watched: Watched, trials: Iterable[Trial], told: list[bool]) -> Generator[tuple[str, bool]]:
+    """What was wrong with each trial, and whether it was freed late; `told` is what those beside it got."""
     by_load: dict[int, list[Trial]] = {}
     for trial in trials:
         by_load.setdefault(MAX_SEQS + 1 if trial.state == "queued" else 1, []).append(trial)
-    try:
-        for num_neighbours, several in by_load.items():
-            with watched.neighbours(num_neighbours, told.append):
-                for trial in several:
-                    what, late = watched.run(trial)
-                    num_trials += 1
-                    num_late += late
-                    wrong += [what] if what else []
-        wrong += watched.left_behind()
-    finally:
-        watched.stop()
-    met = {f"left at {state}": watched.met[state] for state in STATES}
-    met |= {f"freed more than {1000 * LATE_S:.0f} ms later": num_late} if timed else {}
+    for num_neighbours, several in by_load.items():
+        with watched.neighbours(num_neighbours, told.append):
+            yield from map(watched.run, several)
+
+
+def count(model: str, trials: Iterable[Trial], *, timed: bool = False) -> list[Figure]:
+    """Trials: what was not freed within a step or left behind; and what others got meanwhile. timed: judged are times
+    too: of all that leave no more than LATE_SHARE may be freed late (the 99th percentile). Trials that ask for a small
+    cache have a server of their own."""
+    wrong: list[str] = []
+    told: list[bool] = []
+    times: list[bool] = []
+    met: Counter[str] = Counter()
+    by_server: dict[bool, list[Trial]] = {}
+    for trial in trials:
+        by_server.setdefault(trial.state == "preempted", []).append(trial)
+    for is_small, several in by_server.items():
+        watched = Watched(model, **(SMALL if is_small else {}))
+        try:
+            for what, late in run_all(watched, several, told):
+                wrong += [what] if what else []
+                times.append(late)
+            wrong += watched.left_behind()
+        finally:
+            watched.stop()
+        met += watched.met
+        met["preemptions"] += watched.num_preemptions
+    num_late, most_late = sum(times), max(1, round(LATE_SHARE * len(times)))
+    if timed and num_late > most_late:
+        wrong.append(f"{num_late} of {len(times)} were freed more than {LATE_S} s later, {most_late} at the most")
+    also = {f"left at {state}": met[state] for state in STATES} | {"preemptions": met["preemptions"]}
+    also |= {f"freed more than {1000 * LATE_S:.0f} ms later": num_late} if timed else {}
     return [
         Figure(
             "R6",
             "held blocks for more than a step, or left something",
             len(wrong),
-            num_trials,
+            len(times),
             "disconnects",
-            met,
+            also,
             wrong,
         ),
         Figure("R6", "others changed", told.count(False), len(told), "answers beside those that left"),

@@ -2,8 +2,9 @@
 
 A trial starts a server, sends requests of every form until some run, some wait and their number is known to the server,
 ends it, and asks on: on new connections, on one that was open before, on one whose request had come in part. A request
-that was under way must be answered whole; a new one must be refused, by 503 with Retry-After or by no connection; the
-process must end with 0 and say nothing on stderr.
+that was under way must be answered whole: all choices that were asked, each to its end, with as many tokens as were
+asked. A new one must be refused, by 503 with Retry-After or by no connection; the process must end with 0 and say
+nothing on stderr.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +36,26 @@ NUM_KEPT: Final = 3  # on connections that were there before
 FRESH_S: Final = 0.6  # after which metrics are read anew
 _GAUGES: Final = ("vllm:num_requests_running", "vllm:num_requests_waiting", "pagemill:http_open_requests")
 _FINISHED: Final = ("length", "stop", "tool_calls")
+_MAY_END: Final = ("tools", "called")  # before their tokens are used up; what the others ask for is longer than that
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request asked for. num_choices: of all its prompts. max_tokens: of each. has_logprobs: of each token."""
+
+    form: str
+    stream: bool
+    num_choices: int
+    max_tokens: int
+    has_logprobs: bool = False
+
+    @classmethod
+    def of(cls, form: str, body: Mapping[str, Any]) -> Asked:
+        """Of a request's form and body."""
+        prompt = body.get("prompt")
+        num_prompts = len(prompt) if isinstance(prompt, list) else 1
+        num_choices = num_prompts * int(body.get("n", 1))
+        return cls(form, body["stream"], num_choices, body["max_tokens"], bool(body.get("logprobs")))
 
 
 @dataclass(slots=True)
@@ -46,11 +67,11 @@ class Drain:
     taken: list[str] = field(default_factory=list)
     met: Counter[str] = field(default_factory=Counter)
 
-    def saw(self, form: str, stream: bool, reply: Reply) -> None:
+    def saw(self, asked: Asked, reply: Reply) -> None:
         """The answer of one that was under way."""
         self.num_under_way += 1
-        if (wrong := _wrong_with(reply, stream)) != "":
-            self.lost.append(f"{form}, streamed: {stream}: {wrong}")
+        if (wrong := _wrong_with(reply, asked)) != "":
+            self.lost.append(f"{asked.form}, streamed: {asked.stream}: {wrong}")
 
     def refused(self, where: str, reply: Reply) -> None:
         """The answer to a new request."""
@@ -62,29 +83,59 @@ class Drain:
             self.taken.append(f"{where}: status {reply.status}, {reply.body[:200]!r}")
 
 
-def _wrong_with(reply: Reply, stream: bool) -> str:
-    """Why an answer is not whole, "" where it is: every choice must tell how it ended."""
+def _wrong_with(reply: Reply, asked: Asked) -> str:
+    """Why an answer is not whole, "" where it is."""
     if reply.status != 200 or not reply.is_whole:
         return f"status {reply.status}, whole: {reply.is_whole}, {reply.body[-200:]!r}"
-    if not stream:
-        ends = [each["finish_reason"] for each in reply.json["choices"]]
-        return "" if ends and set(ends) <= set(_FINISHED) else f"it ended with {ends}"
+    if not asked.stream:
+        return _short_of(asked, [reply.json])
     *events, done = reply.events
     if done != "[DONE]" or any("error" in each for each in events):
         return f"its stream ended with {events[-1:]} {done}"
-    indices = {each["index"] for event in events for each in event["choices"]}
-    ended = {each["index"] for event in events for each in event["choices"] if each["finish_reason"] in _FINISHED}
-    return "" if ended == indices else f"choices {indices - ended} did not end"
+    return _short_of(asked, events)
 
 
-def draw_requests(seed: int) -> list[tuple[str, bool, bytes]]:
-    """Form, whether it streams, and the request."""
+def _short_of(asked: Asked, events: Sequence[Mapping[str, Any]]) -> str:
+    """What an answer's events lack of what was asked: a choice, its end, tokens that were made or their figures."""
+    parts = [each for event in events for each in event["choices"]]
+    indices, ended = {each["index"] for each in parts}, Counter[int]()
+    for each in parts:
+        ended[each["index"]] += each["finish_reason"] in _FINISHED
+    if indices != set(range(asked.num_choices)):
+        return f"choices {sorted(indices)} of {asked.num_choices} came"
+    if wrong := [index for index, times in ended.items() if times != 1]:
+        return f"choices {wrong} did not end, or twice"
+    reasons = [each["finish_reason"] for each in parts if each["finish_reason"] is not None]
+    if asked.form not in _MAY_END and set(reasons) != {"length"}:
+        return f"it ended with {reasons} before the tokens that it asked for"
+    usages = [event["usage"] for event in events if event.get("usage")]
+    if not usages:
+        return "no usage was told"
+    made, least = usages[-1]["completion_tokens"], reasons.count("length") * asked.max_tokens
+    if not least <= made <= asked.num_choices * asked.max_tokens:
+        return f"{made} tokens came, and {asked.max_tokens} for each of {asked.num_choices} choices were asked"
+    told = sum(map(_num_told, parts))
+    if asked.form == "echoed":
+        made += usages[-1]["prompt_tokens"]
+    return f"{told} tokens were told, and {made} made" if asked.has_logprobs and told != made else ""
+
+
+def _num_told(part: Mapping[str, Any]) -> int:
+    """Tokens whose log-probabilities a part of a choice tells."""
+    told = part.get("logprobs") or {}
+    return len(told.get("tokens") or told.get("content") or ())
+
+
+def draw_requests(seed: int) -> list[tuple[Asked, bytes]]:
+    """What each asks for, and the request."""
     draw, found = random.Random(seed), []
     for number in range(NUM_UNDER_WAY):
         form, stream = draw.choice(tuple(FORMS)), draw.random() < 0.5
         path, body = own_words(form, number)
         more: dict[str, Any] = {"temperature": 1, "max_tokens": draw.randint(400, 800), "stream": stream}
-        found.append((form, stream, request_bytes(path, {"model": "tiny", **body, **more})))
+        more |= {"stream_options": {"include_usage": True}} if stream else {}
+        body = {"model": "tiny", **body, **more}
+        found.append((Asked.of(form, body), request_bytes(path, body)))
     return found
 
 
@@ -97,7 +148,7 @@ async def drain(process: ServeProcess, seed: int, result: Drain) -> None:
     late = request_bytes("/v1/completions", {"prompt": "late", "max_tokens": 2})
     kept[1][1].write(late[:-9])  # its head and a part of its body
     open_ones = [await asyncio.open_connection("127.0.0.1", port) for _ in requests]
-    for (_, writer), (_, _, data) in zip(open_ones, requests, strict=True):
+    for (_, writer), (_, data) in zip(open_ones, requests, strict=True):
         writer.write(data)
     reading = [asyncio.create_task(read_reply(reader)) for reader, _ in open_ones]
     running, waiting = await _all_taken(process, reading)
@@ -111,8 +162,8 @@ async def drain(process: ServeProcess, seed: int, result: Drain) -> None:
     kept[0][1].write(late)
     for name, (reader, _) in zip(("kept open", "sent in part", "open and unused"), kept, strict=True):
         result.refused(f"a connection {name}", await read_reply(reader))
-    for (form, stream, _), reply in zip(requests, reading, strict=True):
-        result.saw(form, stream, await reply)
+    for (asked, _), reply in zip(requests, reading, strict=True):
+        result.saw(asked, await reply)
     for _, writer in (*kept, *open_ones):
         writer.close()
 

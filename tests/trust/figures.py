@@ -1,4 +1,5 @@
-"""What a trust test counted, as one line. Owns the figures and the bound that a count of nothing gives; runs nothing.
+"""What a trust test counted, as one line. Owns the figures, the bound that a count of nothing gives, and what a count
+must have met on its way so that it tells anything; runs nothing.
 
 No failure in N trials bounds the rate of failures at 3/N with a confidence of 95 % (the rule of three). N is what ran.
 """
@@ -7,8 +8,37 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Final
+
+ALL: Final = "each other"
+# Test and failures counted, or its unit -> further counts, and how much of each there must be, or nothing was shown. A
+# whole number: one in so many trials. A fraction: more than this part of the trials. ALL: all that are not named.
+FLOORS: Final[Mapping[tuple[str, str], Mapping[str, int | float]]] = {
+    ("R5", "leaks, double frees or divergences"): {ALL: 30},
+    ("R6", "held blocks for more than a step, or left something"): {"left at queued": 0.0, "left at decode": 0.0},
+    ("R7", "turns whose tokens or logits differ"): {ALL: 0.0, "arms": 100, "logits compared": 1, "preemptions": 500},
+    ("R9", "crashes, wrong answers or unclean refusals"): {"answered": 0.1, "refused with 503 and Retry-After": 0.3},
+    ("R9", "unclean answers where memory ran out"): {ALL: 0.0},
+    ("R13", "lost by a drain"): {"ran": 0.0, "waited": 0.0, "new ones refused with 503": 0.0},
+    ("R14", "simulations gone wrong"): {ALL: 0.0},
+    ("R14", "days of a server gone wrong"): {ALL: 0.0, "tails dropped": 50},
+    ("S2", "hits across tenants"): {"look-ups that hit": 0.5},
+    ("S3", "prompts of another tenant told by time"): {"of the control's that hit": 0.0},
+    ("S5", "differences seen by another tenant"): {"controls that differ (same tenant)": 0.9, ALL: 0.0},
+    ("S5", "differences told over HTTP"): {"controls that differ (same key)": 1, "things told over HTTP": 15.0},
+    ("S8", "residues of keys and values"): {"needles of pages": 0.0},
+    ("S9", "cases answered wrongly"): {
+        "positive": 0.02,
+        "negative": 0.02,
+        "in chains": 0.02,
+        "methods": 0.02,
+        "2xx": 0.02,
+        "4xx": 0.02,
+    },
+    ("S14", "requests under watch"): {"of them answered with 200": 0.5, ALL: 0.0},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +81,22 @@ class Figure:
     def decode(cls, text: str) -> Figure:
         """What `encode` wrote."""
         return cls(**json.loads(text))
+
+
+def judged(figure: Figure) -> Figure:
+    """The figure, with a failure for each of FLOORS that it does not reach, and one where nothing ran."""
+    missed = [] if figure.num_trials else [f"nothing ran: {figure.what}"]
+    floors = dict(FLOORS.get((figure.test, figure.what)) or FLOORS.get((figure.test, figure.unit), {}))
+    others = floors.pop(ALL, None)
+    if others is not None:
+        floors |= {name: others for name in figure.also if name not in floors}
+    for name, floor in floors.items():
+        least = figure.num_trials // floor if isinstance(floor, int) else int(floor * figure.num_trials) + 1
+        count = figure.also.get(name, 0)
+        missed += [f"too little was met: {count:,} {name}, {least:,} at least"] if count < least else []
+    if not missed:
+        return figure
+    return replace(figure, num_failures=figure.num_failures + len(missed), replays=[*figure.replays, *missed])
 
 
 def added(figures: Iterable[Figure]) -> list[Figure]:

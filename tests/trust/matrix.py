@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import combinations, permutations
 from pathlib import Path
 from unittest.mock import patch
 
-from pagemill import LLM
+from pagemill import LLM, build
 from pagemill.base.params import CacheOptions
 from pagemill.cache.entry import SharingConfig
 from pagemill.cache.keys import Fingerprint, Namespace, Secrets, root_key
 from pagemill.cache.manager import CacheManager
 from pagemill.kernels.target import available_targets, choose_target
-from tests.fixtures.tiny import tiny_llama
+from tests.fixtures.tiny import llama_weights, mistral_config, tiny_llama, write_hf
 from tests.trust.figures import Figure
 
 TIERS = ("hot",)
@@ -45,6 +45,27 @@ SCOPES = (
     CacheOptions("t"), CacheOptions("u"), CacheOptions("t", "x"), CacheOptions("t", ""), CacheOptions("u", "x"),
     CacheOptions("t", public="p"), CacheOptions("t", "x", "p"), CacheOptions("p"), CacheOptions("p", "x"),
 )  # fmt: skip
+
+# Engines of `engines_of`: the fields that each changes by itself; beside the plain one unless BESIDE says another.
+OWN_FIELDS: dict[str, set[str]] = {
+    "other weights": {"weights"},
+    "other rope": {"positions"},
+    "other norm": {"weights"},
+    "weights in q8_0": {"weight_format"},
+    "weights in bf16": {"weight_format"},
+    "dtype float32": {"weight_format"},
+    "window 40": {"positions"},
+    "window 80": {"positions"},
+    "keys in f16": {"codec"},
+    "keys in bf16": {"codec"},
+    "keys in f32": {"codec"},
+    "blocks of 32": {"block_size"},
+    "reference": {"numerics"},
+}
+TARGETS_CHANGE = {"numerics", "compute_dtype"}
+BESIDE = {"window 80": "window 40", "dtype float32": "weights in bf16"}
+NOT_OF_ENGINES = {"codec_version", "adapter", "adapter_version", "media"}  # no option changes them: see VALUES
+OF_TILES = "amx"  # a target that multiplies as bfloat16
 
 
 def look(cache: CacheManager, options: CacheOptions, fingerprint: Fingerprint) -> tuple[int, str | None]:
@@ -141,19 +162,28 @@ def fingerprint_of(model: Path, target: str | None = None, **options: object) ->
         return shared._config.fingerprint
 
 
-def engine_cells(directory: Path) -> Iterator[list[str]]:
-    """Engines that compute other bytes have other fingerprints, and the same engine the same one, also when it is made
-    anew or with options that change no byte."""
+def engines_of(directory: Path) -> dict[str, Fingerprint]:
+    """Engines that compute other bytes than the plain one, by name."""
     model = tiny_llama(directory / "one", seed=0)
     chosen = choose_target()  # the best of the machine, or what the environment forces
     others = [each for each in available_targets() if each != chosen]
-    engines: dict[str, Fingerprint] = {
+    of_windows = mistral_config(window=40), mistral_config(window=80)
+    windowed = [write_hf(directory / f"window {i}", each, llama_weights(each)) for i, each in enumerate(of_windows)]
+    in_tiles = {}
+    if OF_TILES not in available_targets():  # else it is one of the targets below, or the plain one
+        with patch.object(build, "choose_target", lambda: OF_TILES):
+            in_tiles["arithmetic of tiles"] = fingerprint_of(model)
+    return {
         "plain": fingerprint_of(model),
         "other weights": fingerprint_of(tiny_llama(directory / "two", seed=1)),
         "other rope": fingerprint_of(tiny_llama(directory / "three", seed=0, rope_theta=500_000.0)),
         "other norm": fingerprint_of(tiny_llama(directory / "four", seed=0, rms_norm_eps=1e-3)),
         "weights in q8_0": fingerprint_of(model, weight_format="q8_0"),
         "weights in bf16": fingerprint_of(model, weight_format="bf16"),
+        "dtype float32": fingerprint_of(model, dtype="float32"),
+        "window 40": fingerprint_of(windowed[0]),
+        "window 80": fingerprint_of(windowed[1]),
+        **in_tiles,
         "keys in f16": fingerprint_of(model, kv_cache_dtype="f16"),
         "keys in bf16": fingerprint_of(model, kv_cache_dtype="bf16"),
         "keys in f32": fingerprint_of(model, kv_cache_dtype="f32"),
@@ -161,8 +191,31 @@ def engine_cells(directory: Path) -> Iterator[list[str]]:
         "reference": fingerprint_of(model, executor="reference"),
         **{f"target {each}": fingerprint_of(model, target=each) for each in others},
     }
+
+
+def told_apart(engines: Mapping[str, Fingerprint]) -> Iterator[list[str]]:
+    """No two have one fingerprint, and each field that an engine's options change differs by itself: another that does
+    as well, such as the digest of the weights, must not stand in for it."""
+    changed = set(NOT_OF_ENGINES | TARGETS_CHANGE).union(*OWN_FIELDS.values())
+    assert changed == {each.name for each in fields(Fingerprint)}, "a field of the key is changed by no engine"
     for (name, one), (other_name, other) in combinations(engines.items(), 2):
         yield [f"{name} and {other_name} have one fingerprint"] if one == other else []
+    for name, own in OWN_FIELDS.items():
+        one, other = engines[name], engines[BESIDE.get(name, "plain")]
+        same = [each for each in sorted(own) if getattr(one, each) == getattr(other, each)]
+        yield [f"{name} changes nothing of {', '.join(same)}"] if same else []
+    targets = [engine for name, engine in engines.items() if name.startswith(("target ", "arithmetic ", "plain"))]
+    for one, other in combinations(targets, 2):
+        yield [f"two targets have the numerics {one.numerics}"] if one.numerics == other.numerics else []
+    yield [] if len({each.compute_dtype for each in targets}) == 2 else ["targets change nothing of compute_dtype"]
+
+
+def engine_cells(directory: Path) -> Iterator[list[str]]:
+    """Engines that compute other bytes have other fingerprints, and the same engine the same one, also when it is made
+    anew or with options that change no byte."""
+    engines = engines_of(directory)
+    yield from told_apart(engines)
+    model, chosen = tiny_llama(directory / "one", seed=0), choose_target()
     again = {
         "made anew": fingerprint_of(model),
         "with two threads": fingerprint_of(model, num_threads=2),

@@ -18,11 +18,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from pagemill.base.step import StepPlan, StepResult
+from pagemill.cache.manager import CacheManager
+from pagemill.decoding.adjust import LogitAdjuster
+from pagemill.engine.admission import Admission
+from pagemill.engine.output import Output
+from pagemill.engine.scheduler import Scheduler
+from pagemill.execution.batch import BatchBuilder
+from pagemill.llm.async_llm import AsyncLLM, RequestStream
+from pagemill.llm.engine_thread import EngineThread
+from pagemill.server import completions, limits_body
 from pagemill.server.access_keys import KeyEntry, make_key, write_keys
+from pagemill.server.completions import CompletionWriter
+from tests.fixtures.live_server import LiveServer
 from tests.fixtures.serve_process import ServeProcess
 from tests.trust.figures import Figure
 from tests.trust.serving import FORMS, Reply, ask, guarded_server, own_words, port_of, tiny_model
@@ -202,6 +214,47 @@ def count_exhausted(model: str, number: int) -> Figure:
     return Figure("R9", "unclean answers where memory ran out", len(wrong), number + 1, "requests", dict(met), wrong)
 
 
+EXHAUSTED: Final[tuple[tuple[Any, str], ...]] = (
+    (limits_body, "_wrong_head"), (limits_body, "_read"), (limits_body, "_loaded"), (limits_body, "check_shape"),
+    (limits_body, "check_request"), (completions, "check_fields"), (completions, "completion_sampling"),
+    (completions, "cache_of"), (AsyncLLM, "open"), (RequestStream, "push"), (EngineThread, "_enter"),
+    (Admission, "admit"), (Scheduler, "add"), (Scheduler, "plan"), (CacheManager, "open"), (CacheManager, "commit"),
+    (LogitAdjuster, "adjust"), (LogitAdjuster, "_adjust_row"), (BatchBuilder, "build"), (Output, "delta"),
+    (CompletionWriter, "add"), (CompletionWriter, "whole"),
+)  # fmt: skip
+
+
+def count_exhausted_at(server: LiveServer, owner: Any, name: str) -> Figure:
+    """Memory runs out once at one place on the way of a request: it is refused as by a full server, or answered as it
+    should be where that place is asked once more, and what comes then is answered as before."""
+    inner, raised = getattr(owner, name), []
+
+    def starved(*arguments: Any, **options: Any) -> Any:
+        if not raised:
+            raised.append(name)
+            raise MemoryError("planted")
+        return inner(*arguments, **options)
+
+    body = {**known(PROMPTS[0]), "max_tokens": 4, "presence_penalty": 0.5}
+    expected = asyncio.run(ask(server.port, "/v1/completions", body))
+    with patch.object(owner, name, starved):
+        reply = asyncio.run(ask(server.port, "/v1/completions", body))
+    again = asyncio.run(ask(server.port, "/v1/completions", body))
+    answered = reply.status == 200 and reply.is_whole and reply.json["choices"] == expected.json["choices"]
+    wrong = (
+        []
+        if reply.is_refusal or answered
+        else [f"{name}: status {reply.status}, {reply.headers}, {reply.body[:200]!r}"]
+    )
+    wrong += [] if raised else [f"{name} is not called any more"]
+    if (again.status, again.json["choices"]) != (200, expected.json["choices"]):
+        wrong.append(f"{name}: what comes then is answered with {again.status}, {again.body[:200]!r}")
+    stats = server.call(lambda engine: engine.stats())
+    if server.llm.status != "ready" or stats.cache.num_active_blocks or stats.cache.num_leaked_blocks:
+        wrong.append(f"{name}: the engine is {server.llm.status}, and something is left: {stats}")
+    return Figure("R9", "unclean answers where memory ran out once", len(wrong), 1, "places", {}, wrong)
+
+
 def _refused_or_answered(reply: Reply, stream: bool) -> str:
     if reply.is_refusal:
         return "refused with 503 and Retry-After"
@@ -219,4 +272,6 @@ def _refused_or_answered(reply: Reply, stream: bool) -> str:
 def shard(number: int) -> list[Figure]:
     """A part of the release size."""
     with tiny_model() as model:
-        return [*count(model, range(PER_SHARD * number, PER_SHARD * (number + 1))), count_exhausted(model, 200)]
+        figures = [*count(model, range(PER_SHARD * number, PER_SHARD * (number + 1))), count_exhausted(model, 200)]
+        with guarded_server(model) as server:
+            return [*figures, *(count_exhausted_at(server, *place) for place in EXHAUSTED)]

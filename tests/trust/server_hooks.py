@@ -1,7 +1,8 @@
 """R15 at the server: an exception of our own making wherever the routes work for one request, over a socket.
 
 Four ask at once; the hook raises for the victim alone, whenever it is called for it. The victim may fail. The others
-must be answered as if nothing had been, the server must go on, and nothing may be left in the engine.
+must be answered as if nothing had been, the server must go on and be ready, no KV cache may be dropped, and nothing
+may be left in the engine.
 """
 
 from __future__ import annotations
@@ -145,6 +146,8 @@ def run_with(live: LiveServer, hook: Hook, *, stream: bool) -> tuple[bool, str]:
         if not idle:
             return bool(called), "the victim still runs in the engine"
         live.call(lambda engine: engine.cache.verify())
+        if live.llm.status != "ready" or live.call(lambda engine: engine.stats().cache.num_rebuilds):
+            return bool(called), f"the engine is {live.llm.status} or has dropped its cache"
         if (again := _ask(client, hook.route, VICTIM, stream=stream))[0] != 200:
             return bool(called), f"the victim's next request is answered with {again}"
     return bool(called), ""

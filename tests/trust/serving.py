@@ -49,7 +49,7 @@ FORMS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {
         "/v1/completions",
         {**_TEXT, "ignore_eos": True, "cache": {"purge_on_end": True}, "cache_salt": "s", "presence_penalty": 1},
     ),
-    "regex": ("/v1/completions", {**_TEXT, "response_format": {"type": "regex", "regex": "[a-z ]{900,}"}}),
+    "regex": ("/v1/completions", {**_TEXT, "response_format": {"type": "regex", "regex": "[a-z ]{2000,}"}}),
     "chat": ("/v1/chat/completions", {**_CHAT, "ignore_eos": True, "logprobs": True, "top_logprobs": 2}),
     "schema": (
         "/v1/chat/completions",

@@ -3,7 +3,9 @@
 A seed draws an engine over the fake executor (`tests/fixtures/fake_engine.py`), tenants with quotas, requests whose
 prompts begin alike, and what befalls them: aborts, failing steps, rows without an answer, decoders that raise, pins,
 purges, other sizes, time that passes. What must hold: each answer equals the specification's as far as it goes, what
-ends otherwise says a reason that it may have, no block is lost, and everything ends within a bound of steps.
+ends otherwise says a reason that it may have, what is pinned stays until its lease ends, no block is lost, everything
+ends within a bound of steps, and what is purged is wiped. What it cannot see, as nothing of it changes an answer: who
+shared what with whom (S2), and which block was evicted (R5).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pagemill.base.errors import CapacityError, ConfigError, RequestError
 from pagemill.base.params import CacheOptions, Retain, SamplingParams
 from pagemill.base.step import SampleFailure, StepPlan, StepResult
 from pagemill.cache.entry import SharingConfig
+from pagemill.cache.leases import Lease
 from pagemill.cache.policies.registry import POLICIES
 from tests.fixtures.fake_engine import Rig
 from tests.fixtures.fake_executor import InjectedFaultError, answer, decode_bytes
@@ -26,6 +29,7 @@ VOCAB = 64
 EOS = (3,)
 MOST_STEPS = 20_000
 TENANTS = ("a", "b", "c")
+SALTS = (None, "x")
 FAULTS = ("InjectedFaultError", "status 500", "DecodeError")
 
 
@@ -39,17 +43,20 @@ class DecodeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request as a seed draws it."""
+    """A request as a seed draws it. most_positions: that its tenant's cap has; None for no cap."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
     options: CacheOptions
+    most_positions: int | None
 
     def expected(self, choice: int, max_model_len: int) -> list[int]:
-        """What the specification answers."""
+        """What the specification answers. Behind the last position of a cap is a token that is never computed."""
         assert self.params.max_tokens is not None
         assert self.params.seed is not None
         most = min(self.params.max_tokens, max_model_len - len(self.prompt))
+        if self.most_positions is not None:
+            most = min(most, self.most_positions + 1 - len(self.prompt))
         return answer(self.prompt, most, VOCAB, seed=self.params.seed, choice=choice, stop_ids=EOS)
 
 
@@ -91,7 +98,9 @@ class Simulation:
         self.asked: dict[str, Ask] = {}
         self.aborted: set[str] = set()
         self.counts = Counts()
+        self._pins: list[tuple[CacheOptions, array[int], Lease]] = []
         self._texts: list[tuple[int, ...]] = [tuple(draw.randrange(4) for _ in range(20))]
+        self._caps: dict[str, int] = {}  # blocks by tenant
         self._quotas()
 
     def _strikes(self, _where: str) -> bool:
@@ -118,11 +127,13 @@ class Simulation:
         shared.tenancy.declare_public("p")
         for tenant in TENANTS:
             if draw.random() < 0.3:
-                floor = draw.randint(0, 4)
+                floor, cap = draw.randint(0, 4), draw.choice((None, draw.randint(1, 30)))
                 try:
-                    shared.set_quota(tenant, floor, draw.choice((None, draw.randint(1, 30))))
+                    shared.set_quota(tenant, floor, cap)
                 except ConfigError:
                     continue
+                if cap is not None:
+                    self._caps[tenant] = cap
 
     def run(self) -> Counts:
         """Traffic for a while, then calm until all has ended; raises what it finds."""
@@ -150,6 +161,30 @@ class Simulation:
         self.rig.clock.advance(1e6)
         self.rig.engine.advance_clock()
         self.rig.assert_empty()
+        self._purge_all()
+
+    def _purge_all(self) -> None:
+        """Nothing is left of any text, in the index or in a block."""
+        rig, shared = self.rig, self.rig.cache.shared
+        assert shared is not None
+        for tenant in TENANTS:
+            shared.purge_tenant(tenant)
+        for salt in SALTS:
+            shared.purge_namespace(CacheOptions(TENANTS[0], salt, "p"))
+        rig.engine.settle()
+        stats, written = rig.cache.stats(), [each for each in rig.executor._store if each is not None]
+        if stats.num_free_blocks != rig.cache.num_blocks or written:
+            raise WrongError(f"{len(written)} positions are left after a purge of all: {stats}")
+
+    def _check_pins(self) -> None:
+        """What is under a lease is there."""
+        rig, shared = self.rig, self.rig.cache.shared
+        assert shared is not None
+        self._pins = [each for each in self._pins if each[2].expires_s > rig.clock.now()]
+        for options, tokens, lease in self._pins:
+            found = shared.chain_of(options, tokens, covering=True)[: len(lease.blocks)]
+            if [node.block for node in found] != list(lease.blocks):
+                raise WrongError(f"of {lease} only blocks {[node.block for node in found]} are left")
 
     def _befall(self) -> None:
         draw, rig = self.draw, self.rig
@@ -167,6 +202,7 @@ class Simulation:
             rig.clock.advance(draw.choice((0.5, 5.0, 100.0)))
         else:
             self._operate(draw.choice(("pin", "purge", "tenant", "resize")))
+        self._check_pins()
 
     def _operate(self, kind: str) -> None:
         draw, rig, options = self.draw, self.rig, self._options()
@@ -176,14 +212,18 @@ class Simulation:
         tokens = array("i", draw.choice(self._texts))
         if kind == "pin":
             try:
-                shared.pin(options, tokens, draw.choice((0.05, 1.0)))
+                lease = shared.pin(options, tokens, draw.choice((0.05, 1.0)))
             except CapacityError:
                 return
             except RequestError as error:
                 if "nothing of this text" not in str(error):
                     raise
                 return
-        elif kind == "purge":
+            self._pins.append((options, tokens, lease))
+            rig.cache.verify()
+            return
+        self._pins = []  # those of what is purged end, and another size moves blocks
+        if kind == "purge":
             shared.purge_prefix(options, tokens[: draw.randint(0, len(tokens))])
             rig.engine.settle()
         elif kind == "tenant":
@@ -210,7 +250,9 @@ class Simulation:
         params = SamplingParams(
             temperature=1.0, seed=draw.randrange(4), n=choices, max_tokens=draw.randint(1, 14), logprobs=None
         )
-        ask = Ask(prompt, params, self._options(len(prompt)))
+        options = self._options(len(prompt))
+        cap = None if options.public else self._caps.get(options.tenant)
+        ask = Ask(prompt, params, options, cap and cap * rig.cache.block_size)
         try:
             rig.engine.add_request(name, prompt, params, cache=ask.options)
         except (RequestError, CapacityError):
@@ -225,7 +267,7 @@ class Simulation:
             retain = (Retain(0, draw.randint(1, length), draw.choice((0, 20, 90)), draw.choice((None, 0.1))),)
         return CacheOptions(
             draw.choice(TENANTS),
-            draw.choice((None, None, "x")),
+            draw.choice((None, *SALTS)),
             draw.choice((None, None, "p")),
             draw.random() < 0.1,
             retain,

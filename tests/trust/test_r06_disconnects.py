@@ -66,3 +66,21 @@ def test_a_request_that_is_not_ended_at_once_is_counted(tiny: str, monkeypatch: 
     trials = [disconnects.Trial(0, "decode", "text", True, resets=False)]
     [wrong] = disconnects.count(tiny, trials)[0].replays
     assert "steps later" in wrong
+
+
+def test_one_that_was_preempted_and_goes_on_without_its_client_is_counted(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AsyncLLM, "_leave", leave_nothing)
+    monkeypatch.setattr(disconnects, "WAIT_S", 2.0)
+    figure = disconnects.count(tiny, [disconnects.Trial(0, "preempted", "ids", True, resets=False)])[0]
+    assert figure.also["left at preempted"] == 1
+    assert "its leaving was not seen" in figure.replays[0]
+
+
+def test_late_ones_are_judged_where_times_are(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disconnects, "LATE_S", 0.0)
+    trials = [disconnects.Trial(number, "decode", "text", True, resets=False) for number in range(3)]
+    assert disconnects.count(tiny, trials)[0].num_failures == 0
+    [wrong] = disconnects.count(tiny, trials, timed=True)[0].replays
+    assert "3 of 3 were freed" in wrong

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 
 import pytest
+from fastapi import Response
 
+from pagemill.server import limits_body
+from tests.fixtures.live_server import LiveServer
 from tests.fixtures.tiny import tiny_llama
 from tests.trust import pressure
 from tests.trust.figures import Figure
@@ -33,6 +37,27 @@ def test_where_memory_runs_out_requests_are_refused_cleanly(tiny: str, publish: 
     assert (
         min(figure.also[name] for name in ("answered", "refused with 503 and Retry-After", "refused in a stream")) > 0
     )
+
+
+@pytest.fixture(scope="module")
+def server(tiny: str) -> Iterator[LiveServer]:
+    with pressure.guarded_server(tiny) as live:
+        yield live
+
+
+@pytest.mark.parametrize(("owner", "name"), pressure.EXHAUSTED, ids=[name for _, name in pressure.EXHAUSTED])
+def test_where_memory_runs_out_once_on_a_requests_way_it_is_refused_cleanly(
+    owner: object, name: str, server: LiveServer, publish: Callable[[Figure], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    publish(pressure.count_exhausted_at(server, owner, name))
+
+
+def test_an_answer_without_retry_after_is_noticed(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a body's checks let out what they meet."""
+    monkeypatch.setattr(limits_body, "error_response", lambda error: Response(b"{}", 500))
+    figure = pressure.count_exhausted_at(server, limits_body, "check_request")
+    assert (figure.num_failures, "status 500" in figure.replays[0]) == (1, True)
 
 
 def reply(status: int, body: object, **headers: str) -> Reply:

@@ -39,7 +39,21 @@ def test_a_seed_does_the_same_twice() -> None:
 
 @pytest.mark.parametrize(
     "bug",
-    [broken.longest_common_in_any_order, broken.no_copy, broken.leaks_on_close, broken.frees_twice],
+    [
+        broken.longest_common_in_any_order,
+        broken.no_copy,
+        broken.short_copy,
+        broken.leaks_on_close,
+        broken.frees_twice,
+        broken.failure_changes_something,
+        broken.unlocked_in_use,
+        broken.unfollowed,
+        broken.pins_end_at_once,
+        broken.no_wipe,
+        broken.purge_leaves_the_tree,
+        broken.stores_under_another_key,
+        broken.shares_across_tenants,
+    ],
     ids=lambda each: each.__name__,
 )
 def test_a_planted_bug_is_found_with_its_replay(

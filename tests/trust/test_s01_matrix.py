@@ -53,3 +53,19 @@ def test_a_field_left_out_of_the_key_is_noticed(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(prefix.PrefixTree, "root", without)
     figure = matrix.count([matrix.cache_cells()])
     assert figure.num_failures >= len(matrix.VALUES[name]) * (len(matrix.VALUES[name]) - 1)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, matrix.Fingerprint]:
+    return matrix.engines_of(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.mark.parametrize("name", sorted(set(matrix.VALUES) - matrix.NOT_OF_ENGINES))
+def test_a_field_that_engines_no_longer_tell_is_noticed_by_itself(
+    name: str, engines: dict[str, matrix.Fingerprint]
+) -> None:
+    """Also where the digest of the weights, or another field, goes on telling these engines apart."""
+    assert not any(matrix.told_apart(engines))
+    value = getattr(engines["plain"], name)
+    fixed = {each: matrix.replace(engine, **{name: value}) for each, engine in engines.items()}
+    assert any(matrix.told_apart(fixed))

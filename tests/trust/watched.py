@@ -1,5 +1,6 @@
 """S14: nothing is unpickled, evaluated, compiled or run by a shell. The syntax of every file of the package is
-searched, and a server that watches itself by an audit hook, armed when it has started, answers requests of every kind.
+searched, and a server that watches itself by an audit hook, armed when it has started, answers requests of every kind
+on both of its ports, and is drained by the admin's at the end.
 
 The hostile requests of S9 run under the same watch and count for this row, too. There is no tier on disk yet whose
 records could be read meanwhile.
@@ -27,6 +28,17 @@ PICKLES = (
 )
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+PINNED = "words that fill more than one block of the cache, to be pinned"
+# What the admin port is asked, in turns: method, path and body.
+ADMIN: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
+    ("POST", "/admin/cache/pin", {"prompt": PINNED, "seconds": 1}), ("GET", "/admin/cache/stats?sizes=4,8", None),
+    ("GET", "/admin/cache/blocks?limit=5", None), ("GET", "/admin/cache/tree?depth=3", None),
+    ("POST", "/admin/cache/purge", {"prompt": "request 1", "what": "prefix"}), ("DELETE", "/admin/cache/pin/1", None),
+    ("POST", "/admin/cache/purge", {"what": "tenant", "tenant": "alice"}),
+    ("PUT", "/admin/tenants/alice", {"floor_tokens": 16}), ("PUT", "/admin/tenants/alice", {"cap_tokens": "x"}),
+    ("GET", "/admin/tenants", None), ("GET", "/admin/keys", None), ("POST", "/admin/keys/reload", {}),
+    ("GET", "/admin/drain", None), ("GET", "/health", None), ("GET", "/metrics", None),
+)  # fmt: skip
 
 
 def scan() -> Figure:
@@ -71,29 +83,46 @@ def asked(number: int) -> tuple[str, dict[str, Any]]:
 
 
 def serve(num_requests: int, *, further_path: str = "", changes: dict[str, Any] | None = None) -> Figure:
-    """Requests of every kind, some at a time, and pickles, which are bytes like any other. further_path: of modules of
-    the server's process. changes: fields of each request."""
+    """Requests of every kind, some at a time, of four one to the admin port, and pickles, which are bytes like any
+    other. further_path: of modules of the server's process. changes: fields of each request to the public port."""
     path = ":".join(filter(None, [further_path, str(ROOT / "src")]))
     with (
         tempfile.TemporaryDirectory() as directory,
-        watched_server(Path(directory), tiny_llama(Path(directory)), variables={"PYTHONPATH": path}) as process,
+        watched_server(
+            Path(directory), tiny_llama(Path(directory)), "--admin-port", "0", variables={"PYTHONPATH": path}
+        ) as process,
         process.client() as client,
+        process.admin() as admin,
     ):
 
         def ask(number: int) -> int:
             path, body = asked(number)
             return client.post(path, json=body | (changes or {})).status_code
 
+        def ask_the_admin(number: int) -> int:
+            method, path, body = ADMIN[number % len(ADMIN)]
+            return admin.request(method, path, json=body).status_code
+
+        client.post(COMPLETIONS, json={"prompt": PINNED, "max_tokens": 1})
         with ThreadPoolExecutor(4) as pool:
-            statuses = list(pool.map(ask, range(num_requests)))
+            answers = pool.map(ask, range(num_requests))
+            of_the_admin = list(pool.map(ask_the_admin, range(max(len(ADMIN), num_requests // 4))))
+            statuses = list(answers)
         for payload in PICKLES:
             for path in (COMPLETIONS, CHAT, "/tokenize", "/detokenize"):
                 for kind in ("application/json", "application/octet-stream", "application/x-pickle"):
                     statuses.append(client.post(path, content=payload, headers={"content-type": kind}).status_code)
         statuses += _unfinished(client)
-        found = audit_reports(process)
+        of_the_admin.append(admin.post("/admin/drain", content=PICKLES[0]).status_code)
+        statuses += of_the_admin
+        code = process.process.wait(60)
+        found = audit_reports(process) + ([f"it ended with {code}"] if code else [])
     found += [f"answered with {each}" for each in statuses if each >= 500]
-    also = {"of them answered with 200": statuses.count(200)}
+    also = {
+        "of them answered with 200": statuses.count(200),
+        "to the admin port": len(of_the_admin),
+        "there answered with 200": of_the_admin.count(200),
+    }
     return Figure("S14", "events of the audit hook", len(found), len(statuses), "requests under watch", also, found[:5])
 
 

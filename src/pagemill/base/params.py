@@ -88,7 +88,8 @@ class SamplingParams:
     top_k: keep the k most likely tokens (0 or -1: all).  top_p: keep the smallest set of tokens whose probability
     reaches p (0 < p ≤ 1).  min_p: drop tokens less likely than min_p × the most likely one (0 ≤ min_p ≤ 1).
     seed: random numbers are keyed by (seed, choice index, position); None takes one from the engine's seed.
-    n: number of choices.  max_tokens: tokens generated at the most (None: up to the context's end).
+    n: number of choices.  max_tokens: tokens generated at the most, cut at the context's end and at the tenant's cap
+    (None: up to there).
     min_tokens: no stop of any kind before so many tokens.  stop: strings that end the text and are cut from it.
     stop_token_ids: ids that end it, beside the model's own end-of-text ids unless ignore_eos.
     logprobs: k ≤ 20 most likely tokens reported per position beside the sampled one (None: nothing reported).
@@ -183,7 +184,7 @@ class SamplingParams:
     def _check_sampling(self) -> None:
         t = self.temperature
         _check(0.0 <= t <= 100.0, f"temperature is {t}; give a number from 0 (greedy) to 100")
-        _check(self.top_k >= -1, f"top_k is {self.top_k}; give 0 (all tokens) or a positive number")
+        _check(self.top_k >= -1, f"top_k is {self.top_k}; give 0 or -1 (all tokens), or a positive number")
         _check(
             0.0 < self.top_p <= 1.0,
             f"top_p is {self.top_p}; give a number above 0 and up to 1 (1 keeps all tokens)",
@@ -226,10 +227,11 @@ class SamplingParams:
         )
         if self.grammar is not None:
             _check(isinstance(self.grammar, Grammar), f"grammar is a {type(self.grammar).__name__}; give Grammar(…)")
-            _check(
-                not self.min_tokens and not self.ignore_eos,
-                "a grammar says where the text ends; leave out min_tokens and ignore_eos beside it",
-            )
+            for name in ("min_tokens", "ignore_eos"):
+                _check(
+                    not getattr(self, name), f"{name} is {getattr(self, name)} and a grammar says where the text ends; "
+                    "leave out one of them",
+                )  # fmt: skip
 
     def _check_urgency(self) -> None:
         _check(
@@ -237,14 +239,17 @@ class SamplingParams:
             f"priority is {self.priority}; give a whole number from -{MOST_PRIORITY} (first) to {MOST_PRIORITY} (last)",
         )
         if self.deadline_s is not None:
-            _check(0 < self.deadline_s < 1e9, f"deadline_s is {self.deadline_s}; give seconds above 0, or leave it out")
+            _check(
+                0 < self.deadline_s < 1e9,
+                f"deadline_s is {self.deadline_s}; give seconds above 0 and below 10^9, or leave it out",
+            )
 
     def _check_stops(self) -> None:
-        _check(len(self.stop) <= MAX_STOPS, f"{len(self.stop)} stop strings; give at most {MAX_STOPS}")
+        _check(len(self.stop) <= MAX_STOPS, f"stop has {len(self.stop)} strings; give at most {MAX_STOPS}")
         for text in self.stop:
             _check(
                 isinstance(text, str) and 0 < len(text) <= 1024,
-                "a stop string is empty, no text or longer than 1,024 characters; give 1 to 1,024 characters",
+                "stop holds what is empty, no text or longer than 1,024 characters; give 1 to 1,024 characters",
             )
         for token in self.stop_token_ids:
             _check(token >= 0, f"stop_token_ids holds {token}; token ids are 0 or more")
@@ -264,10 +269,16 @@ class Retain:
         for name in ("start", "end", "priority"):
             object.__setattr__(self, name, _whole(f"{name} of a retained range", getattr(self, name)))
         _check(0 <= self.start < self.end, f"a retained range is {self.start} to {self.end}; give 0 <= start < end")
-        _check(0 <= self.priority <= 100, f"priority is {self.priority}; give a whole number from 0 to 100")
+        _check(
+            0 <= self.priority <= 100,
+            f"priority of a retained range is {self.priority}; give a whole number from 0 to 100",
+        )
         if self.ttl_s is not None:
-            object.__setattr__(self, "ttl_s", _number("ttl_s", self.ttl_s))
-            _check(0 < self.ttl_s < 1e9, f"ttl_s is {self.ttl_s}; give seconds above 0, or leave it out")
+            object.__setattr__(self, "ttl_s", _number("ttl_s of a retained range", self.ttl_s))
+            _check(
+                0 < self.ttl_s < 1e9,
+                f"ttl_s of a retained range is {self.ttl_s}; give seconds above 0 and below 10^9, or none",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,10 @@ def parse_tenants(value: object) -> tuple[TenantOptions, ...]:
 def parse_names(option: str, value: object) -> tuple[str, ...]:
     """Names from a list, or from a text with commas between them. Raises ConfigError."""
     if isinstance(value, str):
-        value = [each.strip() for each in value.split(",") if each.strip()]
+        given = value
+        value = [each.strip() for each in given.split(",")] if given.strip() else []
+        if any(each.split() != [each] for each in value):
+            raise ConfigError(f"{option} is {given!r:.60}; give names without spaces, with one comma between two")
     if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
         raise ConfigError(f"{option} is {value!r:.40}; give names with commas between them")
     names = tuple(value)

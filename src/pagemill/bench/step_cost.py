@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 from array import array
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pagemill.base.errors import ConfigError
 from pagemill.base.params import SamplingParams
 from pagemill.base.step import SequenceStep, StepPlan
 from pagemill.build import Built
-from pagemill.simulator.serve import StepCost
+from pagemill.simulator.serve import StepCost, percentiles
 
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 _ROWS, _BEHIND = (1, 8, 32), (64, 1024)
@@ -73,21 +74,35 @@ def measure_step_cost(built: Built, repeats: int = 5) -> tuple[StepCost, list[Ti
     ]
 
 
-def load_step_cost(path: Path) -> StepCost:
-    """A model that `store_step_cost` wrote. Raises ConfigError where the file is none."""
+def describe_fit(timed: Sequence[TimedStep]) -> dict[str, Any] | None:
+    """What a model was fitted to and how far it is from it, as JSON: the steps, and the relative error of what the
+    model says of each (p50, p90, max). None without any steps."""
+    if not timed:
+        return None
+    errors = array("d", (abs(each.fitted_s / each.seconds - 1) for each in timed))
+    found = percentiles(errors)
+    return {
+        "relative_error": {"p50": found["p50"], "p90": found["p90"], "max": max(errors)},
+        "steps": [asdict(each) for each in timed],
+    }
+
+
+def load_step_cost(path: Path) -> tuple[StepCost, list[TimedStep]]:
+    """A model that `store_step_cost` wrote, with what it was fitted to; no steps where the file has none. Raises
+    ConfigError where the file is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return StepCost(**{name: found[name] for name in ("base_s", "row_s", "token_s", "read_s", "source")})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        cost = StepCost(**{name: found[name] for name in ("base_s", "row_s", "token_s", "read_s", "source")})
+        timed = [TimedStep(**each) for each in found.get("steps", ())]
+        describe_fit(timed)
+        return cost, timed
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
         raise ConfigError(f"{path} is no cost model ({error}); remove it, and it is measured anew") from None
 
 
 def store_step_cost(path: Path, cost: StepCost, timed: list[TimedStep]) -> None:
     """Write a model and what it was fitted to as JSON. Raises ConfigError where that is not possible."""
-    steps: list[dict[str, Any]] = [
-        {"rows": t.rows, "chunk": t.chunk, "behind": t.behind, "seconds": t.seconds, "fitted_s": t.fitted_s}
-        for t in timed
-    ]
+    steps = [asdict(each) for each in timed]
     try:
         path.write_text(json.dumps(cost.describe() | {"steps": steps}) + "\n", encoding="utf-8")
     except OSError as error:

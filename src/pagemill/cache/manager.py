@@ -21,8 +21,10 @@ Paged with a `SharingConfig` is the prefix cache: `open` finds what is there of 
 
 from __future__ import annotations
 
+import logging
 from array import array
-from typing import Literal, get_args
+from collections.abc import Collection
+from typing import Final, Literal, get_args
 
 from pagemill.base.errors import CapacityError, ConfigError, IntegrityError
 from pagemill.base.kv_spec import KVSpec
@@ -33,13 +35,14 @@ from pagemill.cache.entry import CacheStats, SharingConfig
 from pagemill.cache.pool import BlockPool
 from pagemill.cache.publishing import Publisher
 from pagemill.cache.receipt import Lookup
-from pagemill.cache.resizing import check_size, relocate, vacate
+from pagemill.cache.resizing import check_size, pin_error, relocate, vacate
 from pagemill.cache.sequences import SequenceBlocks, verify_sequences
 from pagemill.cache.sharing import SharedBlocks
 from pagemill.cache.tenancy import Tenancy, quota_blocks
 from pagemill.cache.windows import Windows
 
 CacheMode = Literal["paged", "contiguous", "none"]
+_LOG: Final = logging.getLogger(__name__)
 
 
 class CacheManager:
@@ -53,7 +56,7 @@ class CacheManager:
     """
 
     __slots__ = (
-        "_damage", "_num_owned", "_num_positions", "_num_quarantined", "_num_rebuilds",
+        "_damage", "_doubt", "_num_owned", "_num_positions", "_num_quarantined", "_num_rebuilds",
         "_pool", "_publisher", "_sequences", "_targets", "block_size", "curve", "kv_spec", "mode", "shared",
     )  # fmt: skip
 
@@ -73,13 +76,12 @@ class CacheManager:
         self.shared = None if sharing is None else SharedBlocks(self._pool, block_size, sharing)
         self._sequences: dict[int, SequenceBlocks] = {}
         self._num_positions = 0
-        self._num_owned = 0  # entries of all tables: a block that three share counts three times
+        self._num_owned = 0  # entries of all tables: one that three share counts three times
         self.curve = ReuseCurve()
-        self._publisher: Publisher | None = None
-        if self.shared is not None:
-            self._publisher = Publisher(self.shared, self._pool, block_size, self.curve)
+        self._publisher = Publisher(self.shared, self._pool, block_size, self.curve) if self.shared else None
         self._targets: dict[int, int] = {}  # while a smaller size is made ready: block -> where it goes
         self._damage: str | None = None  # what an operation met that cannot be, until `rebuild`
+        self._doubt: str | None = None  # what went wrong half-way, until `check` examines what it left
         self._num_rebuilds = 0
         self._num_quarantined = 0
 
@@ -108,13 +110,9 @@ class CacheManager:
         return self.blocks_for(reserve) if self.mode == "contiguous" else 0
 
     def can_open(
-        self,
-        num_tokens: int,
-        reserve: int,
-        spare: int = 0,
-        tokens: array[int] | None = None,
+        self, num_tokens: int, reserve: int, spare: int = 0, tokens: array[int] | None = None,
         options: CacheOptions = DEFAULT_CACHE_OPTIONS,
-    ) -> bool:
+    ) -> bool:  # fmt: skip
         """True where `open` will succeed and leave at least `spare` blocks to be had."""
         if self.shared is not None:
             if tokens is None:
@@ -127,14 +125,9 @@ class CacheManager:
         return self.mode != "contiguous" or self._pool.can_allocate_run(count)
 
     def open(
-        self,
-        seq_id: int,
-        num_tokens: int,
-        reserve: int,
-        tokens: array[int] | None = None,
-        options: CacheOptions = DEFAULT_CACHE_OPTIONS,
-        again: bool = False,
-    ) -> Lookup:
+        self, seq_id: int, num_tokens: int, reserve: int, tokens: array[int] | None = None,
+        options: CacheOptions = DEFAULT_CACHE_OPTIONS, again: bool = False,
+    ) -> Lookup:  # fmt: skip
         """Begin a sequence of `num_tokens` known tokens, `reserve` at the most. again: it ran before and was put off,
         or is a further choice of its request; what it asks for and hits is counted apart, and not in the curve.
 
@@ -155,15 +148,9 @@ class CacheManager:
         return Lookup(0)
 
     def _open_shared(
-        self,
-        shared: SharedBlocks,
-        publisher: Publisher,
-        seq_id: int,
-        num_tokens: int,
-        tokens: array[int] | None,
-        options: CacheOptions,
-        again: bool,
-    ) -> Lookup:
+        self, shared: SharedBlocks, publisher: Publisher, seq_id: int, num_tokens: int,
+        tokens: array[int] | None, options: CacheOptions, again: bool,
+    ) -> Lookup:  # fmt: skip
         bypass = tokens is None or options.bypass
         if tokens is None:
             tokens, options = array("i"), CacheOptions(options.tenant, options.salt, options.public, bypass=True)
@@ -290,26 +277,34 @@ class CacheManager:
         if self._publisher is not None:
             self._publisher.publish_tail(self._sequences[seq_id])
 
-    def close(self, seq_id: int) -> None:
+    def close(self, seq_id: int, *, publish: bool = True) -> None:
         """End a sequence in whatever state. What it has committed stays to be found, the rest of its blocks is free.
+        publish: False leaves out what was not published before.
 
-        Whoever ends must get through: a contradiction that is met here is kept for `check` to raise.
+        Whoever ends must get through: of what goes wrong here, the next `check` finds whether it did any harm.
         """
         sequence = self._sequences[seq_id]
         try:
-            if sequence.tokens is not None:
+            if publish and sequence.tokens is not None:
                 self.publish_tail(seq_id)
+        except Exception as error:
+            self._doubts(seq_id, error)
+        try:
             if sequence.first_read and self.shared is not None and self.shared.windows is not None:
                 self.shared.windows.roll_back(sequence, 0, 0)
             self._release(sequence.table)
         except Exception as error:
-            self._damage = f"closing sequence {seq_id}: {error!r}"
+            self._doubts(seq_id, error)
         del self._sequences[seq_id]
         if sequence.root is not None and sequence.account is not None:
             sequence.root.num_sequences -= 1
             sequence.account.num_sequences -= 1
         self._num_owned -= len(sequence.table)
         self._num_positions -= sequence.history
+
+    def _doubts(self, seq_id: int, error: Exception) -> None:
+        self._doubt = f"closing sequence {seq_id}: {error!r}"
+        _LOG.error("closing a sequence of the KV cache: %s", type(error).__name__, exc_info=error)
 
     def grant(self, tenant: str, floor_tokens: int = 0, cap_tokens: int | None = None) -> None:
         """Name a tenant, with what other tenants' demand cannot push it below and what it cannot rise above, in token
@@ -338,10 +333,7 @@ class CacheManager:
         return count <= self._pool.num_free if self.shared is None else self.shared.can_take(sequence, count)
 
     def _release(self, blocks: array[int]) -> None:
-        if self.shared is None:
-            self._pool.release(blocks)
-        else:
-            self.shared.release(blocks)
+        (self._pool if self.shared is None else self.shared).release(blocks)
 
     def check_options(self, options: CacheOptions) -> None:
         """Raise RequestError (403) where a request may not share in what it names: an unknown tenant where only known
@@ -354,14 +346,7 @@ class CacheManager:
 
     def pin_error(self, count: int) -> CapacityError | None:
         """The error of `count` blocks that are there but for pins, None where pins are not what stands in the way."""
-        pinned = 0 if self.shared is None else self.shared.leases.num_blocks
-        if not pinned or count > self.num_blocks:
-            return None
-        return CapacityError(
-            f"{count:,} blocks of the KV cache are needed, and pins hold {pinned:,} of {self.num_blocks:,}; unpin "
-            f"some, try again when they end, or raise kv_cache_memory_bytes",
-            retry_after_s=1.0,
-        )
+        return None if self.shared is None else pin_error(count, self.shared.leases.num_blocks, self.num_blocks)
 
     def vacate(self, num_blocks: int) -> Moves:
         """Make ready for `num_blocks` blocks, sequences alive. Once these moves are made, `relocate` makes sequences
@@ -456,10 +441,23 @@ class CacheManager:
             num_quarantined_blocks=self._num_quarantined,
         )
 
+    def keep_open(self, seq_ids: Collection[int]) -> None:
+        """Close all other sequences, of which nothing more is published. Raises IntegrityError where one is missing."""
+        for seq_id in self._sequences.keys() - seq_ids:
+            self.close(seq_id, publish=False)
+        if self._sequences.keys() != set(seq_ids):
+            raise IntegrityError("a sequence that runs has no blocks in the KV cache")
+
     def check(self) -> None:
         """What production checks before each step, in O(1): every block is free, cached or owned, nothing contradicted
         itself since, and one more block in turn is what pool and tree say. Raises IntegrityError; see `rebuild`."""
-        if self._damage is not None:
+        if (doubt := self._doubt) is not None:
+            self._doubt = None
+            try:
+                self.examine()
+            except Exception:
+                self._damage = doubt
+        if self._damage:
             raise IntegrityError(f"the KV cache contradicts itself: {self._damage}")
         pool, shared = self._pool, self.shared
         pool.check()
@@ -477,14 +475,14 @@ class CacheManager:
         self._num_quarantined += min(max(counts.num_active + counts.num_cached, 0), counts.num_blocks)
         self._sequences.clear()
         self._num_positions = self._num_owned = 0
-        self._targets = {}
-        self._damage = None
+        self._targets, self._damage, self._doubt = {}, None, None
         self._pool.reset()
         if self.shared is not None:
             self.shared.rebuild()
 
-    def verify(self) -> None:
-        """Every invariant of lengths and ownership, in O(num_blocks), for tests. Raises IntegrityError."""
+    def examine(self) -> None:
+        """Every invariant of lengths and ownership, in O(num_blocks): whether what went wrong half-way left all sound.
+        Raises IntegrityError, and what else a contradiction leads to."""
         self._pool.verify()
         self.check()
         if self.shared is not None:
@@ -494,3 +492,9 @@ class CacheManager:
         counted = verify_sequences(self._sequences, self._pool, self.shared, self.mode, self.block_size)
         if counted != (self._num_owned, self._num_positions):
             raise IntegrityError(f"{counted} blocks and positions in tables: {self.stats()}")
+
+    def verify(self) -> None:
+        """The same for tests, where nothing may go wrong at all."""
+        if self._doubt:
+            raise IntegrityError(f"the KV cache contradicts itself: {self._doubt}")
+        self.examine()

@@ -49,6 +49,17 @@ def _size(num_blocks: int, kv_spec: KVSpec | None) -> str:
     return blocks if kv_spec is None else f"{kv_spec.memory_bytes(num_blocks):,} bytes ({blocks})"
 
 
+def pin_error(count: int, num_pinned: int, num_blocks: int) -> CapacityError | None:
+    """The error of `count` blocks that are there but for pins, None where pins are not what stands in the way."""
+    if not num_pinned or count > num_blocks:
+        return None
+    return CapacityError(
+        f"{count:,} blocks of the KV cache are needed, and pins hold {num_pinned:,} of {num_blocks:,}; unpin some, try "
+        f"again when they end, or raise kv_cache_memory_bytes",
+        retry_after_s=1.0,
+    )
+
+
 def vacate(
     pool: BlockPool, shared: SharedBlocks | None, num_blocks: int, block_size: int
 ) -> tuple[dict[int, int], Moves]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from pagemill.base.errors import ConfigError
+from pagemill.base.errors import ConfigError, RequestError
 from pagemill.base.units import format_seconds, parse_count, parse_seconds
 from pagemill.cli.cache_remote_client import Server, ServerError, admin_server, plain
 from pagemill.cli.terminal import note, print_json
@@ -88,7 +88,7 @@ def purge(
     as_json: bool,
 ) -> int:
     """Drop texts of a namespace from the cache, after asking; their pages are wiped when this returns."""
-    given = _given_text(text, token_ids)
+    given = _given_text(text, token_ids, "or choose all with --what namespace")
     if what is None:
         if not given:
             raise ConfigError(
@@ -110,8 +110,10 @@ def purge(
     if as_json:
         print_json(found | {"what": what, "tenant": whose["tenant"]})
         return 0
-    count = _shown(server, lambda: int(found["blocks"]))
+    count, pins = _shown(server, lambda: (int(found["blocks"]), int(found.get("pins", 0))))
     print(f"{_blocks(count)} dropped and wiped" if count else "nothing of it was cached")
+    if pins:
+        note(f"{pins:,} {'pins' if pins > 1 else 'pin'} of it ended too")
     return 0
 
 
@@ -126,7 +128,7 @@ def pin(
     as_json: bool,
 ) -> int:
     """Keep what is cached of a text from eviction for a time."""
-    given = _given_text(text, token_ids)
+    given = _given_text(text, token_ids, "whose blocks are to be kept")
     if not given:
         raise ConfigError("pin what? give a text or --token-ids FILE")
     wanted_s = parse_seconds(seconds)
@@ -149,15 +151,17 @@ def pin(
 
 
 def unpin(*, url: str | None, key: str | None, pin_id: int, as_json: bool) -> int:
-    """End a pin."""
+    """End a pin. Raises RequestError where there is none, or no more."""
     if pin_id < 0:
         raise ConfigError(f"pin {pin_id}: give the number that `pagemill cache pin` told")
     server = admin_server(url, key)
     found = server.ask("DELETE", f"{PIN}/{pin_id}")
+    if not found.get("ended"):
+        raise RequestError(f"there is no pin {pin_id}, or it had ended; a purge ends pins too, and so does their time")
     if as_json:
         print_json(found)
-        return 0
-    print(f"pin {pin_id} has ended" if found.get("ended") else f"there is no pin {pin_id}, or it had ended")
+    else:
+        print(f"pin {pin_id} has ended")
     return 0
 
 
@@ -255,14 +259,14 @@ def _agreed(server: Server, question: Iterator[str]) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _given_text(text: str | None, token_ids: str | None) -> dict[str, Any]:
-    """The field of the request that names a text; nothing where none is given."""
+def _given_text(text: str | None, token_ids: str | None, otherwise: str) -> dict[str, Any]:
+    """The field of the request that names a text; nothing where none is given. otherwise: said of an empty one."""
     if text is not None and token_ids is not None:
         raise ConfigError("give either a text or --token-ids FILE, not both")
     if text is not None:
         prompt = _input("-") if text == "-" else text
         if not prompt:
-            raise ConfigError("the text is empty; give one, or choose all with --what namespace")
+            raise ConfigError(f"the text is empty; give one, {otherwise}")
         return {"prompt": prompt}
     if token_ids is None:
         return {}

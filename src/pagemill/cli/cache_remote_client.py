@@ -127,8 +127,10 @@ class Server:
         return found
 
     def _refusal(self, address: str, error: HTTPError, body: bytes) -> str:
-        said = _told(body)
+        said, field = _told(body)
         words = f": {said}" if said else ""
+        if error.code == 403 and field:  # what was asked for is refused, whoever asks
+            return f"{address} refuses ({error.code}){words}"
         if error.code in (401, 403):
             return f"{address} refuses ({error.code}{words}); give {self._key_hint}"
         if error.code == 404:
@@ -172,13 +174,15 @@ def _body_of(error: HTTPError) -> bytes:
         return b""
 
 
-def _told(body: bytes) -> str:
-    """What a server says of an error, in OpenAI's shape; empty where it says nothing."""
+def _told(body: bytes) -> tuple[str, str]:
+    """What a server says of an error, in OpenAI's shape, and the field that it names; empty where it says nothing."""
     try:
-        message = json.loads(body)["error"]["message"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ""
-    return plain(message)[:_MOST_SAID] if isinstance(message, str) else ""
+        error = json.loads(body)["error"]
+        message, field = error["message"], error.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "", ""
+    said = plain(message)[:_MOST_SAID] if isinstance(message, str) else ""
+    return said, field if isinstance(field, str) else ""
 
 
 class _NoRedirects(HTTPRedirectHandler):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pagemill.base.errors import PagemillError
-from pagemill.base.params import SamplingParams
+from pagemill.base.params import CacheOptions, SamplingParams
 from pagemill.cli.generate import open_llm
 from pagemill.cli.terminal import BOLD, note, paint, print_error
 from pagemill.llm import Session
@@ -21,13 +21,14 @@ HELP = """/exit, /quit   end (also Ctrl-D)
 Ctrl-C         stop the answer, not the program"""
 
 
-def run(*, system: str | None, sampling: dict[str, Any], engine: dict[str, Any]) -> int:
-    """Talk until /exit or the end of stdin. Returns 2 where piped input met an error, else 0."""
-    params = SamplingParams(**sampling)
+def run(*, system: str | None, sampling: dict[str, Any], cache: dict[str, Any], engine: dict[str, Any]) -> int:
+    """Talk until /exit or the end of stdin. Returns 2 where piped input met an error, else 0. cache: fields of
+    CacheOptions."""
+    params, options = SamplingParams(**sampling), CacheOptions(**cache)
     interactive = sys.stdin.isatty()
     code = 0
     with open_llm(engine, quiet=False, defaults={"max_num_seqs": 1}) as llm:
-        session = llm.session(system)
+        session = llm.session(system, cache=options)
         if interactive:
             note(f"{llm.built.spec.name}, {llm.built.max_model_len:,} tokens of context. /help for help, /exit to end.")
         while (line := _read_line(interactive)) is not None:
@@ -35,7 +36,7 @@ def run(*, system: str | None, sampling: dict[str, Any], engine: dict[str, Any])
             if text in ("/exit", "/quit"):
                 break
             if text == "/clear":
-                session = llm.session(system)
+                session = llm.session(system, cache=options)
                 note("forgotten")
             elif text == "/help":
                 note(HELP)

@@ -46,6 +46,10 @@ MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this sha
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few small rows, to try it out.")]
 Output = Annotated[str, typer.Option(help="Directory for JSON and plots.")]
+CacheSalt = Annotated[str | None, typer.Option(help="Share cached prompts with requests of the same salt only.")]
+CacheBypass = Annotated[
+    bool, typer.Option("--cache-bypass", help="Go past the prefix cache: read nothing from it, leave nothing in it.")
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's own end of text.")]
 
 
@@ -93,6 +97,8 @@ def generate(
     ignore_eos: IgnoreEos = False,
     n: Annotated[int, typer.Option("-n", "--n", help="Number of answers (needs a temperature above 0).")] = 1,
     logprobs: Annotated[int | None, typer.Option(help="Report the k most likely tokens at each position.")] = None,
+    cache_salt: CacheSalt = None,
+    cache_bypass: CacheBypass = False,
     repeat: Annotated[
         int, typer.Option(help="Ask so often, one after the other; with --json all answers in one list.")
     ] = 1,
@@ -112,7 +118,8 @@ def generate(
         "n": n,
         "logprobs": logprobs,
     }
-    _act(ctx, "generate", prompt=prompt, repeat=repeat, sampling=sampling, as_json=json, engine=engine)
+    cache = {"salt": cache_salt, "bypass": cache_bypass}
+    _act(ctx, "generate", prompt=prompt, repeat=repeat, sampling=sampling, cache=cache, as_json=json, engine=engine)
 
 
 @app.command(rich_help_panel="Generate")
@@ -126,6 +133,8 @@ def chat(
     top_p: TopP = 0.9,
     min_p: MinP = 0.0,
     stop: Stop = None,
+    cache_salt: CacheSalt = None,
+    cache_bypass: CacheBypass = False,
     engine: dict[str, Any] | None = None,
 ) -> None:
     """A conversation in the terminal with the model's chat template. /help tells what can be typed."""
@@ -137,7 +146,8 @@ def chat(
         "min_p": min_p,
         "stop": tuple(stop or ()),
     }
-    _act(ctx, "chat", system=system, sampling=sampling, engine=engine)
+    cache = {"salt": cache_salt, "bypass": cache_bypass}
+    _act(ctx, "chat", system=system, sampling=sampling, cache=cache, engine=engine)
 
 
 @app.command(rich_help_panel="Generate")

@@ -7,7 +7,7 @@ from typing import Any
 
 from pagemill.base.config import resolve_config
 from pagemill.base.errors import ConfigError, RequestError
-from pagemill.base.params import SamplingParams
+from pagemill.base.params import CacheOptions, SamplingParams
 from pagemill.base.units import format_seconds
 from pagemill.cli.progress import byte_progress
 from pagemill.cli.terminal import BOLD, note, paint, print_json
@@ -16,28 +16,36 @@ from pagemill.llm import LLM, CompletionOutput, RequestOutput
 MOST_REPEATS = 1000
 
 
-def run(*, prompt: str, repeat: int, sampling: dict[str, Any], as_json: bool, engine: dict[str, Any]) -> None:
+def run(
+    *,
+    prompt: str,
+    repeat: int,
+    sampling: dict[str, Any],
+    cache: dict[str, Any],
+    as_json: bool,
+    engine: dict[str, Any],
+) -> None:
     """Generate from one prompt ("-": stdin) and print text as it comes, or one JSON object; `repeat` times over, one
-    after the other on one engine, whose cache then has the prompt."""
+    after the other on one engine, whose cache then has the prompt. cache: fields of CacheOptions."""
     if not 1 <= repeat <= MOST_REPEATS:
         raise ConfigError(f"--repeat is {repeat}; give a number of times from 1 to {MOST_REPEATS:,}")
-    params = SamplingParams(**sampling)
+    params, options = SamplingParams(**sampling), CacheOptions(**cache)
     text = read_stdin() if prompt == "-" else prompt
     with open_llm(engine, quiet=as_json) as llm:
         if as_json:
-            answers = [describe(_answer(llm, text, params)) for _ in range(repeat)]
+            answers = [describe(_answer(llm, text, params, options)) for _ in range(repeat)]
             print_json(answers[0] if repeat == 1 else {"answers": answers})
             return
         for _ in range(repeat):
             if params.n > 1 or params.logprobs is not None:
-                for choice in _answer(llm, text, params).outputs:
+                for choice in _answer(llm, text, params, options).outputs:
                     _print_choice(choice, several=params.n > 1)
             else:
-                _stream(llm, text, params)
+                _stream(llm, text, params, options)
 
 
-def _answer(llm: LLM, text: str, params: SamplingParams) -> RequestOutput:
-    [answer] = llm.generate(text, params)
+def _answer(llm: LLM, text: str, params: SamplingParams, options: CacheOptions) -> RequestOutput:
+    [answer] = llm.generate(text, params, cache=options)
     if answer.error is not None:
         raise answer.error
     return answer
@@ -115,9 +123,9 @@ def _print_choice(choice: CompletionOutput, *, several: bool) -> None:
         print(f"{position[token].decoded_token!r} {position[token].logprob:.3f} | {shown}")
 
 
-def _stream(llm: LLM, text: str, params: SamplingParams) -> None:
+def _stream(llm: LLM, text: str, params: SamplingParams, options: CacheOptions) -> None:
     num_tokens, marks, receipt = 0, None, None
-    for delta in llm.stream(text, params):
+    for delta in llm.stream(text, params, cache=options):
         num_tokens += len(delta.token_ids)
         marks, receipt = delta.marks, delta.receipt
         sys.stdout.write(delta.text)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from pagemill.server.access_keys import KeyEntry, Role, make_key, read_keys, wri
 
 DEFAULT_FILE = "~/.config/pagemill/keys.toml"
 FILE_VARIABLE = "PAGEMILL_KEYS"
+
+_PIPE_WIDTH = 500  # of a table that no terminal folds
 
 
 def add(
@@ -34,7 +38,8 @@ def add(
     entries = _read(path)
     if any(each.name == name for each in entries):
         raise ConfigError(
-            f"{path} has a key {name!r}; remove it first with `pagemill keys rm {name}`, or take another name"
+            f"{path} has a key {name!r}; remove it first with `pagemill keys rm {name}{_again(file)}`, or take another "
+            f"name"
         )
     key, id, sha256 = make_key()
     if role == "user" and tenant is None:
@@ -50,26 +55,24 @@ def add(
 
 
 def ls(*, file: str | None, as_json: bool) -> None:
-    """List the keys; their text is nowhere stored."""
+    """List the keys; their text is nowhere stored. Raises ConfigError where a file is named that is not there."""
     path = _path(file)
+    _check_there(path, file)
     entries = _read(path)
     if as_json:
         print_json({"file": str(path), "keys": [each.describe() for each in entries]})
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "role", "tenant", "priority", "requests/min", "tokens/min", "streams", "id"):
-        table.add_column(heading)
-    for each in entries:
-        table.add_row(*map(_shown, (
-            each.name, each.role, each.tenant, each.priority, each.requests_per_minute, each.tokens_per_minute,
-            each.max_streams, each.id,
-        )))  # fmt: skip
-    Console(highlight=False).print(table)
+    if not entries:
+        hint = f"`pagemill keys add NAME{_again(file)}` makes one"
+        note(f"{path} has no keys; {hint}" if path.exists() else f"there are no keys yet, nor a file {path}; {hint}")
+        return
+    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(_table(entries))
 
 
 def rm(*, name: str, file: str | None, as_json: bool) -> None:
     """Remove a key; a running server refuses it from a second later on."""
     path = _path(file)
+    _check_there(path, file)
     entries = _read(path)
     left = tuple(each for each in entries if each.name != name)
     if len(left) == len(entries):
@@ -82,7 +85,35 @@ def rm(*, name: str, file: str | None, as_json: bool) -> None:
         print(f"removed {name}; {len(left)} keys are left in {path}")
 
 
+def _table(entries: tuple[KeyEntry, ...]) -> Table:
+    """Ids are shown whole; names and tenants are folded where the terminal is narrow."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "role", "tenant", "priority", "requests\n/min", "tokens\n/min", "streams", "id"):
+        table.add_column(heading, no_wrap=heading not in ("name", "tenant"), overflow="fold")
+    for each in entries:
+        table.add_row(*map(_shown, (
+            each.name, each.role, each.tenant, each.priority, each.requests_per_minute, each.tokens_per_minute,
+            each.max_streams, each.id,
+        )))  # fmt: skip
+    return table
+
+
+def _again(file: str | None) -> str:
+    """The option that names the same file in another command."""
+    return "" if file is None else f" --file {shlex.quote(file)}"
+
+
+def _check_there(path: Path, file: str | None) -> None:
+    if file is not None and not path.exists():
+        raise ConfigError(
+            f"there is no file {path}; give another --file, or make its first key with "
+            f"`pagemill keys add NAME{_again(file)}`"
+        )
+
+
 def _path(file: str | None) -> Path:
+    if file is not None and not file.strip():
+        raise ConfigError(f"--file is empty; name a file, or leave it out for {FILE_VARIABLE}, else {DEFAULT_FILE}")
     return Path(file or os.environ.get(FILE_VARIABLE) or DEFAULT_FILE).expanduser()
 
 

@@ -1,26 +1,28 @@
 """Entry point of `pagemill`: the lazy command table, exit codes, and errors as one line.
 
-Exit codes: 0 done, 2 the user's error, 1 ours, 130 interrupted.
+Exit codes: 0 done, 2 the user's error, 1 ours, 130 interrupted. Little is imported here: what takes longer, the parser
+of the command line too, is imported where Ctrl-C ends the program without a traceback.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from importlib import import_module
-from typing import Any
-
-import typer
-from typer.main import get_command, get_command_name
+from threading import current_thread, main_thread
+from typing import TYPE_CHECKING, Any
 
 from pagemill import __version__
 from pagemill.base.errors import PagemillError
-from pagemill.cli.commands import app
 from pagemill.cli.terminal import prepare_streams, print_error, silence_stdout
+
+if TYPE_CHECKING:
+    import typer
 
 # What each command runs: module and function, imported when the command is used and not before.
 ACTIONS: dict[str, tuple[str, str]] = {
@@ -58,14 +60,13 @@ ACTIONS: dict[str, tuple[str, str]] = {
 }
 
 INTERRUPTED = 130
-# The command-line parser's own error (typer carries its copy of click, so the class is reached through typer).
-_ParserError: type[Exception] = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
 
 
 def load_action(name: str) -> Callable[..., int | None]:
     """The function that a command runs, its module imported now."""
     module, function = ACTIONS[name]
-    action: Callable[..., int | None] = getattr(import_module(module), function)
+    with _ends_at_ctrl_c():
+        action: Callable[..., int | None] = getattr(import_module(module), function)
     return action
 
 
@@ -77,9 +78,11 @@ def main(arguments: list[str]) -> int:
         print(f"pagemill {__version__}")
         return 0
     try:
-        code = get_command(_app_for(arguments)).main(
-            arguments, prog_name="pagemill", standalone_mode=False, obj=load_action
-        )
+        with _ends_at_ctrl_c():
+            from typer.main import get_command
+
+            command = get_command(_app_for(arguments))
+        code = command.main(arguments, prog_name="pagemill", standalone_mode=False, obj=load_action)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -88,6 +91,8 @@ def main(arguments: list[str]) -> int:
         return 0
     except Exception as error:
         if debug:
+            import traceback
+
             traceback.print_exc()
         return _report(error)
     return code if isinstance(code, int) else 0
@@ -95,13 +100,36 @@ def main(arguments: list[str]) -> int:
 
 def run() -> None:
     """The `pagemill` program."""
-    prepare_streams()
-    sys.exit(main(sys.argv[1:]))
+    try:
+        prepare_streams()
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+@contextmanager
+def _ends_at_ctrl_c() -> Iterator[None]:
+    """While modules are imported, and nothing has been done yet, Ctrl-C ends the program at once: as an exception it
+    may be lost, or become another one, within the initialisation of a native module."""
+    default = signal.default_int_handler
+    if current_thread() is not main_thread() or signal.getsignal(signal.SIGINT) is not default:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, default)
 
 
 def _app_for(arguments: list[str]) -> typer.Typer:
     """The command that is named first, without the others, whose options typer would go through on every start; the
     whole app where none is."""
+    from typer.main import get_command_name
+
+    from pagemill.cli.commands import app
+
     name = arguments[0] if arguments else ""
     commands = [
         each
@@ -127,10 +155,6 @@ def _report(error: Exception) -> int:
     if isinstance(error, PagemillError):
         print_error(str(error))
         return error.exit_code
-    if isinstance(error, _ParserError):
-        return _report_usage(error)
-    if isinstance(error, typer.Abort):
-        return INTERRUPTED
     if isinstance(error, MemoryError):
         print_error("out of memory; lower kv_cache_memory_bytes or max_model_len, or take a smaller model")
         return 2
@@ -141,6 +165,13 @@ def _report(error: Exception) -> int:
     if isinstance(error, ImportError) and "_native" in f"{error.name} {error}":
         print_error(f"the native core is missing or broken ({error}); build it with `pip install .` in the checkout")
         return 1
+    import typer
+
+    # The parser's own error: typer carries its copy of click, so the class is reached through typer.
+    if isinstance(error, next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")):
+        return _report_usage(error)
+    if isinstance(error, typer.Abort):
+        return INTERRUPTED
     print_error(f"internal error: {type(error).__name__}: {error} (run with --debug for the traceback, and report it)")
     return 1
 

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from pagemill.base.errors import ConfigError, PagemillError
 from pagemill.base.units import parse_seconds
 from pagemill.cli.progress import byte_progress
 from pagemill.cli.serve_access import Drain, ServeAccess
-from pagemill.cli.terminal import print_error
+from pagemill.cli.terminal import YELLOW, paint, print_error
 from pagemill.llm.async_llm import AsyncLLM
 from pagemill.server.app import create_app
 from pagemill.server.limits_tls import GuardedServer
@@ -50,7 +50,7 @@ def run(*, name: str | None, server: dict[str, Any], engine: dict[str, Any]) -> 
         arguments["model"] = name
     config = for_serving(resolve_config(arguments, file=engine["file"], origin="command line").config)
     settings = ServerSettings(
-        served_names=tuple(server["served_model_name"] or [_name_of(config)]),
+        served_names=_served_names(server["served_model_name"] or [_name_of(config)]),
         version=__version__,
         created_s=int(time.time()),
         strict=server["strict"],
@@ -58,6 +58,7 @@ def run(*, name: str | None, server: dict[str, Any], engine: dict[str, Any]) -> 
     )
     timeout_s = parse_seconds(server["shutdown_timeout"])
     access = ServeAccess(server["access"], server["host"], settings.served_names[0])
+    _warn_without_users(access)
     listener = _listen(server["host"], server["port"])
     access.listen_admin(_listen)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -198,10 +199,26 @@ def _name_of(config: EngineConfig) -> str:
     return Path(config.model).name if "/" in config.model else config.model
 
 
+def _served_names(given: Sequence[str]) -> tuple[str, ...]:
+    for name in given:
+        if not name.strip() or not name.isprintable():
+            raise ConfigError(f"--served-model-name is {name!r:.60}; give a name that clients can ask for, or none")
+    return tuple(given)
+
+
+def _warn_without_users(access: ServeAccess) -> None:
+    if not access.ring.is_open and not any(each.role == "user" for each in access.ring.entries()):
+        told = "--keys names a file without a key of role user, so nobody can generate; add one by `pagemill keys add`"
+        print(f"{paint('warning:', YELLOW, sys.stderr)} {told}", file=sys.stderr)
+
+
 def _read_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return Path(path).read_text(encoding="utf-8")
+        template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the chat template {path}: {error}; give a text file") from None
+    if not template.strip():
+        raise ConfigError(f"the chat template {path} is empty, and so would every prompt be; give one, or leave it out")
+    return template

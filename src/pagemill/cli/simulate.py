@@ -51,8 +51,11 @@ def run(
         raise ConfigError(f"--plot {plot}: a plot is a .png or an .svg; name one")
     loaded = load_trace(trace, session_gap, seed)
     if not any(each.blocks for each in loaded.requests):
+        if loaded.block_tokens:
+            raise ConfigError(f"{loaded.name}: no request has a block, so there is nothing to hit; give another trace")
         if plot is not None:
             raise ConfigError(f"--plot: {loaded.name} has lengths only and gives no hit curve; leave --plot out")
+        note(f"{loaded.name} has lengths only and gives no hit curve: --policy and --blocks are of no use here")
         return _publish_allocation(allocation(loaded), json_file, as_json=as_json)
     gc.collect()
     gc.freeze()  # the trace stays: collections need not look at it, as the server's need not at the model

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from pagemill.base.config import resolve_config
 from pagemill.base.errors import ConfigError
-from pagemill.bench.step_cost import load_step_cost, measure_step_cost, store_step_cost
+from pagemill.bench.step_cost import TimedStep, describe_fit, load_step_cost, measure_step_cost, store_step_cost
 from pagemill.build import build
 from pagemill.cli.simulate import block_sizes, load_trace, policy_names, store_report
 from pagemill.cli.terminal import BOLD, note, paint, print_json
@@ -57,7 +57,7 @@ def serve_trace(
         raise ConfigError(f"--target-itl-ms is {target_ms:g}; give milliseconds from 1 to 100,000")
     loaded = load_trace(trace, session_gap, seed)
     loaded = Trace(loaded.name, loaded.block_tokens, loaded.requests[:most_requests])
-    cost = _cost(None if cost_model is None else Path(cost_model).expanduser())
+    cost, timed = _cost(None if cost_model is None else Path(cost_model).expanduser())
     rows: list[dict[str, Any]] = []
     for size in sizes:
         for name in names:
@@ -84,7 +84,7 @@ def serve_trace(
         "streams": streams,
         "deadline_s": deadline_s,
         "target_itl_ms": target_ms,
-        "cost_model": cost.describe(),
+        "cost_model": cost.describe() | {"fit": describe_fit(timed)},
         "rows": rows,
     }
     store_report(report, json_file)
@@ -93,12 +93,25 @@ def serve_trace(
         return 0
     title = f"{loaded.name}: {len(loaded.requests):,} requests, {streams} streams, steps as of {cost.source}"
     print(paint(title, BOLD, sys.stdout))
+    print(_told_of(timed))
     Console(highlight=False).print(_table(rows))
     return 0
 
 
-def _cost(path: Path | None) -> StepCost:
-    """The model in the file, or one that is measured now (and kept there)."""
+def _told_of(timed: Sequence[TimedStep]) -> str:
+    """How well the cost model fits, in a line."""
+    fit = describe_fit(timed)
+    if fit is None:
+        return "cost model: its file does not say what it was fitted to"
+    error = fit["relative_error"]
+    return (
+        f"cost model: off by {error['p50']:.0%} (median), {error['p90']:.0%} (p90) and {error['max']:.0%} (most) of "
+        f"the {len(timed)} kinds of steps that it was fitted to"
+    )
+
+
+def _cost(path: Path | None) -> tuple[StepCost, list[TimedStep]]:
+    """The model in the file, or one that is measured now (and kept there), and the steps that it was fitted to."""
     if path is not None and path.is_file():
         return load_step_cost(path)
     if path is not None and not path.parent.is_dir():
@@ -111,7 +124,7 @@ def _cost(path: Path | None) -> StepCost:
     worst = max(abs(each.fitted_s / each.seconds - 1) for each in timed)
     disturbed = "; measure again when the machine is quiet" if worst > _USUAL_ERROR else ""
     note(f"cost model: {json.dumps(cost.describe())}, within {worst:.0%} of {len(timed)} kinds of steps{disturbed}")
-    return cost
+    return cost, timed
 
 
 @contextmanager

@@ -3,18 +3,21 @@ and which rows are touched; rows that ask for nothing cost nothing, and their nu
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pagemill.base.errors import PagemillError
+from pagemill.base.blame import reason_of
 from pagemill.base.step import SequenceStep
 from pagemill.decoding.grammar import GrammarCompiler, GrammarState
 from pagemill.decoding.penalties import TokenCounts, penalize
 
+_LOG: Final = logging.getLogger(__name__)
 MOST_STATES = 1024  # texts that are remembered; others are followed again from their beginning
 
 
@@ -55,7 +58,7 @@ class LogitAdjuster:
     ) -> Adjusted:
         """Change the rows `which` of logits [rows, vocab] f32 and of best [rows] i32 in place.
 
-        A row whose largest logit is NaN stays as it is. A row that fails is left with -inf alone.
+        A row whose largest logit is NaN stays as it is. A row that fails, by whatever error, is left with -inf alone.
         """
         which = [index for index in which if not np.isnan(logits[index, best[index]])]
         reported = [index for index in which if rows[index].params.logprobs is not None]
@@ -64,8 +67,10 @@ class LogitAdjuster:
             row = logits[index]
             try:
                 self._adjust_row(row, rows[index])
-            except PagemillError as error:
-                done.failed[index] = str(error)
+            except MemoryError:  # which is everybody's
+                raise
+            except Exception as error:
+                done.failed[index] = reason_of(error, _LOG)
                 row[:] = -np.inf
             best[index] = np.argmax(row)
         return done

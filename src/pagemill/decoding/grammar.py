@@ -7,10 +7,11 @@ beginning state. Safe to share among threads: compiling happens on worker thread
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,35 +33,44 @@ LIMITS = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
+# What the regular expressions' parser says: the expression, a mark below the place, and what is wrong there.
+_REGEX_FAULT: Final = re.compile(r"^error: (.*)", re.MULTILINE)
+_REGEX_PLACE: Final = re.compile(r"regex parse error:\n {4}.*\n {4}( *)\^", re.ASCII)
+_PLACE_OF_OURS: Final = re.compile(r"\Aat \d+\(\d+\): ", re.ASCII)  # in the grammar around an expression
+_MOST_TOLD: Final = 500
 
 
 class GrammarState:
-    """How far one text has come in its grammar. Mutated by `follow`."""
+    """How far one text has come in its grammar. Mutated by `follow`. noun: what messages call the grammar."""
 
-    __slots__ = ("_fresh", "_matcher", "_num_taken")
+    __slots__ = ("_fresh", "_matcher", "_noun", "_num_taken")
 
-    def __init__(self, fresh: LLMatcher) -> None:
+    def __init__(self, fresh: LLMatcher, noun: str = "grammar") -> None:
         self._fresh = fresh
+        self._noun = noun
         self._matcher = fresh.deep_copy()
         self._num_taken = 0
 
     def follow(self, generated: Sequence[int]) -> None:
-        """Come to the end of what was generated so far; a shorter text begins anew. Raises RequestError (500) for a
-        text that the grammar does not allow, or that it takes too long to follow."""
+        """Come to the end of what was generated so far; a shorter text begins anew. Raises RequestError for a text that
+        the grammar does not allow, or that it takes too long to follow."""
         if len(generated) < self._num_taken:
             self._matcher, self._num_taken = self._fresh.deep_copy(), 0
         for token in generated[self._num_taken :]:
             if not self._matcher.consume_token(token):
-                raise RequestError(f"the grammar cannot go on: {self._matcher.get_error()[:300]}", status=500)
+                raise self._stuck()
             self._num_taken += 1
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may come next: [vocabulary of the tokeniser, rounded up] bool. Raises RequestError (500) where
-        that takes too long to tell."""
+        """Which tokens may come next: [vocabulary of the tokeniser, rounded up] bool. Raises RequestError where none
+        may, or where that takes too long to tell."""
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise RequestError(f"the grammar cannot go on: {self._matcher.get_error()[:300]}", status=500)
+            raise self._stuck()
         return np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").view(np.bool_)
+
+    def _stuck(self) -> RequestError:
+        return RequestError(f"the {self._noun} cannot go on from the text so far: {_why_stuck(self._matcher)}")
 
 
 class GrammarCompiler:
@@ -83,7 +93,7 @@ class GrammarCompiler:
 
     def state(self, grammar: Grammar) -> GrammarState:
         """A text that begins. Raises as `check` does."""
-        return GrammarState(self._compiled(grammar))
+        return GrammarState(self._compiled(grammar), grammar.noun)
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
         with self._lock:
@@ -111,9 +121,15 @@ class GrammarCompiler:
                 text = LLMatcher.grammar_from_lark(grammar.text)
             matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]
         except Exception as error:
-            raise RequestError(f"the {grammar.noun} cannot be used: {str(error)[:500]}") from None
+            raise RequestError(f"the {grammar.noun} cannot be used: {_told(str(error), grammar)}") from None
         if matcher.is_error():
-            raise RequestError(f"the {grammar.noun} cannot be used: {matcher.get_error()[:500]}")
+            raise RequestError(f"the {grammar.noun} cannot be used: {_told(matcher.get_error(), grammar)}")
+        first = matcher.deep_copy()
+        first.consume_tokens(first.compute_ff_tokens())  # what every text begins with
+        if not first.is_error():
+            first.compute_bitmask()
+        if first.is_error():
+            raise RequestError(f"the {grammar.noun} cannot be used: {_why_stuck(first)}")
         return matcher
 
     def _of_library(self) -> LLTokenizer:
@@ -130,6 +146,28 @@ class GrammarCompiler:
                 wrapper = TokenizerWrapper(_Vocabulary(tokenizer))
                 self._library = LLTokenizer(wrapper, eos_token=sorted(tokenizer.stop_ids))
             return self._library
+
+
+def _why_stuck(matcher: LLMatcher) -> str:
+    """Why nothing can follow."""
+    told = matcher.get_error().partition("\n")[0]
+    if told.startswith("NoExtension"):
+        return "no text fits it; look for what matches nothing, or begins with itself"
+    if "Too many items" in told:
+        return "what must follow is too long, or has no end; let each rule end"
+    return told[:_MOST_TOLD] or "it ends here"
+
+
+def _told(message: str, grammar: Grammar) -> str:
+    """What the library says of a grammar that is wrong, without the grammar that it makes of an expression."""
+    fault, place = _REGEX_FAULT.search(message), _REGEX_PLACE.search(message)
+    if fault is not None and grammar.kind != "lark":
+        at = "" if place is None else f" (at character {len(place[1]) + 1})"
+        where = "" if grammar.kind == "regex" else "a pattern in it: "
+        return f"{where}{fault[1][:_MOST_TOLD]}{at}"
+    if grammar.kind == "regex":
+        message = _PLACE_OF_OURS.sub("", message).partition("\n")[0]
+    return message[:_MOST_TOLD].strip()
 
 
 class _Vocabulary:

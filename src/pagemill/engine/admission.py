@@ -75,12 +75,12 @@ class Admission:
     ) -> Request:
         """The checked request. `seed` is used where `params` brings none.
 
-        Raises RequestError (status 400) for an empty or too long prompt, ids outside the vocabulary and retained ranges
-        outside the prompt, (403) for a namespace that is not to be had, and CapacityError where the whole cache, or the
-        tenant's part, is too small for it.
+        Raises RequestError (status 400) for an empty or too long prompt, any ids outside the vocabulary and retained
+        ranges outside the prompt, (403) for a namespace that is not to be had, and CapacityError where the whole cache,
+        or the tenant's part, is too small for it.
         """
         tokens = self._check_prompt(prompt)
-        self._check_stop_ids(params)
+        self._check_ids(params)
         self._check_cache(len(prompt))
         self._check_options(len(prompt), cache)
         return Request(
@@ -116,7 +116,11 @@ class Admission:
             raise RequestError(f"the prompt's token {index} is {token!r}; give ids from 0 to {vocab_size - 1:,}")
         return array("i", unsigned.tobytes())
 
-    def _check_stop_ids(self, params: SamplingParams) -> None:
+    def _check_ids(self, params: SamplingParams) -> None:
+        size = self.limits.vocab_size
+        wrong = next((token for token, _ in params.logit_bias if token >= size), None)
+        if wrong is not None:
+            raise RequestError(f"logit_bias names token {wrong}; give ids from 0 to {size - 1:,}")
         for token in params.stop_token_ids:
             if token >= self.limits.vocab_size:
                 raise RequestError(f"stop_token_ids holds {token}; give ids from 0 to {self.limits.vocab_size - 1:,}")
@@ -153,14 +157,15 @@ class Admission:
             raise error
 
     def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams, options: CacheOptions) -> int:
-        """As asked, cut at the context's end. Without a wish also at the end of the cache, or of the tenant's part of
-        it, whose last position may be followed by one more token that is never computed."""
+        """As asked, cut at the context's end and at the tenant's cap. Without a wish also at the end of the cache. The
+        last position of a cap or a cache may be followed by one more token that is never computed."""
         room = self.limits.max_model_len - num_prompt_tokens
+        most = None if self._cache.shared is None else self._cache.shared.account_of(options).cap
         if params.max_tokens is not None:
-            return min(params.max_tokens, room)
-        cap = None if self._cache.shared is None else self._cache.shared.account_of(options).cap
-        num_blocks = self._cache.num_blocks if cap is None else min(self._cache.num_blocks, cap)
-        return min(room, num_blocks * self._cache.block_size + 1 - num_prompt_tokens)
+            room = min(params.max_tokens, room)
+        else:
+            most = self._cache.num_blocks if most is None else min(self._cache.num_blocks, most)
+        return room if most is None else min(room, most * self._cache.block_size + 1 - num_prompt_tokens)
 
     def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
         own = () if params.ignore_eos else self.limits.eos_token_ids

@@ -36,14 +36,17 @@ class Deadlines:
             self._heap = [entry for entry in self._heap if entry[2].status != "finished"]
             heapify(self._heap)
 
-    def due(self, now_s: float) -> list[tuple[Sequence, DeadlineError]]:
-        """The unfinished sequences whose time is over, each told once."""
-        found: list[tuple[Sequence, DeadlineError]] = []
+    def due(self, now_s: float) -> list[tuple[Sequence, Exception]]:
+        """The unfinished sequences whose time is over, each told once. One whose error cannot be made has that one."""
+        found: list[tuple[Sequence, Exception]] = []
         heap = self._heap
         while heap and heap[0][0] <= now_s:
             sequence = heappop(heap)[2]
             if sequence.status != "finished":
-                found.append((sequence, _error(sequence)))
+                try:
+                    found.append((sequence, _error(sequence)))
+                except Exception as error:
+                    found.append((sequence, error))
         return found
 
 

@@ -1,19 +1,21 @@
 """The loop: plan, run, commit, answer. Owns the requests that are not finished; decides nothing itself.
 
-One thread owns an engine. Whatever fails, fails as the last delta of the requests concerned, and the loop goes on.
+One thread owns an engine. Whatever fails, fails as the last delta of the requests concerned, and the loop goes on: an
+exception in work for one ends that one. Where it may have left something half-way, what is noted of the others is made
+anew and what the cache holds is examined; only a cache that is found to contradict itself is dropped (`_recover`).
 """
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Ordered
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from pagemill.base.errors import RequestError
+from pagemill.base.errors import IntegrityError, RequestError
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
 from pagemill.base.step import StepPlan, StepResult
 from pagemill.base.transfer import NO_MOVES, Moves
@@ -25,6 +27,7 @@ from pagemill.engine.ports import Clock, Decode, Executor
 from pagemill.engine.receipt import PrefillRate, Receipt
 from pagemill.engine.request import Marks, Request, Sequence
 from pagemill.engine.scheduler import Schedule, Scheduler
+from pagemill.engine.suspects import suspect_of
 
 _LOG: Final = logging.getLogger(__name__)
 _MOST_RECOVERIES: Final = 3
@@ -54,21 +57,8 @@ class Engine:
     """
 
     __slots__ = (
-        "_admission",
-        "_cache",
-        "_clock",
-        "_damage",
-        "_executor",
-        "_next_seq_id",
-        "_num_computed_tokens",
-        "_num_recoveries",
-        "_num_requests",
-        "_num_steps",
-        "_output",
-        "_rate",
-        "_scheduler",
-        "_seed",
-        "_unfinished",
+        "_admission", "_cache", "_clock", "_damage", "_executor", "_next_seq_id", "_num_computed_tokens",
+        "_num_recoveries", "_num_requests", "_num_steps", "_output", "_rate", "_scheduler", "_seed", "_unfinished",
         "on_stage",
     )  # fmt: skip
 
@@ -168,8 +158,8 @@ class Engine:
                 self._output.open(sequence)
                 self._scheduler.add(sequence)
         except Exception as error:
-            del self._unfinished[request_id]
-            self._damage = error
+            for sequence in sequences:
+                self._drop(sequence, error)
             self._rest()
             raise
         return request
@@ -181,12 +171,20 @@ class Engine:
         self._rest()
         return deltas
 
+    def discard(self, request_id: str, error: Exception) -> list[Delta]:
+        """End a request by force, where `abort` raised the error."""
+        sequences = list(self._unfinished.get(request_id, ()))
+        for sequence in sequences:
+            self._drop(sequence, error)
+        self._rest()
+        return [_broken(sequence, error) for sequence in sequences]
+
     def _rest(self) -> None:
         """Where nothing is unfinished, nobody waits for a step: what that would mend and wipe is done now."""
         if self._unfinished:
             return
         if self._damage is not None:
-            self._recover(self._damage)
+            self._mend(self._damage)
         self._settle_idle()
 
     def grant(self, tenant: str, weight: float = 1.0, priority: int = 0) -> None:
@@ -239,8 +237,8 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run one step. Returns what it added, in the plan's order; possibly nothing, for a chunk of a prompt."""
-        deltas = self._step() if self._damage is None else self._recover(self._damage) + self._step()
-        return deltas if self._damage is None else deltas + self._recover(self._damage)
+        deltas = self._step() if self._damage is None else self._mend(self._damage) + self._step()
+        return deltas if self._damage is None else deltas + self._mend(self._damage)
 
     def _step(self) -> list[Delta]:
         begin_s = self._clock.now()
@@ -249,9 +247,7 @@ class Engine:
             self._cache.check()
             schedule = scheduler.plan(begin_s)
         except Exception as error:
-            if scheduler.suspect is not None:
-                scheduler.suspect.num_faults += 1
-            return self._recover(error)
+            return self._unplanned(error)
         deltas: list[Delta] = []
         for sequence, failure in schedule.failed:
             deltas += self._end([sequence], "error", failure)
@@ -272,9 +268,13 @@ class Engine:
         try:
             if (moves := schedule.step.moves) is not NO_MOVES:
                 self._cache.moved(moves)
-            num_tokens = self._commit(schedule, result)
+            num_tokens, suspects = self._commit(schedule, result)
         except Exception as error:
             return deltas + self._recover(error)
+        if suspects:
+            deltas += self._part_with(*suspects)
+            if not scheduler.running:  # all that ran is to be computed again
+                return deltas
         if result.samples:
             self._num_recoveries = 0
         if self.on_stage is not None:
@@ -283,13 +283,67 @@ class Engine:
         seconds = end_s - begin_s
         if schedule.num_decoding < len(schedule.rows):
             self._rate.saw(schedule.step, seconds)
-        scheduler.ran(schedule, num_tokens, seconds)
+        try:
+            scheduler.ran(schedule, num_tokens, seconds)
+        except Exception as error:  # tokens that a tenant is not charged for
+            _LOG.error("a step is not counted: %s", type(error).__name__, exc_info=error)
         deltas += self._deltas(schedule, result, end_s)
         if self.on_stage is not None:
             self.on_stage("deltas")
         if not self._unfinished:
             self._settle_idle()
         return deltas
+
+    def _unplanned(self, error: Exception) -> list[Delta]:
+        """No step could be planned: whoever it could not be planned for ends, and the next step is for the others."""
+        scheduler, deltas = self._scheduler, list[Delta]()
+        suspect = suspect_of(error, self._alive) or scheduler.suspect
+        for sequence, failure in scheduler.failed:
+            deltas += self._end([sequence], "error", failure)
+        scheduler.failed.clear()
+        return deltas + (self._recover(error) if suspect is None else self._part_with((suspect, error)))
+
+    @property
+    def _alive(self) -> list[Sequence]:
+        """Sequences that are unfinished."""
+        return [each for request in self._unfinished.values() for each in request]
+
+    def _part_with(self, *suspects: tuple[Sequence, Exception]) -> list[Delta]:
+        """Something went wrong at these sequences. They end by it, if all is sound without them. Where it is not, or
+        what went wrong is that the cache contradicts itself, they are not to blame and computed again with the rest."""
+        errors = {sequence.seq_id: error for sequence, error in suspects}
+        error = next((each for each in errors.values() if isinstance(each, IntegrityError)), None)
+        if error is None and self._is_sound_without(errors):
+            deltas = []
+            for sequence in [each for each in self._alive if each.seq_id in errors]:
+                failure = errors[sequence.seq_id]
+                _LOG.error("a request ends by an error: %s", type(failure).__name__, exc_info=failure)
+                deltas += self._end([sequence], "error", failure)
+            return deltas
+        for sequence, _ in suspects:
+            sequence.num_faults += 1
+        return self._recover(error or suspects[0][1])
+
+    def _is_sound_without(self, seq_ids: Collection[int]) -> bool:
+        """Whether what is noted of all other sequences, made anew, and what the cache holds of them fit together."""
+        others = [each for each in self._alive if each.seq_id not in seq_ids]
+        try:
+            self._cache.keep_open({each.seq_id for each in others if each.status == "running"})
+            self._scheduler.renew(others)
+            self._cache.examine()
+        except Exception as error:
+            _LOG.error("what an error left is not sound: %s", type(error).__name__, exc_info=error)
+            return False
+        for sequence in self._alive:
+            if sequence.seq_id in seq_ids:
+                sequence.status = "finished"
+        return True
+
+    def _mend(self, error: Exception) -> list[Delta]:
+        """A request has ended by an error that may have left something half-way."""
+        self._damage = None
+        self._output.keep(self._alive)
+        return [] if not isinstance(error, IntegrityError) and self._is_sound_without(()) else self._recover(error)
 
     def _recover(self, error: Exception) -> list[Delta]:
         """The control plane contradicts itself. Nothing that the cache holds is trusted any more: all of it is dropped
@@ -299,7 +353,7 @@ class Engine:
         _LOG.error("the KV cache is dropped and computed again: %s", type(error).__name__, exc_info=error)
         self._damage = None
         self._cache.rebuild()
-        sequences = [each for request in self._unfinished.values() for each in request]
+        sequences = self._alive
         self._output.keep(sequences)
         self._scheduler.restart(each for each in sequences if each.status != "finished")
         hopeless = self._num_recoveries > _MOST_RECOVERIES
@@ -309,12 +363,12 @@ class Engine:
             self._settle_idle()
         return deltas
 
-    def _commit(self, schedule: Schedule, result: StepResult) -> int:
-        """Tell the cache what was computed. Returns the number of tokens."""
+    def _commit(self, schedule: Schedule, result: StepResult) -> tuple[int, list[tuple[Sequence, Exception]]]:
+        """Tell the cache what was computed. Returns the number of tokens, and at whom it went wrong by what."""
         commit = self._cache.commit
         failed = {failure.seq_id for failure in result.failures} if result.failures else ()
         num_tokens = 0
-        rows = schedule.rows
+        rows, suspects = schedule.rows, []
         for index, step in enumerate(schedule.step.sequences):
             count = len(step.token_ids)
             num_tokens += count
@@ -322,11 +376,10 @@ class Engine:
                 continue
             try:
                 commit(step.seq_id, step.start + count)
-            except Exception:
-                rows[index].num_faults += 1
-                raise
+            except Exception as error:
+                suspects.append((rows[index], error))
         self._num_computed_tokens += num_tokens
-        return num_tokens
+        return num_tokens, suspects
 
     def _deltas(self, schedule: Schedule, result: StepResult, now_s: float) -> list[Delta]:
         """What each sampled row tells. A row without a token, or whose text cannot be made, fails its own request."""
@@ -335,11 +388,11 @@ class Engine:
         failures = {each.seq_id: each.reason for each in result.failures} if result.failures else {}
         make_delta = self._output.delta
         for index, step in enumerate(schedule.step.sequences):
-            if not step.sample:
-                continue
             sequence = rows[index]
             if failures and sequence.seq_id in failures:
                 deltas += self._fail([sequence], RequestError(failures[sequence.seq_id], status=500))
+                continue
+            if not step.sample:
                 continue
             sample = samples[num_told]
             num_told += 1
@@ -347,13 +400,17 @@ class Engine:
                 continue
             try:
                 delta = make_delta(sequence, sample, step.num_generated + 1, now_s)
+                if delta.finish_reason is not None:
+                    delta = self._with_receipt(sequence, delta)
             except Exception as error:
                 deltas += self._fail([sequence], error)
                 continue
-            if delta.finish_reason is not None:
-                delta = self._with_receipt(sequence, delta)
-                self._forget(sequence)
             deltas.append(delta)
+            if delta.finish_reason is not None:
+                try:
+                    self._forget(sequence)
+                except Exception as error:
+                    self._drop(sequence, error)
         return deltas
 
     def _fail(self, sequences: Iterable[Sequence], error: Exception) -> list[Delta]:
@@ -364,11 +421,20 @@ class Engine:
         return deltas
 
     def _end(self, sequences: Iterable[Sequence], reason: FinishReason, error: Exception | None = None) -> list[Delta]:
+        """Last deltas of sequences, which are forgotten. One whose last delta cannot be made ends with an error."""
         deltas = []
         now_s = self._clock.now()
         for sequence in list(sequences):
-            deltas.append(self._with_receipt(sequence, self._output.ending(sequence, reason, now_s, error)))
-            self._forget(sequence)
+            try:
+                last = self._with_receipt(sequence, self._output.ending(sequence, reason, now_s, error))
+            except Exception as failure:
+                _LOG.error("a request ends without its last text: %s", type(failure).__name__, exc_info=failure)
+                last = _broken(sequence, error or failure)
+            deltas.append(last)
+            try:
+                self._forget(sequence)
+            except Exception as failure:
+                self._drop(sequence, failure)
         return deltas
 
     def _with_receipt(self, sequence: Sequence, delta: Delta) -> Delta:
@@ -390,18 +456,33 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         """Blocks, text and place of a sequence that has ended; its request's when it was the last choice."""
-        request_id = sequence.request.request_id
-        self._unfinished[request_id].remove(sequence)
-        if not self._unfinished[request_id]:
-            del self._unfinished[request_id]
-        try:
-            self._scheduler.remove(sequence)
-            self._output.close(sequence)
-        except Exception as error:
-            self._damage = error
+        self._strike(sequence)
+        self._scheduler.remove(sequence)
+        self._output.close(sequence)
         sequence.status = "finished"
+
+    def _drop(self, sequence: Sequence, error: Exception) -> None:
+        """The same where that raised the error: what it left is mended at the next step."""
+        _LOG.error("a request could not be forgotten: %s", type(error).__name__, exc_info=error)
+        self._strike(sequence)
+        self._damage = error
+        sequence.status = "finished"
+
+    def _strike(self, sequence: Sequence) -> None:
+        """It is no longer unfinished."""
+        choices = self._unfinished.get(sequence.request.request_id, [])
+        if sequence in choices:
+            choices.remove(sequence)
+        if not choices:
+            self._unfinished.pop(sequence.request.request_id, None)
 
     def _sequence(self, request: Request, choice: int) -> Sequence:
         self._next_seq_id += 1
         tokens = array("i", request.prompt_token_ids)
         return Sequence(self._next_seq_id, request, choice, tokens, Marks(request.arrival_s))
+
+
+def _broken(sequence: Sequence, error: Exception) -> Delta:
+    """The last delta of a sequence of which nothing can be told but the error."""
+    name = sequence.request.request_id
+    return Delta(name, sequence.choice, (), "", sequence.marks, finish_reason="error", error=error)

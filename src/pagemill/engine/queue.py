@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import replace
 
 from pagemill.engine.request import Sequence
@@ -72,6 +73,13 @@ class TenantQueue:
         """A kept place is no longer kept."""
         _take(self._kept, _entry(place))
         self.remove(place)
+
+    def anew(self, waiting: Iterable[Sequence]) -> TenantQueue:
+        """A queue of these sequences with the places that this one keeps, whatever state its order is in."""
+        made = TenantQueue()
+        made._kept = list(self._kept)
+        made._entries = sorted([*map(_entry, waiting), *self._kept])
+        return made
 
     def first(self, count: int) -> list[Sequence]:
         """Those of the first `count` places, or all; a finished one is a kept place."""

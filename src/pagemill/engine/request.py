@@ -61,7 +61,7 @@ class Sequence:
     in the order of first entries, from 1, never changed; 0 before. num_passed: how many later ones entered before it.
     reads_history: of its parameters, which say so at some cost. blocks: what the cache holds for it while it runs.
     num_faults: how often the cache was dropped for what went wrong at this sequence. is_late: it was found, waiting, to
-    be unable to end by its deadline.
+    be unable to end by its deadline. has_begun: of choice 0: its request has entered, by whichever choice.
     """
 
     seq_id: int
@@ -79,6 +79,7 @@ class Sequence:
     blocks: SequenceBlocks | None = None
     num_faults: int = 0
     is_late: bool = False
+    has_begun: bool = False
 
     @property
     def num_generated(self) -> int:

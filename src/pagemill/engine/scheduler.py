@@ -15,9 +15,10 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
-from pagemill.base.errors import CapacityError, PagemillError
+from pagemill.base.errors import CapacityError, IntegrityError, PagemillError
 from pagemill.base.step import SequenceStep, StepPlan
 from pagemill.cache.manager import CacheManager
 from pagemill.engine.admission import EngineLimits
@@ -28,11 +29,11 @@ from pagemill.engine.entering import Choice, Entering
 from pagemill.engine.fairness import Shares
 from pagemill.engine.lateness import Pace
 from pagemill.engine.preemption import choose_victim
-from pagemill.engine.queue import TenantQueue
 from pagemill.engine.request import Sequence, tenant_of
 
+_RANK = attrgetter("rank")
 _NEW = tuple.__new__  # of a named tuple, without the Python function that fills in its defaults
-Failed = tuple[tuple[Sequence, PagemillError], ...]
+Failed = tuple[tuple[Sequence, Exception], ...]
 
 
 class Schedule(NamedTuple):
@@ -48,12 +49,13 @@ class Schedule(NamedTuple):
 
 class Scheduler:
     """Waiting and running sequences over one cache. Mutated by `add`, `plan`, `ran` and `remove`. running: by rank.
-    suspect: with whose blocks `plan` was busy when it raised, None where with nobody's."""
+    suspect: with whose blocks `plan` was busy when it raised, None where with nobody's. failed: taken out, and not told
+    by any plan yet; where one raises, who calls it tells them and clears the list."""
 
     __slots__ = (
         "_backlog", "_budget", "_cache", "_deadlines", "_entering", "_is_bounded", "_limits", "_next_rank", "_now_s",
-        "_num_queued", "_num_waiting", "_pace", "num_expired", "num_preemptions", "num_tails_dropped", "running",
-        "shares", "suspect",
+        "_num_queued", "_num_waiting", "_pace", "failed", "num_expired", "num_preemptions", "num_tails_dropped",
+        "running", "shares", "suspect",
     )  # fmt: skip
 
     def __init__(self, limits: EngineLimits, cache: CacheManager) -> None:
@@ -75,6 +77,7 @@ class Scheduler:
         self.num_tails_dropped = 0
         self.num_expired = 0
         self.suspect: Sequence | None = None
+        self.failed: list[tuple[Sequence, Exception]] = []
 
     @property
     def num_waiting(self) -> int:
@@ -133,13 +136,13 @@ class Scheduler:
         if self._is_bounded:
             self._budget.began(now_s if self.running else None)
         self._cache.advance(now_s)
-        failed: list[tuple[Sequence, PagemillError]] = []
+        failed = self.failed
         if self._deadlines.num_live:
             for sequence, error in self._deadlines.due(now_s):
                 self.num_expired += 1
+                failed.append((sequence, error))
                 self.remove(sequence)
                 self._entering.expired(sequence)
-                failed.append((sequence, error))
         if self._cache.mode == "none":
             return self._plan_recompute(now_s, failed)
         if self._num_waiting and (displaced := self._entering.displaced(now_s)) is not None:
@@ -152,14 +155,16 @@ class Scheduler:
         if self._num_waiting or prompts:
             self._fill(rows, steps, prompts, failed, short=short)
         plan = _NEW(StepPlan, (tuple(steps), self._cache.moves()))
-        return _NEW(Schedule, (plan, tuple(rows), tuple(failed), num_decoding))
+        told = tuple(failed)
+        failed.clear()
+        return _NEW(Schedule, (plan, tuple(rows), told, num_decoding))
 
     def _fill(
         self,
         rows: list[Sequence],
         steps: list[SequenceStep],
         prompts: list[Sequence],
-        failed: list[tuple[Sequence, PagemillError]],
+        failed: list[tuple[Sequence, Exception]],
         *,
         short: bool,
     ) -> None:
@@ -192,7 +197,7 @@ class Scheduler:
             if (share := active.get(tenant_of(sequence))) is not None:
                 self.shares.charge(share, 0, 1)
 
-    def _plan_recompute(self, now_s: float, failed: list[tuple[Sequence, PagemillError]]) -> Schedule:
+    def _plan_recompute(self, now_s: float, failed: list[tuple[Sequence, Exception]]) -> Schedule:
         """Mode none: every row is a whole history from position 0. The earliest always runs, whatever its length; the
         others where tokens and scratch blocks last. A row left out loses nothing, for there is nothing to lose."""
         cache = self._cache
@@ -209,11 +214,13 @@ class Scheduler:
                 continue
             cache.resize(sequence.seq_id, num_tokens)
             budget -= self._add_chunk(sequence, num_tokens, rows, steps)
-        return Schedule(StepPlan(tuple(steps)), tuple(rows), tuple(failed))
+        told = tuple(failed)
+        failed.clear()
+        return Schedule(StepPlan(tuple(steps)), tuple(rows), told)
 
     def _grow_running(
         self,
-        failed: list[tuple[Sequence, PagemillError]],
+        failed: list[tuple[Sequence, Exception]],
         rows: list[Sequence],
         steps: list[SequenceStep],
         prompts: list[Sequence],
@@ -285,21 +292,40 @@ class Scheduler:
         computed anew. What was noted of any others is forgotten."""
         self.num_preemptions += len(self.running)
         self._entering.forget_hits()
-        self.running.clear()
-        for share in self.shares.active.values():
-            share.queue, share.num_queued, share.num_running = TenantQueue(), 0, 0
-        self._deadlines, self._num_waiting, self._num_queued = Deadlines(), 0, 0
-        for sequence in sequences:
+        alive = list(sequences)
+        for sequence in alive:
             sequence.num_preemptions += sequence.status == "running"
-            sequence.blocks = None
-            share = self.shares.of(tenant_of(sequence))
-            is_queued = not sequence.rank and sequence.first is None
+            sequence.status, sequence.blocks = "waiting", None
+        self.renew(alive)
+
+    def renew(self, sequences: Iterable[Sequence]) -> None:
+        """Something went wrong half-way: queues, places, counts and deadlines are made anew of `sequences`, all that
+        are unfinished. Raises IntegrityError where one that runs is not what the cache holds."""
+        alive = list(sequences)
+        self._deadlines, self._num_waiting, self._num_queued = Deadlines(), 0, 0
+        self.running[:] = sorted([each for each in alive if each.status == "running"], key=_RANK)
+        waiting: dict[str, list[Sequence]] = {}
+        shares = {tenant_of(each): self.shares.of(tenant_of(each)) for each in alive}
+        for share in self.shares.active.values():
+            share.num_queued = share.num_running = 0
+        for each in alive:
+            share = shares[tenant_of(each)]
+            if each.status == "running":
+                if each.blocks is None or each.blocks is not self._cache.blocks_of(each.seq_id):
+                    raise IntegrityError("a sequence that runs has other blocks than the KV cache says")
+                share.num_running += 1
+            else:
+                waiting.setdefault(share.name, []).append(each)
+            is_queued = not each.rank and each.first is None
             share.num_queued += is_queued
             self._num_queued += is_queued
-            self._deadlines.add(sequence)
-            self._wait(sequence)
-        for share in [each for each in self.shares.active.values() if each.is_idle]:
-            self.shares.rest(share)
+            self._deadlines.add(each)
+        for share in list(self.shares.active.values()):
+            share.queue = share.queue.anew(waiting.get(share.name, ()))
+            self._num_waiting += len(share.queue)
+            if share.is_idle:
+                self.shares.rest(share)
+        self._entering.changed()
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.status = "waiting"
@@ -350,13 +376,15 @@ class Scheduler:
     def _enter(self, sequence: Sequence, now_s: float) -> None:
         cache, share = self._cache, self.shares.active[tenant_of(sequence)]
         first, longest = sequence.first, self._limits.max_model_len
+        head = sequence if first is None else first
         self.suspect = sequence
         if first is not None and first.status == "running":
             cache.publish_tail(first.seq_id)
         lookup = cache.open(
             sequence.seq_id, len(sequence.tokens), longest, sequence.tokens, sequence.request.cache,
-            sequence.rank > 0 or first is not None,
+            head.has_begun,
         )  # fmt: skip
+        head.has_begun = True
         self._entering.enters(share, sequence)
         share.queue.remove(sequence)
         self._num_waiting -= 1
@@ -374,7 +402,7 @@ class Scheduler:
         sequence.blocks = cache.blocks_of(sequence.seq_id)
         self.suspect = None
 
-    def _let_in(self, prompts: list[Sequence], left: int, failed: list[tuple[Sequence, PagemillError]]) -> None:
+    def _let_in(self, prompts: list[Sequence], left: int, failed: list[tuple[Sequence, Exception]]) -> None:
         """Waiting sequences become prompts to be read as long as `left` tokens reach to them in this step."""
         most = min(self._limits.max_num_seqs, self._limits.max_num_batched_tokens)
         while len(self.running) < most and (choice := self._entering.choose(prompts, self._now_s)) is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from typing import Final
 
+from pagemill.base.blame import blamed, reason_of
 from pagemill.base.kv_spec import KVSpec
-from pagemill.base.step import SequenceStep, StepPlan, StepResult
+from pagemill.base.params import SamplingParams
+from pagemill.base.step import Sample, SampleFailure, SequenceStep, StepPlan, StepResult
 from pagemill.base.transfer import NO_MOVES
 from pagemill.decoding.adjust import LogitAdjuster
 from pagemill.decoding.grammar import GrammarCompiler
@@ -15,6 +19,7 @@ from pagemill.execution.batch import BatchBuilder
 from pagemill.kernels.batch import ModelExecutor
 from pagemill.kernels.native import NativeExecutor
 
+_LOG: Final = logging.getLogger(__name__)
 _NEW = tuple.__new__  # of a named tuple, without the Python function that fills in its defaults
 
 
@@ -52,10 +57,33 @@ class Runner:
         self.model.resize(num_blocks)
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Make the plan's moves, compute its tokens, then choose the next token of each sequence that samples."""
+        """Make the plan's moves, compute its tokens, then choose the next token of each sequence that samples.
+
+        Where an error comes of work for one sequence, that one fails and the others are computed once more: to the same
+        numbers, for what a step computes and chooses depends on its text and its seed alone. Memory that runs out and
+        what concerns all of them is raised.
+        """
         moves, sequences = plan.moves, plan.sequences
         if moves is not NO_MOVES and moves:
             self.model.move(moves)
+        if not sequences:
+            return StepResult(())
+        failures: tuple[SampleFailure, ...] = ()
+        while True:
+            try:
+                result = self._run_all(sequences)
+            except MemoryError:
+                raise
+            except Exception as error:
+                failed = _row_of(error, sequences)
+                if failed is None:
+                    raise
+                failures += (SampleFailure(failed.seq_id, reason_of(error, _LOG)),)
+                sequences = tuple(each for each in sequences if each.seq_id != failed.seq_id)
+                continue
+            return result if not failures else StepResult(result.samples, (*result.failures, *failures))
+
+    def _run_all(self, sequences: tuple[SequenceStep, ...]) -> StepResult:
         if not sequences:
             return StepResult(())
         for sequence in sequences:
@@ -69,11 +97,18 @@ class Runner:
         for rows in first:
             self._run_rows(rows)
         result = self._run_rows(last)
-        samples = tuple(
-            sample._replace(prompt=found) if (found := self._prompts.finish(sample.seq_id)) else sample
-            for sample in result.samples
-        )
-        return StepResult(samples, result.failures)
+        samples: list[Sample] = []
+        failures = list(result.failures)
+        for sample in result.samples:
+            try:
+                found = self._prompts.finish(sample.seq_id)
+            except MemoryError:
+                raise
+            except Exception as error:  # what others had is gone from there, so that nothing can be done again
+                failures.append(SampleFailure(sample.seq_id, reason_of(error, _LOG)))
+                continue
+            samples.append(sample._replace(prompt=found) if found else sample)
+        return StepResult(tuple(samples), tuple(failures))
 
     def _run_rows(self, sequences: tuple[SequenceStep, ...]) -> StepResult:
         on_stage = self.on_stage
@@ -95,3 +130,18 @@ class Runner:
         if on_stage is not None:
             on_stage("sampling")
         return result
+
+
+def _row_of(error: Exception, sequences: Sequence[SequenceStep]) -> SequenceStep | None:
+    """For which of the rows the work was that failed; None where for none alone."""
+    known = {each.seq_id: each for each in sequences}
+
+    def whose(name: str, value: object) -> SequenceStep | None:
+        if isinstance(value, SequenceStep | Sample | SampleFailure):
+            return known.get(value.seq_id)
+        if isinstance(value, SamplingParams):
+            owners = [each for each in sequences if each.params is value]
+            return owners[0] if owners else None
+        return known.get(value) if name == "seq_id" and isinstance(value, int) else None
+
+    return blamed(error, whose)

@@ -24,6 +24,7 @@ from pagemill.base.params import CacheOptions, SamplingParams
 from pagemill.build import Built, LoadProgress, build
 from pagemill.engine.engine import Engine, EngineStats
 from pagemill.engine.output import Delta
+from pagemill.engine.request import Marks
 from pagemill.llm.engine_thread import Abort, Batch, Call, EngineThread, Enter, Entrant
 from pagemill.llm.outputs import RequestOutput
 from pagemill.llm.prompts import chat_prompt, text_of
@@ -50,8 +51,8 @@ class RequestStream:
 
     def __init__(self, asks: Mapping[str, Ask], close: Callable[[Sequence[str]], None]) -> None:
         self.request_ids = tuple(asks)
-        self._open = {request_id: ask[1].n for request_id, ask in asks.items()}
-        self._num_open = sum(self._open.values())
+        self._open = {request_id: set(range(ask[1].n)) for request_id, ask in asks.items()}
+        self._num_open = sum(map(len, self._open.values()))
         self._deltas: list[Delta] = []
         self._waiter: asyncio.Future[None] | None = None
         self._close = close
@@ -70,7 +71,18 @@ class RequestStream:
         self._deltas.append(delta)
         if delta.finish_reason is not None:
             self._num_open -= 1
-            self._open[delta.request_id] -= 1
+            self._open[delta.request_id].discard(delta.choice)
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """What came cannot be told: all that is open ends with the error. Wakes who waits."""
+        marks = Marks(0.0)
+        for request_id, choices in self._open.items():
+            for choice in sorted(choices):
+                last = Delta(request_id, choice, (), "", marks, finish_reason="error", error=error)
+                self._deltas.append(last)
+            choices.clear()
+        self._num_open = 0
         self._wake()
 
     async def next(self) -> list[Delta]:
@@ -84,7 +96,7 @@ class RequestStream:
     def close(self) -> None:
         """Leave: what still runs is aborted and its blocks are free before the next step. Closing twice is nothing."""
         self._deltas = []
-        self._close([request_id for request_id, num_open in self._open.items() if num_open])
+        self._close([request_id for request_id, choices in self._open.items() if choices])
         self._num_open = 0
         self._wake()
 
@@ -278,8 +290,8 @@ class AsyncLLM:
         reply = self._loop.create_future()
         self._tickets[ticket] = reply
         self._streams |= dict.fromkeys(named, stream)
-        self._thread.send(Enter(ticket, tuple(Entrant(key, *ask, arrival_s) for key, ask in named.items())))
         try:
+            self._thread.send(Enter(ticket, tuple(Entrant(key, *ask, arrival_s) for key, ask in named.items())))
             await reply
         except asyncio.CancelledError:
             self._leave(stream.request_ids)
@@ -408,11 +420,22 @@ class AsyncLLM:
             stream = streams.get(delta.request_id)
             if stream is None:
                 continue
-            stream.push(delta)
-            if delta.finish_reason is not None and stream.has_ended(delta.request_id):
-                del streams[delta.request_id]
+            try:
+                stream.push(delta)
+                if delta.finish_reason is not None and stream.has_ended(delta.request_id):
+                    del streams[delta.request_id]
+            except Exception as error:
+                self._break_off(stream, error)
         if batch.fatal is not None:
             self._end(batch.fatal)
+
+    def _break_off(self, stream: RequestStream, error: Exception) -> None:
+        """What came of a stream's requests cannot be handed on: they end, and nobody else."""
+        _LOG.error("an answer could not be delivered: %s", type(error).__name__, exc_info=error)
+        for request_id in stream.request_ids:
+            self._streams.pop(request_id, None)
+        self._thread.send(Abort(stream.request_ids))
+        stream.fail(error)
 
     def _end(self, error: Exception) -> None:
         self._fatal = self._fatal or error

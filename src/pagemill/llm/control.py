@@ -27,6 +27,17 @@ class Pin:
     expires_s: float
 
 
+class Purged(int):
+    """How many blocks a purge dropped. num_pins: pins that ended with them, whose `unpin` is False from then on."""
+
+    num_pins: int
+
+    def __new__(cls, num_blocks: int, num_pins: int) -> Purged:
+        purged = super().__new__(cls, num_blocks)
+        purged.num_pins = num_pins
+        return purged
+
+
 class CacheControl:
     """The prefix cache of an LLM. Raises ConfigError where the engine shares nothing (`enable_prefix_caching`).
 
@@ -44,6 +55,7 @@ class CacheControl:
     def stats(self, sizes: Sequence[int] | None = None) -> dict[str, Any]:
         """Use of the cache now, what it found since the start, and `curve`, as one JSON object."""
         with self._lock:
+            self._engine.advance_clock()
             return cache_stats(self._engine, sizes)
 
     def curve(self, sizes: Sequence[int] | None = None) -> dict[str, Any]:
@@ -76,6 +88,7 @@ class CacheControl:
         where all of these do. Raises CapacityError beyond the tenant's cap or half of the cache, and RequestError for a
         time that is none, or where nothing of the prompt is there to be kept."""
         tokens = self._tokens(prompt, options)
+        _check_given(prompt, tokens, "give the text that is to be kept")
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):
             raise RequestError(f"seconds is {seconds!r}; give a number of seconds above 0")
         with self._lock:
@@ -88,10 +101,12 @@ class CacheControl:
         if not isinstance(pin, Pin):
             raise RequestError(f"a pin is a {type(pin).__name__}; give what `pin` returned")
         with self._lock:
+            self._engine.advance_clock()
             return self._shared.unpin(pin.pin_id)
 
-    def purge(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
-        """Drop a text, but not what other texts share with it. Returns blocks dropped, after their pages are wiped.
+    def purge(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> Purged:
+        """Drop a text, but not what other texts share with it. Returns blocks dropped, after their pages are wiped, and
+        the pins that ended with them (`num_pins`).
 
         prompt: a prompt, of which all stays that another cached text goes on from, its own answer too: `purge_prefix`
         first drops these. Or the RequestOutput of a request that has ended: its prompt and the tokens of each choice
@@ -103,24 +118,26 @@ class CacheControl:
             texts = [self._tokens(prompt, options)]
         return self._purged(lambda: sum(self._shared.purge_text(options, tokens) for tokens in texts))
 
-    def purge_prefix(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
+    def purge_prefix(self, prompt: Any, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> Purged:
         """Drop every text that begins like this; blocks that end before the prompt does stay, for others may begin so
-        too, until `purge` drops those that none does. Returns as `purge` does."""
+        too, until `purge` drops those that none does. Returns as `purge` does. Raises RequestError for an empty prompt,
+        which every text begins with."""
         tokens = self._tokens(prompt, options)
+        _check_given(prompt, tokens, "name a beginning, or drop all of them by purge_namespace")
         return self._purged(lambda: self._shared.purge_prefix(options, tokens))
 
-    def purge_namespace(self, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> int:
+    def purge_namespace(self, options: CacheOptions = DEFAULT_CACHE_OPTIONS) -> Purged:
         """Drop every text of a tenant's namespace with this salt, or of a public one. Returns as `purge` does."""
         _check_options(options)
         return self._purged(lambda: self._shared.purge_namespace(options))
 
-    def purge_tenant(self, tenant: str) -> int:
+    def purge_tenant(self, tenant: str) -> Purged:
         """Drop every text of a tenant, with its secret. Returns as `purge` does. Raises RequestError where only known
         tenants may enter and this is none."""
         _check_name("a tenant", tenant)
         return self._purged(lambda: self._shared.purge_tenant(tenant))
 
-    def remove_tenant(self, tenant: str) -> int:
+    def remove_tenant(self, tenant: str) -> Purged:
         """`purge_tenant`, and its quota goes too; where only known tenants may enter, it is none any more. Raises as
         that does."""
         _check_name("a tenant", tenant)
@@ -144,12 +161,13 @@ class CacheControl:
                 f"the prompt's token ids are no 32-bit numbers ({error}); give ids of this model"
             ) from None
 
-    def _purged(self, drop: Callable[[], int]) -> int:
+    def _purged(self, drop: Callable[[], int]) -> Purged:
         with self._lock:
             self._engine.advance_clock()
+            num_forced = self._shared.leases.num_forced
             count = drop()
             self._engine.settle()
-            return count
+            return Purged(count, self._shared.leases.num_forced - num_forced)
 
 
 def _texts_of(output: RequestOutput) -> list[list[int]]:
@@ -161,6 +179,12 @@ def _texts_of(output: RequestOutput) -> list[list[int]]:
             f"output that has a finish_reason, or drop all that begins with the prompt by purge_prefix"
         )
     return [[*output.prompt_token_ids, *each.token_ids] for each in output.outputs]
+
+
+def _check_given(prompt: Any, tokens: array[int], remedy: str) -> None:
+    """The tokens of an empty text may be that of every beginning."""
+    if not tokens or prompt in ("", {"prompt": ""}):
+        raise RequestError(f"the prompt is empty; {remedy}")
 
 
 def _check_options(options: object) -> None:

@@ -3,13 +3,14 @@ frozen values) and the way out (one batch a step); what the batches mean to call
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, Final
 
 from pagemill.base.errors import PagemillError
 from pagemill.base.params import CacheOptions, SamplingParams
@@ -18,6 +19,7 @@ from pagemill.engine.engine import Engine
 from pagemill.engine.output import Delta
 from pagemill.engine.request import Marks
 
+_LOG: Final = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.005  # where requests wait and none can run
 
 
@@ -147,15 +149,17 @@ class EngineThread:
                 return False
             block = False
             if isinstance(command, Enter):
-                batch.replies.append((command.ticket, self._enter(engine, command, batch)))
+                try:
+                    error = self._enter(engine, command, batch)
+                except Exception as failure:
+                    error = failure
+                batch.replies.append((command.ticket, error))
             elif isinstance(command, Abort):
-                for request_id in command.request_ids:
-                    batch.deltas += engine.abort(request_id)
+                self._abort(engine, command.request_ids, batch)
             elif isinstance(command, Call):
                 self._call(engine, command)
             else:
-                for request_id in list(self._open):
-                    batch.deltas += engine.abort(request_id)
+                self._abort(engine, list(self._open), batch)
                 return True
 
     def _enter(self, engine: Engine, command: Enter, batch: Batch) -> Exception | None:
@@ -167,11 +171,19 @@ class EngineThread:
                 )  # fmt: skip
                 entered.append(each.request_id)
         except Exception as error:
-            for request_id in entered:  # which may tell of others, where the cache had to be dropped
-                batch.deltas += engine.abort(request_id)
+            self._abort(engine, entered, batch)
             return error
         self._open |= {each.request_id: each.params.n for each in command.entrants}
         return None
+
+    def _abort(self, engine: Engine, request_ids: Sequence[str], batch: Batch) -> None:
+        """End requests, by force where it cannot be done otherwise: the thread ends for none of them."""
+        for request_id in request_ids:
+            try:
+                batch.deltas += engine.abort(request_id)
+            except Exception as error:
+                _LOG.error("a request could not be aborted: %s", type(error).__name__, exc_info=error)
+                batch.deltas += engine.discard(request_id, error)
 
     def _call(self, engine: Engine, command: Call) -> None:
         if not command.reply.set_running_or_notify_cancel():
@@ -186,17 +198,12 @@ class EngineThread:
         try:
             deltas = engine.step()
         except Exception as error:
-            batch.deltas += self._fail_open(engine, error)
+            failed = Batch()
+            self._abort(engine, list(self._open), failed)
+            batch.deltas += [each._replace(finish_reason="error", error=error) for each in failed.deltas]
             return False
         batch.deltas += deltas
         return not deltas and not engine.stats().num_running
-
-    def _fail_open(self, engine: Engine, error: Exception) -> list[Delta]:
-        failed = []
-        for request_id in list(self._open):
-            ended = engine.abort(request_id)
-            failed += [each._replace(finish_reason="error", error=error) for each in ended]
-        return failed
 
     def _hand_on(self, batch: Batch) -> None:
         for delta in batch.deltas:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from pagemill.base.errors import RequestError
@@ -26,6 +28,8 @@ class Session:
             other = session.fork()
 
     An answer that ends in an error, or is left before its end without a token, adds nothing to the conversation.
+    One answer at a time: while one is under way, for whatever thread, `say`, `stream` and `restore` raise RequestError
+    (409). A fork may answer at the same time; it begins with what was said before.
     """
 
     def __init__(self, llm: LLM, system: str | None, options: CacheOptions) -> None:
@@ -34,11 +38,12 @@ class Session:
         self._messages: Messages = ({"role": "system", "content": system},) if system else ()
         self._marks: list[Messages] = []
         self._encoder = RememberingEncoder(llm.tokenizer)
+        self._answering = Lock()
         self._closed = False
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation so far, a copy."""
+        """The conversation so far, a copy; of a closed session, what it was."""
         return [dict(each) for each in self._messages]
 
     @property
@@ -47,37 +52,42 @@ class Session:
         return len(self._prompt(self._messages)["prompt_token_ids"]) if self._messages else 0
 
     def say(self, text: str, params: SamplingParams | None = None) -> RequestOutput:
-        """Ask, and keep question and answer (choice 0). Raises what `LLM.generate` raises."""
-        asked = self._asked(text)
-        [output] = self._llm.generate([self._prompt(asked)], params, cache=self._options)
-        if output.error is None:
-            self._messages = (*asked, {"role": "assistant", "content": output.outputs[0].text})
-        return output
+        """Ask, and keep question and answer (choice 0). Raises what `LLM.generate` raises, and RequestError (409) while
+        another answer is under way."""
+        with self._alone():
+            asked = self._asked(text)
+            [output] = self._llm.generate([self._prompt(asked)], params, cache=self._options)
+            if output.error is None:
+                self._keep(asked, output.outputs[0].text)
+            return output
 
     def stream(self, text: str, params: SamplingParams | None = None) -> Generator[Delta]:
-        """The same as deltas; what has been said when the iterator is left is kept, unless it ended in an error."""
-        asked = self._asked(text)
-        said: list[str] = []
-        failed = False
-        stream = self._llm.stream(self._prompt(asked), params, cache=self._options)
-        try:
-            for delta in stream:
-                if delta.choice == 0:
-                    said.append(delta.text)
-                yield delta
-        except Exception:
-            failed = True
-            raise
-        finally:
-            stream.close()
-            if said and not failed and not self._closed:
-                self._messages = (*asked, {"role": "assistant", "content": "".join(said)})
+        """The same as deltas; what has been said when the iterator is left is kept, unless it ended in an error. The
+        answer is under way from the first delta until the iterator has ended or is closed."""
+        with self._alone():
+            asked = self._asked(text)
+            said: list[str] = []
+            failed = False
+            stream = self._llm.stream(self._prompt(asked), params, cache=self._options)
+            try:
+                for delta in stream:
+                    if delta.choice == 0:
+                        said.append(delta.text)
+                    yield delta
+            except Exception:
+                failed = True
+                raise
+            finally:
+                stream.close()
+                if said and not failed:
+                    self._keep(asked, "".join(said))
 
     def fork(self) -> Session:
-        """A conversation that goes on from here on its own."""
+        """A conversation that goes on from here on its own. It knows the snapshots that were made so far."""
         self._check_open()
         branch = Session(self._llm, None, self._options)
         branch._messages = self._messages
+        branch._marks = list(self._marks)
         branch._encoder = self._encoder.copy()
         return branch
 
@@ -89,15 +99,16 @@ class Session:
 
     def restore(self, mark: int) -> None:
         """Go back to a marked point, or forward again. Raises RequestError for a number that no `snapshot` gave."""
-        self._check_open()
-        if isinstance(mark, bool) or not isinstance(mark, int) or not 0 <= mark < len(self._marks):
-            raise RequestError(f"there is no snapshot {mark!r:.40}; there are {len(self._marks)}, counted from 0")
-        self._messages = self._marks[mark]
+        with self._alone():
+            self._check_open()
+            if isinstance(mark, bool) or not isinstance(mark, int) or not 0 <= mark < len(self._marks):
+                raise RequestError(f"there is no snapshot {mark!r:.40}; there are {len(self._marks)}, counted from 0")
+            self._messages = self._marks[mark]
 
     def close(self) -> None:
-        """End the session; closing twice is no mistake."""
+        """End the session: `messages` stays to be read, and nothing is added any more. Closing twice is no mistake."""
         self._closed = True
-        self._messages, self._marks = (), []
+        self._marks = []
         self._encoder.forget()
 
     def __enter__(self) -> Session:
@@ -106,8 +117,25 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """For one answer, or a change. Raises RequestError where another is under way."""
+        if not self._answering.acquire(blocking=False):
+            raise RequestError(
+                "this session is answering; wait until it has, read or close its open stream, or ask a fork of it",
+                status=409,
+            )
+        try:
+            yield
+        finally:
+            self._answering.release()
+
+    def _keep(self, asked: Messages, answer: str) -> None:
+        if not self._closed:
+            self._messages = (*asked, {"role": "assistant", "content": answer})
+
     def _prompt(self, messages: Messages) -> dict[str, Any]:
-        return self._llm.chat_prompt(messages, self._encoder)
+        return self._llm.chat_prompt(messages, None if self._closed else self._encoder)
 
     def _asked(self, text: str) -> Messages:
         self._check_open()

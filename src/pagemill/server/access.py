@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -180,8 +181,8 @@ class KeyRing:
     """The keys in force. Mutated by `reload`, which `find` calls when the file may have changed.
 
     path: of the file of keys. extra: further keys, such as one from the command line. Without either everybody may
-    enter (`is_open`). A file that has become unreadable or wrong changes nothing: it is logged, and the keys as last
-    read stay in force. Raises ConfigError where it is wrong at the start.
+    enter (`is_open`). A file that has become unreadable or wrong changes nothing: each reason is logged once, and the
+    keys as last read stay in force. Raises ConfigError where it is wrong at the start.
     """
 
     def __init__(self, path: Path | None, extra: Iterable[KeyEntry], clock: Clock) -> None:
@@ -190,6 +191,7 @@ class KeyRing:
         self._clock = clock
         self._checked_s = clock.now()
         self._state: _State | None = None
+        self._told: str | None = None  # what was wrong of the file when it was last read
         self._by_id: dict[str, list[Identity]] = {}
         self.nobody = Identity(None, clock)
         if path is not None:
@@ -213,7 +215,8 @@ class KeyRing:
         """Whose key this is. Raises RefusedError (401) for none and for one that is not known.
 
         The public half chooses whom to compare with; of those, every hash is compared, each in constant time, whether
-        one has matched or not, and for an unknown half one comparison is made as well.
+        one has matched or not, and for an unknown half one comparison is made as well. So a known half and an unknown
+        one take the same comparisons.
         """
         self._reload_if_due()
         if self.is_open:
@@ -223,16 +226,17 @@ class KeyRing:
         key = key[:MAX_KEY_CHARS]
         given = hash_key(key)
         found: Identity | None = None
-        for identity in self._by_id.get(id_of(key), ()):
-            if identity.entry is not None and hmac.compare_digest(given, identity.entry.sha256):
+        for identity in self._by_id.get(id_of(key)) or (self.nobody,):
+            known = _NO_HASH if identity.entry is None else identity.entry.sha256
+            if hmac.compare_digest(given, known) and identity.entry is not None:
                 found = identity
         if found is None:
-            hmac.compare_digest(given, _NO_HASH)
             raise RefusedError("this key is not known; check it, or ask the operator for one", 401, "unknown key")
         return found
 
     def reload(self) -> bool:
-        """Read the file again where it has changed. True where keys in force are other ones now."""
+        """Read the file again where it has changed. True where keys in force are other ones now. Raises ConfigError,
+        and changes nothing, where it cannot be read or is wrong."""
         if self._path is None:
             return False
         try:
@@ -241,11 +245,11 @@ class KeyRing:
                 return False
             entries = read_keys(self._path)
         except ConfigError as error:
-            if self._state is not None:
+            if str(error) != self._told:
                 _LOG.error("the keys stay as they were: %s", error)
-            self._state = None
-            return False
-        self._state = state
+            self._state, self._told = None, str(error)
+            raise
+        self._state, self._told = state, None
         self._adopt((*self._extra, *entries))
         _LOG.info("read %d keys from %s", len(entries), self._path)
         return True
@@ -254,7 +258,8 @@ class KeyRing:
         now_s = self._clock.now()
         if now_s - self._checked_s >= RELOAD_S:
             self._checked_s = now_s
-            self.reload()
+            with suppress(ConfigError):  # logged
+                self.reload()
 
     def _adopt(self, entries: Iterable[KeyEntry]) -> None:
         """These and no others; who stays keeps what it has used."""

@@ -47,7 +47,8 @@ _QUIET: Final = frozenset({"/health", "/metrics"})
 class Visit:
     """One request inside. Mutated by the route: `num_tokens` is what the log shows.
 
-    identity: whose it is. request_id: told in the header x-request-id. trace: to be handed on to the engine.
+    identity: whose it is. request_id: told in the header x-request-id. trace: to be handed on to the engine. refusal:
+    why the engine did not let it in, as the metrics have it.
     """
 
     identity: Identity
@@ -55,6 +56,7 @@ class Visit:
     trace: RequestTrace
     num_tokens: int | None = None
     num_cached_tokens: int | None = None
+    refusal: str | None = None
 
     @property
     def tenant(self) -> str:
@@ -64,6 +66,10 @@ class Visit:
         """Tokens were used, of prompt or answer."""
         self.num_tokens = (self.num_tokens or 0) + num_tokens
         self.identity.charge_tokens(num_tokens)
+
+    def refused(self, reason: str) -> None:
+        """The engine does not let it in."""
+        self.refusal = reason
 
 
 def visit_of(scope: Mapping[str, Any]) -> Visit:
@@ -142,6 +148,8 @@ class Door:
         finally:
             self._num_open -= 1
             self._metrics["pagemill:http_open_requests"].shift(-1)
+            if visit.refusal is not None:
+                self._metrics["pagemill:http_refused"].add(1, visit.refusal)
             if counted and scope["path"] not in self._open_routes:
                 identity.leave()
             self._told(record, visit)
@@ -161,7 +169,8 @@ class Door:
             return self._ring.nobody
         identity = self._ring.find(_key_of(headers))
         if not self._ring.is_open and not self._fits(identity.role, path):
-            raise RefusedError(f"a key of role {identity.role} may not do this", 403, "role")
+            role = "metrics or admin" if path.strip() == METRICS_ROUTE else self._role
+            raise RefusedError(f"this takes a key of role {role}, and yours is of role {identity.role}", 403, "role")
         if self._num_open >= self._max_open:
             raise RefusedError(f"{self._num_open:,} requests are under way; try again soon", 503, "room", 1.0)
         if _counts(method):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import stat
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 from pagemill.base.errors import ConfigError
 
+_HOST_NAME: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]{0,251}[a-z0-9_])?", re.ASCII)
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -75,8 +77,10 @@ class HostCheck:
 
     @classmethod
     def of(cls, host: str, *, has_keys: bool, insecure: bool, allowed: Iterable[str] = ()) -> HostCheck:
-        """Any name where keys are asked for or `insecure` was said, unless names are given; else this machine's own."""
-        extra = frozenset(each.strip().lower() for each in allowed if each.strip())
+        """Any name where keys are asked for or `insecure` was said, unless names are given; else this machine's own.
+        Raises ConfigError for an allowed name that no Host header can be."""
+        given = list(allowed)
+        extra = frozenset(map(_host_name, given)) if any(map(str.strip, given)) else frozenset[str]()
         if (has_keys or insecure) and not extra:
             return cls(None)
         return cls(LOOPBACK_NAMES | extra | {host.lower().removeprefix("[").removesuffix("]")})
@@ -96,6 +100,22 @@ class HostCheck:
         except ValueError:
             return False
         return name is not None and name in self.names
+
+
+def _host_name(given: str) -> str:
+    """A name as `_name_of` finds it in a header."""
+    name = given.strip().lower().removeprefix("[").removesuffix("]").removesuffix(".")
+    try:
+        if ":" in name:
+            return str(ipaddress.IPv6Address(name))
+    except ValueError:
+        name = ""
+    if _HOST_NAME.fullmatch(name) is None:
+        raise ConfigError(
+            f"allowed_hosts names {given!r:.60}; give names as they stand in an address, without port or path, and one "
+            "comma between two"
+        )
+    return name
 
 
 def _name_of(header: str) -> str:

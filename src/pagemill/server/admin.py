@@ -8,7 +8,11 @@ once in the ready line, or those of role admin in the file of keys. The public p
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Mapping
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final, Protocol, TypeVar
 
 import orjson
@@ -27,6 +31,7 @@ from pagemill.server.access_door import App, Door
 from pagemill.server.access_keys import KeyEntry, given_key, make_key
 from pagemill.server.access_listen import HostCheck
 from pagemill.server.error_shape import error_body
+from pagemill.server.errors import FieldError, about, json_fault, named
 from pagemill.server.limits import Limits
 from pagemill.server.limits_body import BodyLimits
 from pagemill.telemetry.metrics import Metrics
@@ -37,6 +42,8 @@ Answer = Callable[[Request], Awaitable[Any]]
 ADMIN_KEY_NAME: Final = "admin-at-start"
 MAX_PIN_S: Final = 30 * 86_400.0
 _MAX_DIGITS: Final = 18
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class EngineSide(Protocol):
@@ -136,7 +143,10 @@ class _Routes:
     async def stats(self, request: Request) -> Any:
         query = _query(request, "sizes")
         sizes = [_number("sizes", each) for each in query["sizes"].split(",")] if query.get("sizes") else None
-        return await self._call(lambda engine: cache_stats(engine, sizes))
+        try:
+            return await self._call(lambda engine: cache_stats(engine, sizes))
+        except ConfigError as error:
+            raise FieldError(str(error), param="sizes") from None
 
     async def blocks(self, request: Request) -> Any:
         query = _query(request, "limit", "after", "tenant")
@@ -153,25 +163,35 @@ class _Routes:
         )
 
     async def purge(self, request: Request) -> Any:
-        body = _body(request, "what", "tenant", "salt", "public", "prompt", "prompt_token_ids")
-        token_ids = await self._token_ids(body)
-        what = body.get("what", "namespace" if token_ids is None else "prefix")
-        return await self._call(lambda engine: admin_cache.purge(engine, _options(body), str(what), token_ids))
+        body = await _body(request, "what", "tenant", "salt", "public", "prompt", "prompt_token_ids")
+        token_ids = await self._token_ids(body, ', or drop all by "what": "namespace"')
+        options = _options(body)
+        what = body.get("what", None if token_ids is None else "prefix")
+        if what is None:
+            raise FieldError(
+                'say what goes: prompt or prompt_token_ids, "what": "namespace" for all of a tenant with this salt, or '
+                '"what": "tenant" for all of it',
+                param="what",
+            )
+        return await self._ask_of(body, lambda engine: admin_cache.purge(engine, options, str(what), token_ids))
 
     async def pin(self, request: Request) -> Any:
-        body = _body(request, "seconds", "tenant", "salt", "public", "prompt", "prompt_token_ids")
+        body = await _body(request, "seconds", "tenant", "salt", "public", "prompt", "prompt_token_ids")
         seconds = body.get("seconds")
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_PIN_S:
-            raise RequestError(f"seconds is {seconds!r:.40}; give a time above 0 and up to {MAX_PIN_S:,.0f}")
+            raise FieldError(
+                f"seconds is {seconds!r:.40}; give a time above 0 and up to {MAX_PIN_S:,.0f}", param="seconds"
+            )
         token_ids = await self._token_ids(body)
         if not token_ids:
-            raise RequestError("give prompt or prompt_token_ids of the text to be pinned")
-        return await self._call(lambda engine: admin_cache.pin(engine, _options(body), token_ids, float(seconds)))
+            raise FieldError("give prompt or prompt_token_ids of the text to be pinned", param=_text_field(body))
+        options = _options(body)
+        return await self._ask_of(body, lambda engine: admin_cache.pin(engine, options, token_ids, float(seconds)))
 
     async def unpin(self, request: Request) -> Any:
         text = request.path_params["pin_id"]
         if not (text.isascii() and text.isdecimal()) or len(text) > _MAX_DIGITS:
-            raise RequestError(f"pin is {text!r:.40}; give the number that the pin was answered with")
+            raise FieldError(f"pin is {text!r:.40}; give the number that the pin was answered with", param="pin")
         pin_id = int(text)
         return await self._call(lambda engine: admin_cache.unpin(engine, pin_id))
 
@@ -179,15 +199,19 @@ class _Routes:
         return await self._call(admin_cache.list_tenants)
 
     async def set_quota(self, request: Request) -> Any:
-        body = _body(request, "floor_tokens", "cap_tokens")
-        tenant, floor, cap = request.path_params["tenant"], body.get("floor_tokens"), body.get("cap_tokens")
-        return await self._call(lambda engine: admin_cache.set_quota(engine, tenant, floor, cap))
+        body = await _body(request, "floor_tokens", "cap_tokens")
+        tenant = request.path_params["tenant"]
+        return await self._call(lambda engine: admin_cache.set_quota(engine, tenant, body))
 
     async def keys(self, request: Request) -> Any:
         return {"keys": [entry.describe() for entry in self._public_ring.entries()]}
 
     async def reload_keys(self, request: Request) -> Any:
-        return {"changed": self._public_ring.reload(), "keys": self._public_ring.num_keys}
+        try:
+            changed = self._public_ring.reload()
+        except ConfigError as error:
+            raise RequestError(f"the keys stay as they were: {error}", status=409) from None
+        return {"changed": changed, "keys": self._public_ring.num_keys}
 
     async def drain(self, request: Request) -> Any:
         self._draining.drain()
@@ -201,17 +225,34 @@ class _Routes:
             raise RequestError(f"the model is {self._side.status}; ask again when it is ready", status=503)
         return await self._side.call(function)
 
-    async def _token_ids(self, body: Mapping[str, Any]) -> list[int] | None:
+    async def _ask_of(self, body: Mapping[str, Any], function: Callable[[Engine], _T]) -> _T:
+        """`_call` with a text of somebody: what is refused names whom, or the text."""
+        try:
+            return await self._call(function)
+        except RequestError as error:
+            if error.status == 403:
+                whose = "tenant" if body.get("public") is None else "public"
+                raise FieldError(str(error), param=whose, status=403) from None
+            raise named(error, _text_field(body)) from None
+
+    async def _token_ids(self, body: Mapping[str, Any], remedy: str = "") -> list[int] | None:
+        """The text that is meant, None without one. remedy: what else may be done about an empty one."""
         token_ids, prompt = body.get("prompt_token_ids"), body.get("prompt")
+        if token_ids is not None and prompt is not None:
+            raise FieldError("prompt and prompt_token_ids are both given; give one of them", param="prompt_token_ids")
+        if token_ids == [] or prompt == "":  # which every text begins with
+            name = _text_field(body)
+            raise FieldError(f"{name} is empty; give the text that is meant{remedy}", param=name)
         if token_ids is not None:
-            if not isinstance(token_ids, list) or not all(type(each) is int for each in token_ids):
-                raise RequestError("prompt_token_ids: give a list of token ids")
+            if not isinstance(token_ids, list) or not all(type(each) is int and each >= 0 for each in token_ids):
+                raise FieldError("prompt_token_ids: give a list of token ids, 0 or more", param="prompt_token_ids")
             return token_ids
         if prompt is None:
             return None
         if not isinstance(prompt, str):
-            raise RequestError("prompt: give a text")
-        return await self._side.encode(prompt)
+            raise FieldError("prompt: give a text", param="prompt")
+        with about("prompt"):
+            return await self._side.encode(prompt)
 
 
 def _answers(handler: Answer) -> Callable[[Request], Awaitable[Response]]:
@@ -224,7 +265,9 @@ def _answers(handler: Answer) -> Callable[[Request], Awaitable[Response]]:
         except PagemillError as error:
             unsaid = 503 if isinstance(error, CapacityError) else 400 if isinstance(error, ConfigError) else 500
             status = getattr(error, "status", unsaid)
-            return _json(error_body(str(error), status), status)
+            if status == 500:
+                _LOG.error("a request failed: %s", type(error).__name__, exc_info=error)
+            return _json(error_body(str(error), status, param=getattr(error, "param", None)), status)
 
     return route
 
@@ -248,27 +291,47 @@ def _query(request: Request, *known: str) -> dict[str, str]:
     found = dict(request.query_params)
     for name in found:
         if name not in known:
-            raise RequestError(f"unknown parameter {name[:40]!r}; known: {', '.join(known)}")
+            raise _unknown("parameter", name, known)
     return found
 
 
-def _body(request: Request, *known: str) -> dict[str, Any]:
+async def _body(request: Request, *known: str) -> dict[str, Any]:
     parsed = request.scope["state"].get("json")
     if not isinstance(parsed, dict):
+        with suppress(UnicodeDecodeError, RecursionError):
+            try:
+                json.loads(await request.body() or b"0")
+            except json.JSONDecodeError as error:
+                raise json_fault(error.doc, error.pos, error.msg) from None
         raise RequestError("send a JSON object")
     for name in parsed:
         if name not in known:
-            raise RequestError(f"unknown field {name[:40]!r}; known: {', '.join(known)}")
+            raise _unknown("field", name, known)
     return parsed
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> FieldError:
+    """Of a name that may hold what is no Unicode text."""
+    told = name[:40].encode(errors="replace").decode()
+    return FieldError(f"unknown {what} {name[:40]!r}; known: {', '.join(known)}", param=told)
+
+
+def _text_field(body: Mapping[str, Any]) -> str:
+    """Which field brings the text."""
+    return "prompt" if body.get("prompt_token_ids") is None else "prompt_token_ids"
 
 
 def _number(name: str, text: str) -> int:
     try:
         return int(text[:18])
     except ValueError:
-        raise RequestError(f"{name} is {text!r:.40}; give a whole number") from None
+        raise FieldError(f"{name} is {text!r:.40}; give a whole number", param=name) from None
 
 
 def _options(body: Mapping[str, Any]) -> CacheOptions:
     """Whose texts are meant: the admin may name any tenant, and what is no name is refused."""
-    return CacheOptions(admin_cache.tenant_name(body.get("tenant", "default")), body.get("salt"), body.get("public"))
+    tenant, salt, public = admin_cache.tenant_name(body.get("tenant", "default")), body.get("salt"), body.get("public")
+    with about("salt"):
+        options = CacheOptions(tenant, salt)
+    with about("public"):
+        return replace(options, public=public)

@@ -7,12 +7,13 @@ blocks. Token ids are not told, for they are somebody's text: a block is named b
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from pagemill.base.errors import ConfigError, RequestError
 from pagemill.base.params import CacheOptions
 from pagemill.engine.engine import Engine
+from pagemill.server.errors import FieldError
 
 MAX_LISTED: Final = 10_000
 MAX_LOOKED_AT: Final = 65_536
@@ -121,17 +122,34 @@ def list_tenants(engine: Engine) -> dict[str, Any]:
     return {"tenants": tenants, "block_tokens": cache.block_size, "blocks": cache.num_blocks}
 
 
-def set_quota(engine: Engine, tenant: str, floor_tokens: object, cap_tokens: object) -> dict[str, Any]:
-    """Another floor and cap for a tenant, in token positions. Raises RequestError, and changes nothing, where floors
-    exceed the memory or the cap its bounds."""
-    size = engine.cache.block_size
-    floor = -(-_whole("floor_tokens", 0 if floor_tokens is None else floor_tokens) // size)
-    cap = None if cap_tokens is None else _whole("cap_tokens", cap_tokens) // size
+def set_quota(engine: Engine, tenant: str, given: Mapping[str, object]) -> dict[str, Any]:
+    """Another floor or cap for a tenant, in token positions: `floor_tokens`, `cap_tokens` (None: no cap). What is left
+    out stays as it is. Raises RequestError, and changes nothing, where nothing is given, floors exceed the memory or
+    the cap its bounds."""
+    if not given:
+        raise RequestError("nothing is given; give floor_tokens, cap_tokens (null: no cap) or both")
+    size, shared = engine.cache.block_size, _shared(engine)
+    known = next((each for each in _accounts(shared) if each.tenant == tenant and not each.public), None)
+    floor, cap = (0, None) if known is None else (known.floor, known.cap)
+    if "floor_tokens" in given:
+        floor = -(-_whole("floor_tokens", 0 if given["floor_tokens"] is None else given["floor_tokens"]) // size)
+    if "cap_tokens" in given:
+        cap = None if given["cap_tokens"] is None else _whole("cap_tokens", given["cap_tokens"]) // size
     try:
-        _shared(engine).set_quota(tenant_name(tenant), floor, cap)
+        shared.set_quota(tenant_name(tenant), floor, cap)
     except ConfigError as error:
-        raise RequestError(str(error)) from None
+        raise FieldError(str(error), param=_wrong_alone(shared, tenant, floor, cap)) from None
     return {"tenant": tenant, "floor": floor, "cap": cap}
+
+
+def _wrong_alone(shared: Any, tenant: str, floor: int, cap: int | None) -> str | None:
+    """Which part of a quota would be refused without the other; None where they contradict each other."""
+    for name, alone in (("floor_tokens", (floor, None)), ("cap_tokens", (0, cap))):
+        try:
+            shared.tenancy.check_quota(tenant, *alone)
+        except ConfigError:
+            return name
+    return None
 
 
 def pin(engine: Engine, options: CacheOptions, token_ids: Iterable[int], seconds: float) -> dict[str, Any]:
@@ -152,7 +170,7 @@ def unpin(engine: Engine, pin_id: int) -> dict[str, Any]:
 def purge(
     engine: Engine, options: CacheOptions, what: str = "namespace", token_ids: Iterable[int] | None = None
 ) -> dict[str, Any]:
-    """Drop texts, and wipe their pages before this returns. Returns {"blocks": dropped}.
+    """Drop texts, and wipe their pages before this returns. Returns {"blocks": dropped, "pins": ended with them}.
 
     what: text (this one to its end, answer included, but not what others share with it), prefix (all that begin with
     it), namespace (all of the tenant with this salt), tenant (all of it, whatever the salt). Raises RequestError for
@@ -160,12 +178,13 @@ def purge(
     """
     shared = _shared(engine)
     if what in ("text", "prefix") and token_ids is None:
-        raise RequestError(f"to purge a {what}, give prompt or prompt_token_ids")
+        raise FieldError(f"to purge a {what}, give prompt or prompt_token_ids", param="prompt")
     if what in ("namespace", "tenant") and token_ids is not None:
-        raise RequestError(
-            f"what is {what!r} and a prompt is given; give what: text or prefix, or leave the prompt out"
+        raise FieldError(
+            f"what is {what!r} and a prompt is given; give what: text or prefix, or leave the prompt out", param="what"
         )
     engine.advance_clock()
+    num_forced = shared.leases.num_forced
     if what == "text":
         count = shared.purge_text(options, _packed(token_ids or ()))
     elif what == "prefix":
@@ -175,9 +194,9 @@ def purge(
     elif what == "tenant":
         count = shared.purge_tenant(options.tenant)
     else:
-        raise RequestError(f"what is {what!r:.40}; give text, prefix, namespace or tenant")
+        raise FieldError(f"what is {what!r:.40}; give text, prefix, namespace or tenant", param="what")
     engine.settle()
-    return {"blocks": count}
+    return {"blocks": count, "pins": shared.leases.num_forced - num_forced}
 
 
 def _shared(engine: Engine) -> Any:
@@ -202,23 +221,23 @@ def _packed(token_ids: Iterable[int]) -> array[int]:
     try:
         return array("i", token_ids)
     except (OverflowError, TypeError):
-        raise RequestError("prompt_token_ids: give a list of token ids of this model") from None
+        raise FieldError("prompt_token_ids: give a list of token ids of this model", param="prompt_token_ids") from None
 
 
 def tenant_name(name: object) -> str:
     """A tenant's name. Raises RequestError for what is none."""
     if not isinstance(name, str) or not 0 < len(name) <= 256 or not name.isprintable():
-        raise RequestError("tenant: give a name of 1 to 256 printable letters")
+        raise FieldError("tenant: give a name of 1 to 256 printable letters", param="tenant")
     return name
 
 
 def _whole(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
-        raise RequestError(f"{name} is {value!r:.40}; give a whole number of tokens")
+        raise FieldError(f"{name} is {value!r:.40}; give a whole number of tokens", param=name)
     return value
 
 
 def _bounded(name: str, value: int, least: int, most: int) -> int:
     if not least <= value <= most:
-        raise RequestError(f"{name} is {value}; give {least} to {most:,}")
+        raise FieldError(f"{name} is {value}; give {least} to {most:,}", param=name)
     return value

@@ -11,7 +11,9 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from pagemill.base.errors import PagemillError
 from pagemill.engine.output import Delta
+from pagemill.server.asking import fault_of
 from pagemill.server.endings import Ending, end_of, keeps_text
 from pagemill.server.events import EventStream, answer_whole
 from pagemill.server.json_bytes import ChunkFrame, json_response
@@ -32,10 +34,15 @@ class AnswerWriter(ABC):
         self, service: Service, body: GenerationBody, head: dict[str, Any], counts: dict[str, int], *, writes: bool
     ) -> None:
         self._token = service.serving.token
+        self._asked = body
         self._head = head
         self._frame = ChunkFrame(head)
         self.tally = Tally(counts, writes=writes, keeps=keeps_text(body))
         self._usage = StreamUsage(body.stream_options, self.tally)
+
+    def fault(self, error: Exception) -> Exception:
+        """An error that ends the answer, as its client is told it."""
+        return fault_of(error, self._asked)
 
     @abstractmethod
     def begin(self) -> bytes:
@@ -83,7 +90,10 @@ async def respond(
     make_writer: Callable[[Stream], AnswerWriter],
 ) -> Response:
     """Let the requests in and answer, as a stream where `body` says so. Raises as `Serving.open` does."""
-    stream = await service.open(asks, visitor)
+    try:
+        stream = await service.open(asks, visitor)
+    except PagemillError as error:
+        raise fault_of(error, body) from None
     try:
         writer = make_writer(stream)
     except BaseException:

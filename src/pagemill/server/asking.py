@@ -14,43 +14,87 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import orjson
+from pydantic import BaseModel
 
-from pagemill.base.errors import ConfigError
-from pagemill.base.params import CacheOptions, Grammar, Retain, SamplingParams
+from pagemill.base.errors import ConfigError, PagemillError, RequestError
+from pagemill.base.params import MAX_LOGPROBS, CacheOptions, Grammar, GrammarKind, Retain, SamplingParams
 from pagemill.base.units import parse_seconds
-from pagemill.server.errors import FieldError
-from pagemill.server.schema import ChatBody, ChatMessage, CompletionBody, GenerationBody, RetainRange
+from pagemill.server.errors import FieldError, about, named
+from pagemill.server.schema import (
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    GenerationBody,
+    NamedTool,
+    ResponseFormat,
+    RetainRange,
+)  # fmt: skip
 from pagemill.text.conversation import BREAKPOINT_KEY
 
 _LOG: Final = logging.getLogger(__name__)
 _JSON_OBJECT: Final = '{"type":"object"}'
+# What a type of response_format brings.
+_OF_TYPE: Final = {
+    "text": None,
+    "json_object": "schema",
+    "json_schema": "json_schema",
+    "regex": "regex",
+    "grammar": "grammar",
+}
 _BREAKPOINT: Final = {"mode": "explicit"}
 RETENTION_S: Final = {"in_memory": None, "in-memory": None, "24h": 86_400.0}
 KEPT, LEAVES_FIRST = 80, 0  # priorities
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}", re.ASCII)
 _MOST_REPORTED: Final = 200
+_PART_FIELDS: Final = {"type", "text", BREAKPOINT_KEY}
+_FOR_TEMPLATES: Final = (("messages",), ("tools",))
+
+# A form of an answer: the field that asks for it, a grammar's kind, and its text, schema or list of texts.
+_Form = tuple[str, GrammarKind, Any]
+
+# A grammar of calls has a line for each function, from the fourth on (`text/tool_calls.py`).
+_FIRST_LINE: Final = 4
+_TOOL_FAULT: Final = re.compile(r"the grammar cannot be used: at (\d+)\(\d+\): (?:failed to compile [^:]*: )?(.*)")
+_PATTERN_FAULT: Final = re.compile(r"^error: (.*)", re.MULTILINE)
 
 _reported: set[str] = set()
 
 
-def check_fields(body: Any, *, strict: bool) -> None:
-    """Unknown fields are told once in the log; with `strict` they are refused. What is no name of a field may be
-    anything, a prompt too: that there was one is told, and not which."""
-    unknown = sorted(body.model_extra or ())
-    if not unknown:
-        return
-    if strict:
-        raise FieldError(f"unknown field {unknown[0][:100]!r}; leave it out", param=unknown[0][:100])
-    for name in unknown:
-        told = f"the unknown field {name}" if _NAME.fullmatch(name) else "a field whose name is none"
+def check_fields(body: BaseModel, *, strict: bool) -> None:
+    """Unknown fields, at any depth, are told once in the log; with `strict` they are refused. What is no name of a
+    field may be anything, a prompt too: that there was one is told, and not which."""
+    for place, name in _unknown_fields(body):
+        path = ".".join((*place, name))
+        if strict:
+            raise FieldError(f"unknown field {path[:100]!r}; leave it out", param=(*place, name)[0][:100])
+        where = ".".join((*(each for each in place if not each.isdigit()), name))
+        told = f"the unknown field {where}" if _NAME.fullmatch(name) else "a field whose name is none"
         if told not in _reported and len(_reported) < _MOST_REPORTED:
             _reported.add(told)
-            _LOG.warning("requests bring %s, which is ignored", told)
+            reads = "which the chat template alone may read" if place[:1] in _FOR_TEMPLATES else "which is ignored"
+            _LOG.warning("requests bring %s, %s", told, reads)
+
+
+def _unknown_fields(part: BaseModel, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Where they are, and their names."""
+    for name in sorted(part.model_extra or ()):
+        yield place, name
+    for name, value in part.__dict__.items():
+        if isinstance(value, BaseModel):
+            yield from _unknown_fields(value, (*place, name))
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            for index, each in enumerate(value):
+                yield from _unknown_fields(each, (*place, name, str(index)))
+        elif name == "content" and isinstance(value, list):
+            for index, each in enumerate(value):
+                if isinstance(each, dict) and each.get("type") == "text":
+                    for key in sorted(each.keys() - _PART_FIELDS):
+                        yield (*place, name, str(index)), key
 
 
 def sampling_of(body: GenerationBody, *, max_tokens: int | None, logprobs: int | None, priority: int) -> SamplingParams:
@@ -102,7 +146,16 @@ def chat_sampling(body: ChatBody, priority: int) -> SamplingParams:
     """Of a chat completion."""
     if body.top_logprobs is not None and not body.logprobs:
         raise FieldError("top_logprobs needs logprobs to be true; set it", param="top_logprobs")
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
+        raise FieldError(f"top_logprobs is {body.top_logprobs}; give 0 to {MAX_LOGPROBS}", param="top_logprobs")
+    max_tokens = body.max_tokens
+    if body.max_completion_tokens is not None:
+        max_tokens = body.max_completion_tokens
+        if max_tokens < 1:
+            raise FieldError(
+                f"max_completion_tokens is {max_tokens}; give at least 1, or leave it out for no limit",
+                param="max_completion_tokens",
+            )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return sampling_of(body, max_tokens=max_tokens, logprobs=logprobs, priority=priority)
 
@@ -129,46 +182,104 @@ def check_breakpoints(messages: Sequence[ChatMessage]) -> None:
 
 
 def grammar_of(body: GenerationBody) -> Grammar | None:
-    """The form that the answer must have. Raises FieldError where two are asked for, or one is not said."""
-    found = [each for each in (_of_format(body), *_of_structured(body)) if each is not None]
-    if len(found) > 1:
-        raise FieldError("several forms are asked of one answer; give one of response_format and structured_outputs")
-    return found[0] if found else None
+    """The form that the answer must have. Raises FieldError where two are asked for, or one is not said or empty."""
+    forms = _forms_of(body)
+    if len(forms) > 1:
+        fields = {field for field, _, _ in forms}
+        raise FieldError(
+            "several forms are asked of one answer; give one of response_format and structured_outputs",
+            param=fields.pop() if len(fields) == 1 else None,
+        )
+    for field, kind, given in forms:
+        with about(field):
+            return Grammar(kind, _text_of(given))
+    return None
 
 
-def _of_format(body: GenerationBody) -> Grammar | None:
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return None
+def fault_of(error: Exception, body: GenerationBody) -> Exception:
+    """An error of the engine as that of the field that it is about, where the engine calls it otherwise. A form that
+    nothing can fit, and that is found out while the answer is made, is a wrong value as well."""
+    message = str(error)
+    if not isinstance(error, PagemillError):
+        return error
+    if message.startswith("the prompt"):
+        return named(error, "messages" if isinstance(body, ChatBody) else "prompt")
+    if not message.startswith(("the json_schema", "the regex", "the grammar")):
+        return error
+    forms = _forms_of(body)
+    if forms:
+        return FieldError(message, param=forms[0][0])
+    return FieldError(_fault_of_tools(message, body), param="tools")  # a call is demanded, in a form that they give
+
+
+def _fault_of_tools(message: str, body: GenerationBody) -> str:
+    """What is wrong of the grammar that is made of tools, without telling that grammar."""
+    found, pattern = _TOOL_FAULT.match(message), _PATTERN_FAULT.search(message)
+    if found is None or not isinstance(body, ChatBody):
+        why = message.partition(": ")[2].partition("\n")[0]
+        return f"tools: no call can be made that fits the functions' parameters: {why}"
+    wanted = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    demanded = [
+        (index, each.function.name)
+        for index, each in enumerate(body.tools or ())
+        if wanted in (None, each.function.name)
+    ]
+    index, name = demanded[int(found[1]) - _FIRST_LINE]
+    fault = found[2] if pattern is None else f"a pattern in it: {pattern[1]}"
+    return f"tools.{index}.function.parameters of {name[:60]!r} cannot be used: {fault[:300]}; mend this schema"
+
+
+def _forms_of(body: GenerationBody) -> list[_Form]:
+    own, field = body.structured_outputs, "structured_outputs"
+    forms: list[_Form] = [
+        ("guided_json", "json_schema", body.guided_json),
+        ("guided_regex", "regex", body.guided_regex),
+        ("guided_choice", "lark", body.guided_choice),
+        ("guided_grammar", "lark", body.guided_grammar),
+    ]
+    if own is not None:
+        asked: list[_Form] = [
+            (field, "json_schema", _JSON_OBJECT if own.json_object else None),
+            (field, "json_schema", own.json_),
+            (field, "regex", own.regex),
+            (field, "lark", own.choice),
+            (field, "lark", own.grammar),
+        ]
+        if all(each[2] is None for each in asked):
+            raise FieldError(f"{field} names no form; give json, regex, choice, grammar or json_object", param=field)
+        forms += asked
+    given = [] if body.response_format is None else _of_format(body.response_format)
+    return given + [each for each in forms if each[2] is not None]
+
+
+def _of_format(wanted: ResponseFormat) -> list[_Form]:
+    field = "response_format"
+    own = _OF_TYPE[wanted.type]
+    for name in ("json_schema", "schema", "regex", "grammar"):
+        if name != own and getattr(wanted, "schema_" if name == "schema" else name) is not None:
+            remedy = "give the type that you mean" if own is None else f"it takes {own}"
+            raise FieldError(f"response_format is of type {wanted.type} and brings {name}; {remedy}", param=field)
+    if wanted.type == "text":
+        return []
     if wanted.type == "json_object":
-        return Grammar("json_schema", _JSON_OBJECT)
+        return [(field, "json_schema", _JSON_OBJECT if wanted.schema_ is None else wanted.schema_)]
     if wanted.type == "json_schema":
         if wanted.json_schema is None or wanted.json_schema.schema_ is None:
-            raise FieldError("response_format json_schema needs json_schema.schema", param="response_format")
-        return Grammar("json_schema", _dumped(wanted.json_schema.schema_))
+            raise FieldError("response_format json_schema needs json_schema.schema", param=field)
+        return [(field, "json_schema", wanted.json_schema.schema_)]
     text = wanted.regex if wanted.type == "regex" else wanted.grammar
     if not text:
-        raise FieldError(f"response_format {wanted.type} needs the field {wanted.type!r}", param="response_format")
-    return Grammar("regex" if wanted.type == "regex" else "lark", text)
+        raise FieldError(f"response_format {wanted.type} needs the field {wanted.type!r}", param=field)
+    return [(field, "regex" if wanted.type == "regex" else "lark", text)]
 
 
-def _of_structured(body: GenerationBody) -> list[Grammar | None]:
-    own = body.structured_outputs
-    every = [(body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar)]
-    found: list[Grammar | None] = []
-    if own is not None:
-        every.append((own.json_, own.regex, own.choice, own.grammar))
-        found.append(Grammar("json_schema", _JSON_OBJECT) if own.json_object else None)
-    for schema, regex, choice, grammar in every:
-        if schema is not None:
-            found.append(Grammar("json_schema", schema if isinstance(schema, str) else _dumped(schema)))
-        if regex is not None:
-            found.append(Grammar("regex", regex))
-        if choice:
-            found.append(Grammar("lark", "start: " + " | ".join(_dumped(each) for each in choice)))
-        if grammar is not None:
-            found.append(Grammar("lark", grammar))
-    return found
+def _text_of(given: Any) -> str:
+    """What is given as text: a schema as JSON, a list of texts as a grammar of these and no other."""
+    if isinstance(given, list):
+        if not given:
+            raise RequestError("there is no text to choose; give at least one")
+        return "start: " + " | ".join(map(_dumped, given))
+    return given if isinstance(given, str) else _dumped(given)
 
 
 def cache_of(
@@ -189,7 +300,8 @@ def cache_of(
     elif explicit:
         end = 0
     if not retain and (ttl_s is not None or explicit or breakpoints):
-        retain += [Retain(0, end, KEPT, ttl_s)] if end else []
+        with about("prompt_cache_options"):
+            retain += [Retain(0, end, KEPT, ttl_s)] if end else []
         if explicit and end < num_prompt_tokens:
             retain.append(Retain(end, num_prompt_tokens, LEAVES_FIRST))
     bypass = own is not None and own.bypass
@@ -198,7 +310,16 @@ def cache_of(
 
 def _retained(each: RetainRange, num_prompt_tokens: int) -> Retain:
     ttl_s = None if each.ttl is None else _seconds(each.ttl, "cache.retain.ttl")
-    return Retain(each.start, num_prompt_tokens if each.to is None else each.to, each.priority, ttl_s)
+    end = num_prompt_tokens if each.to is None else each.to
+    with about("cache"):
+        made = Retain(each.start, end, each.priority, ttl_s)
+    if end > num_prompt_tokens:
+        raise FieldError(
+            f"a retained range is {each.start} to {end} and the prompt has {num_prompt_tokens:,} tokens; end it at "
+            f"{num_prompt_tokens:,} at the most",
+            param="cache",
+        )
+    return made
 
 
 def _seconds(value: str | float, param: str) -> float:
@@ -219,4 +340,4 @@ def _dumped(value: Any) -> str:
     try:
         return orjson.dumps(value).decode()
     except (orjson.JSONEncodeError, RecursionError) as error:
-        raise FieldError(f"a schema cannot be read: {error}", param="response_format") from None
+        raise RequestError(f"a schema cannot be read: {error}") from None

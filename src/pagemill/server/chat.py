@@ -16,7 +16,7 @@ from pagemill.base.step import PositionLogprobs
 from pagemill.engine.output import Delta
 from pagemill.server.answering import AnswerWriter, respond
 from pagemill.server.asking import cache_of, chat_sampling, check_biases, check_breakpoints, check_fields
-from pagemill.server.errors import FieldError
+from pagemill.server.errors import FieldError, about
 from pagemill.server.logprobs import chat_logprobs, prompt_logprobs
 from pagemill.server.ports import Ask, Stream
 from pagemill.server.schema import ChatBody, ChatMessage, ConversationFields, NamedTool
@@ -61,7 +61,9 @@ async def chat_prompt(service: Service, messages: Sequence[ChatMessage], body: C
     if wrong := sorted(RESERVED_VARIABLES & variables.keys()):
         raise FieldError(f"chat_template_kwargs names {wrong[0]!r}, which is set already", param="chat_template_kwargs")
     if body.chat_template is not None:  # it could hold up everybody's templates for seconds
-        raise FieldError("a request may not bring a template; the operator gives one by --chat-template")
+        raise FieldError(
+            "a request may not bring a template; the operator gives one by --chat-template", param="chat_template"
+        )
     tools = [] if body.tool_choice == "none" else [each.model_dump(exclude_none=True) for each in body.tools or ()]
     return await conversation_tokens(
         service,
@@ -88,13 +90,14 @@ async def conversation_tokens(
     told = with_objects(_messages_of(messages)) if knows_tools else as_text(_messages_of(messages))
     if tools and not knows_tools:
         told = _told_of(told, describe_tools(tools))
-    return await service.serving.chat_tokens(
-        told,
-        tools=tools if knows_tools else (),
-        template=template,
-        variables=variables,
-        add_generation_prompt=add_generation_prompt,
-    )
+    with about("messages"):
+        return await service.serving.chat_tokens(
+            told,
+            tools=tools if knows_tools else (),
+            template=template,
+            variables=variables,
+            add_generation_prompt=add_generation_prompt,
+        )
 
 
 def _messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -129,7 +132,9 @@ def _demanded(body: ConversationFields) -> list[dict[str, Any]]:
     if isinstance(choice, NamedTool):
         functions = [each for each in functions if each["name"] == choice.function.name]
         if not functions:
-            raise FieldError(f"tool_choice names {choice.function.name[:100]!r}, which is none of the tools")
+            raise FieldError(
+                f"tool_choice names {choice.function.name[:100]!r}, which is none of the tools", param="tool_choice"
+            )
     return functions
 
 
@@ -168,6 +173,7 @@ class ChatWriter(AnswerWriter):
         super().__init__(service, body, head, {stream.request_ids[0]: len(token_ids)}, writes=writes)
         self._body = body
         self._token_ids = token_ids
+        self._demands = bool(_demanded(body))  # nothing but calls comes, whose markup is nobody's text
         parses = bool(body.tools) and body.tool_choice != "none"
         self._choices = [_Choice(index, ToolCallParser() if parses else None) for index in range(body.n or 1)]
         self._prompt: tuple[PositionLogprobs, ...] = ()
@@ -175,7 +181,7 @@ class ChatWriter(AnswerWriter):
     def begin(self) -> bytes:
         """The role of each choice."""
         usage = self._usage.beside()
-        first: dict[str, Any] = {"role": "assistant", "content": ""}
+        first: dict[str, Any] = {"role": "assistant", "content": None if self._demands else ""}
         return b"".join(
             self._frame.chunk([self._choice_of(each, dict(first))], usage) for each in self._choices
         )  # fmt: skip
@@ -210,7 +216,7 @@ class ChatWriter(AnswerWriter):
             pieces += choice.parser.finish()
             if choice.parser.num_calls and delta.finish_reason == "stop":
                 choice.finish_reason = "tool_calls"
-        return choice, [self._told(choice, piece) for piece in pieces]
+        return choice, [self._told(choice, piece) for piece in pieces if piece.kind != "text" or not self._demands]
 
     def _told(self, choice: _Choice, piece: CallPiece) -> dict[str, Any]:
         if piece.kind == "text":
@@ -253,7 +259,7 @@ class ChatWriter(AnswerWriter):
 
     def _described(self, choice: _Choice) -> dict[str, Any]:
         text = "".join(choice.text)
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": None if self._demands else text, "refusal": None}
         if choice.calls:
             message["content"] = text if text.strip() else None
             message["tool_calls"] = [

@@ -13,7 +13,7 @@ from pagemill.base.step import PositionLogprobs
 from pagemill.engine.output import Delta
 from pagemill.server.answering import AnswerWriter, respond
 from pagemill.server.asking import cache_of, check_biases, check_fields, completion_sampling
-from pagemill.server.errors import FieldError
+from pagemill.server.errors import FieldError, about
 from pagemill.server.logprobs import CompletionLogprobs, prompt_logprobs
 from pagemill.server.ports import Ask, Serving, Stream
 from pagemill.server.schema import CompletionBody
@@ -38,7 +38,8 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     prompts = await _prompts(body, service.serving)
     if params.prompt_logprobs is not None:
         times = params.n if body.echo and body.logprobs is not None else 1
-        _check_scored(sum(len(ids) for _, ids in prompts) * times * (1 + params.prompt_logprobs))
+        asked = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        _check_scored(sum(len(ids) for _, ids in prompts) * times * (1 + params.prompt_logprobs), asked)
     asks: list[Ask] = [(ids, params, cache_of(body, visitor.tenant, len(ids))) for _, ids in prompts]
     writes = leaves_blocks(asks)
 
@@ -61,20 +62,23 @@ async def _prompts(body: CompletionBody, serving: Serving) -> list[tuple[str | N
             param="prompt",
         )
     found: list[tuple[str | None, list[int]]] = []
-    for each in given:
+    for index, each in enumerate(given):
         if isinstance(each, str):
-            found.append((each, await serving.encode(each, add_special=body.add_special_tokens)))
+            with about("prompt"):
+                found.append((each, await serving.encode(each, add_special=body.add_special_tokens)))
         else:
             found.append((None, each))
+        if not found[-1][1] and len(given) > 1:
+            raise FieldError(f"prompt.{index} is empty; give a text or token ids", param="prompt")
     return found
 
 
-def _check_scored(count: int) -> None:
+def _check_scored(count: int, param: str) -> None:
     if count > MAX_SCORED:
         raise FieldError(
             f"the answer would hold {count:,} log-probabilities of prompts; ask for up to {MAX_SCORED:,}: shorter or "
             "fewer prompts, fewer choices or fewer of them at each position",
-            param="logprobs",
+            param=param,
         )
 
 

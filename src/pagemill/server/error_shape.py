@@ -18,11 +18,15 @@ _TYPES: Final = {
     504: "timeout_error",
 }
 _FIELDS: Final = ChatBody.model_fields.keys() | CompletionBody.model_fields.keys()
+_TOO_LONG: Final = re.compile(r"the prompt has [\d,]+ (?:tokens|characters)\b", re.ASCII)
 _FIRST_WORD: Final = re.compile(r"([a-z_]+)[.: ]")
 
 
 def error_body(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error's body. param: the field that is wrong; where none is given, the one that the message begins with."""
+    """An error's body. param: the field that is wrong; where none is given, the one that the message begins with. code:
+    a word for programs; a prompt that is too long has OpenAI's."""
+    if code is None and status in (400, 413) and _TOO_LONG.match(message):
+        code = "context_length_exceeded"
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param or _field_of(message, status), "code": code}}
 

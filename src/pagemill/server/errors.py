@@ -12,7 +12,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -23,10 +24,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagemill.base.errors import CapacityError, ModelError, PagemillError, RequestError
 from pagemill.server.error_shape import error_body
-from pagemill.server.schema import CacheRequest, PromptCacheOptions, RetainRange
+from pagemill.server.schema import CacheRequest, PromptCacheOptions, ResponseFormat, RetainRange, StructuredOutputs
 
 _LOG: Final = logging.getLogger(__name__)
 MEMORY_RETRY_S: Final = 1.0
+IN_LOG: Final = "internal error; the server's log has it"  # said where the failure was logged, as by the engine
 _UNIONS: Final = {
     "prompt": "a text, token ids, or a list of either",
     "stop": "a text or a list of texts",
@@ -41,7 +43,33 @@ _CLOSED: Final[Mapping[str, type[BaseModel]]] = {
     "cache": CacheRequest,
     "retain": RetainRange,
     "prompt_cache_options": PromptCacheOptions,
+    "response_format": ResponseFormat,
+    "structured_outputs": StructuredOutputs,
 }
+# What is said of a value that does not fit, by pydantic's name of the error.
+_SAID: Final[Mapping[str, str]] = {
+    "missing": "it is missing; give it",
+    "string_type": "give a text",
+    "string_unicode": "give a text of whole characters; it holds half of a surrogate pair",
+    "string_too_short": "it is empty; give a text, or leave it out",
+    "string_too_long": "give a text of at most {max_length:,} characters",
+    "int_type": "give a whole number",
+    "int_parsing": "give a whole number",
+    "int_parsing_size": "give a whole number that is smaller",
+    "int_from_float": "give a whole number",
+    "float_type": "give a number",
+    "float_parsing": "give a number",
+    "bool_type": "give true or false",
+    "bool_parsing": "give true or false",
+    "list_type": "give a list",
+    "dict_type": "give an object",
+    "model_type": "give an object",
+    "model_attributes_type": "give an object",
+    "literal_error": "give one of {expected}",
+    "too_short": "it is empty; give at least {min_length:,}",
+    "too_long": "give a list of at most {max_length:,}",
+}
+_UNFIT: Final = "the value does not fit this field; /openapi.json says what does"
 _ALTERNATIVE: Final = re.compile(r"(?:str|int|float|bool|(?:list|dict|literal)\[.*\]|[A-Z]\w*)", re.ASCII)
 
 
@@ -63,6 +91,23 @@ class FieldError(RequestError):
         self.code = code
 
 
+def named(error: PagemillError, param: str | None) -> PagemillError:
+    """The error as one of this field, where it is a refusal (400) of a request and names no field itself."""
+    is_refusal = isinstance(error, RequestError | CapacityError) and status_of(error) == 400
+    if param is None or not is_refusal or getattr(error, "param", None) is not None:
+        return error
+    return FieldError(str(error), param=param)
+
+
+@contextmanager
+def about(param: str | None) -> Iterator[None]:
+    """What is refused within is this field's fault, unless the error names another (`named`)."""
+    try:
+        yield
+    except RequestError as error:
+        raise named(error, param) from None
+
+
 def status_of(error: BaseException) -> int:
     """The HTTP status that an error is answered with."""
     status = getattr(error, "status", None)
@@ -78,7 +123,7 @@ def status_of(error: BaseException) -> int:
 def body_of(error: BaseException) -> dict[str, Any]:
     """The error in OpenAI's shape. What is not ours to tell is not told."""
     told = isinstance(error, PagemillError)
-    message = str(error) if told else "internal error; the server's log has it"
+    message = str(error) if told else IN_LOG
     if isinstance(error, MemoryError):
         message = "the server is out of memory; try again soon"
     return error_body(message, status_of(error), getattr(error, "code", None), getattr(error, "param", None))
@@ -92,10 +137,12 @@ def error_response(error: BaseException) -> Response:
         retry_after_s = MEMORY_RETRY_S
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
-    if status_of(error) >= 500 and not isinstance(error, PagemillError):
+    status = status_of(error)
+    has_words = isinstance(error, PagemillError)
+    if (status >= 500 and not has_words) or (status == 500 and str(error) != IN_LOG):
         _LOG.error("a request failed: %s", type(error).__name__, exc_info=error)
     body = json.dumps(body_of(error)).encode()  # which escapes what is no Unicode text
-    return Response(body, status_of(error), headers, "application/json")
+    return Response(body, status, headers, "application/json")
 
 
 def install_errors(app: FastAPI) -> None:
@@ -136,6 +183,11 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first.get("type") == "json_invalid":
+        return error_response(json_fault(error.body, int(first["loc"][1]), str(first["ctx"]["error"])))
+    if len(first.get("loc", ())) < 2:
+        return error_response(_of_no_object(request, is_empty=first.get("type") == "missing"))
     return error_response(_of_validation(error.errors()))
 
 
@@ -146,9 +198,28 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         message = f"there is no {request.method} {request.url.path[:200]}; see /openapi.json"
     elif error.status_code == 405:
         message = f"{request.url.path[:200]} does not take {request.method[:20]}"
+    elif error.status_code == 400:  # of a body in no encoding that there is
+        message = "the body cannot be read as JSON; send a JSON object in UTF-8"
     response = error_response(FieldError(message, status=error.status_code))
     response.headers.update(error.headers or {})
     return response
+
+
+def json_fault(text: str, at: int, why: str) -> FieldError:
+    """Where a text ceases to be JSON, and why, in the words of Python's reader; nothing of it is repeated."""
+    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+    told = why[:1].lower() + why[1:]
+    return FieldError(f"the body is no JSON: line {line:,}, column {column:,}: {told}; mend it there")
+
+
+def _of_no_object(request: Request, *, is_empty: bool) -> FieldError:
+    if is_empty:
+        return FieldError("the body is empty, which is no JSON object; send one")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind.startswith("application/") and kind.endswith(("/json", "+json")):
+        return FieldError("the body is JSON and no JSON object; send one")
+    told = f"says content-type: {kind[:60]!r}" if kind else "names no content-type"
+    return FieldError(f"the request {told}; send a JSON object with content-type: application/json")
 
 
 def _of_validation(errors: Sequence[Any]) -> FieldError:
@@ -156,15 +227,13 @@ def _of_validation(errors: Sequence[Any]) -> FieldError:
     first = errors[0]
     places = [_place_of(each.get("loc", ())) for each in errors]
     place = places[0]
-    if first.get("type") == "json_invalid" or not place:
-        return FieldError("the body is no JSON object; send one, with content-type: application/json")
     others = len(set(map(tuple, places))) - 1
     more = f" (and {others} more)" if others else ""
-    said = first.get("msg", "wrong")
+    said = _SAID.get(first.get("type", ""), _UNFIT).format(**first.get("ctx", {}))
     if first.get("type") == "extra_forbidden":
         said = f"unknown field; {_known_beside(place)}"
     if len(place) < len(first["loc"]) - 1:  # one of several types, each with an error of its own
-        said = f"give {_UNIONS[place[-1]]}" if place[-1] in _UNIONS else "it has none of the types of this field"
+        said = f"give {_UNIONS[place[-1]]}" if place[-1] in _UNIONS else _UNFIT
     return FieldError(f"{'.'.join(place)[:200]}: {said}{more}", param=place[0][:200])
 
 

@@ -16,9 +16,10 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from pagemill.engine.output import Delta
-from pagemill.server.errors import body_of, error_response
+from pagemill.server.errors import UnavailableError, body_of, error_response
 from pagemill.server.json_bytes import event
 from pagemill.server.ports import Stream
+from pagemill.server.service import DRAINING_RETRY_S
 
 _LOG: Final = logging.getLogger(__name__)
 _HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -26,13 +27,15 @@ DONE: Final = b"data: [DONE]\n\n"
 
 
 class Writer(Protocol):
-    """Turns deltas into what the client reads. `begin` and `end` frame a stream; `whole` is the answer in one piece."""
+    """Turns deltas into what the client reads. `begin` and `end` frame a stream; `whole` is the answer in one piece.
+    fault: an error that ends it, as the client is told it."""
 
     def begin(self) -> bytes: ...
     def write(self, deltas: list[Delta]) -> bytes: ...
     def end(self) -> bytes: ...
     def add(self, deltas: list[Delta]) -> None: ...
     def whole(self) -> Response: ...
+    def fault(self, error: Exception) -> Exception: ...
 
 
 class EventStream(Response):
@@ -56,7 +59,7 @@ class EventStream(Response):
                 await self._send(send, begin)
             while not stream.finished:
                 deltas = await stream.next()
-                failed = next((each.error for each in deltas if each.error is not None), None)
+                failed = _failure_of(deltas, writer)
                 if failed is not None:
                     error_response(failed)  # logged as any other
                     await self._send(send, event(body_of(failed)))
@@ -88,7 +91,7 @@ async def answer_whole(stream: Stream, writer: Writer, request: Request, *, fini
     try:
         while not stream.finished:
             deltas = await stream.next()
-            failed = next((each.error for each in deltas if each.error is not None), None)
+            failed = _failure_of(deltas, writer)
             if failed is not None:
                 return error_response(failed)
             writer.add(deltas)
@@ -101,6 +104,17 @@ async def answer_whole(stream: Stream, writer: Writer, request: Request, *, fini
         watcher.cancel()
         stream.close()
         finished()
+
+
+def _failure_of(deltas: list[Delta], writer: Writer) -> Exception | None:
+    """What ends an answer before its end. Whoever leaves sees no more deltas: one that was aborted and is still waited
+    for was left by the server."""
+    for each in deltas:
+        if each.error is not None:
+            return writer.fault(each.error)
+        if each.finish_reason == "abort":
+            return UnavailableError("the server is shutting down and left the answer here; ask again", DRAINING_RETRY_S)
+    return None
 
 
 async def _watch(receive: Callable[[], Awaitable[object]], stream: Stream) -> None:

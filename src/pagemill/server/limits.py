@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from pagemill.base.errors import ConfigError, RequestError
+from pagemill.server.errors import FieldError
 
 _CHARS_PER_TOKEN: Final = 16
 _MAX_DIGITS: Final = 4300  # of a number, as Python has it
@@ -116,8 +117,8 @@ def check_request(body: Mapping[str, Any], limits: Limits) -> None:
 
     Fields of a wrong type pass: the schema tells.
     """
-    _check_texts(body, limits)
     _check_numbers(body, limits)
+    _check_texts(body, limits)
     _check_format(body, limits)
     _check_tools(body, limits)
     if body.get("chat_template") is not None:
@@ -153,35 +154,38 @@ def _check_texts(body: Mapping[str, Any], limits: Limits) -> None:
     n = _number(body.get("n"))
     if n is not None and len(prompts) * n > limits.max_choices:
         raise RequestError(
-            f"n: {len(prompts):,} prompts with {n:.15g} choices each; give at most {limits.max_choices:,} in all"
+            f"n: {len(prompts):,} prompts with {n:.15g} choices each; give at most {limits.max_choices:,} in all "
+            "(max_choices)"
         )
     _most("n", len(prompts), limits.max_choices, "choices of all prompts together")
     many = max(1, len(prompts))
     if num_chars > limits.max_prompt_chars * many:
-        raise RequestError(
+        raise FieldError(
             f"the prompt has {num_chars:,} characters, more than any {limits.max_prompt_chars * many:,} that fit the "
-            "model; shorten it", status=413,
+            "model; shorten it", param="messages" if isinstance(messages, list) else "prompt", status=413,
         )  # fmt: skip
     if longest > limits.max_prompt_tokens:
-        raise RequestError(
-            f"the prompt has {longest:,} tokens and at the most {limits.max_prompt_tokens:,} fit the model; shorten it"
+        raise FieldError(
+            f"the prompt has {longest:,} tokens and at the most {limits.max_prompt_tokens:,} fit the model; shorten it",
+            param="prompt",
         )
 
 
 def _check_numbers(body: Mapping[str, Any], limits: Limits) -> None:
-    for name, most in (
-        ("n", limits.max_n),
-        ("best_of", limits.max_n),
-        ("max_tokens", limits.max_max_tokens),
-        ("max_completion_tokens", limits.max_max_tokens),
-        ("min_tokens", limits.max_max_tokens),
-        ("logprobs", limits.max_logprobs),
-        ("top_logprobs", limits.max_logprobs),
-        ("prompt_logprobs", limits.max_logprobs),
+    for name, limit in (
+        ("n", "max_n"),
+        ("best_of", "max_n"),
+        ("max_tokens", "max_max_tokens"),
+        ("max_completion_tokens", "max_max_tokens"),
+        ("min_tokens", "max_max_tokens"),
+        ("logprobs", "max_logprobs"),
+        ("top_logprobs", "max_logprobs"),
+        ("prompt_logprobs", "max_logprobs"),
     ):
-        value = _number(body.get(name))
+        value, most = _number(body.get(name)), getattr(limits, limit)
         if value is not None and value > most:
-            raise RequestError(f"{name} is {f'{value:.15g}' if value < 10**15 else 'huge'}; give at most {most:,}")
+            told = f"{value:.15g}" if value < 10**15 else "huge"
+            raise RequestError(f"{name} is {told}; give at most {most:,} ({limit})")
     stop = body.get("stop")
     stops = stop if isinstance(stop, list) else [stop]
     _most("stop", len(stops), limits.max_stops, "strings")

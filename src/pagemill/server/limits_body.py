@@ -18,6 +18,7 @@ import orjson
 from pagemill.base.errors import RequestError
 from pagemill.server.access_door import App, Message, Receive, Scope, Send, send_json
 from pagemill.server.error_shape import error_body
+from pagemill.server.errors import error_response
 from pagemill.server.limits import Limits, check_commas, check_request, check_shape
 from pagemill.telemetry.metrics import Metrics
 
@@ -37,6 +38,14 @@ class _GoneError(Exception):
     """The client has left."""
 
 
+class _RefusedError(Exception):
+    """Head or body are not taken. reason: as the metrics have it. param: the field that is wrong, where one is."""
+
+    def __init__(self, status: int, message: str, reason: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.param = status, reason, param
+
+
 class BodyLimits:
     """Checks head and body of each request and answers 4xx itself. limits: asked at each request, for they depend on
     the model once it is there."""
@@ -50,38 +59,49 @@ class BodyLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        try:
+            receive = await self._checked(scope, receive)
+        except _GoneError:
+            return
+        except _RefusedError as refused:
+            await self._refuse(send, refused)
+            return
+        except Exception as error:  # such as memory that runs out: answered as the routes answer it
+            response = error_response(error)
+            response.headers["connection"] = "close"  # the body may not have been read
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        """What the route receives from. Raises _RefusedError and _GoneError."""
         limits = self._limits()
         wrong = _wrong_head(scope, limits)
         if wrong is not None:
-            await self._refuse(send, *wrong)
-            return
+            raise _RefusedError(*wrong)
         if scope["method"] not in _WITH_BODY:
-            await self._app(scope, receive, send)
-            return
+            return receive
         try:
             async with asyncio.timeout(limits.body_timeout_s):
                 body = await _read(receive, limits.max_body_bytes)
-        except _GoneError:
-            return
         except _TooLargeError:
-            await self._refuse(send, 413, f"the body has more than {limits.max_body_bytes:,} bytes; send less", "body")
-            return
+            message = f"the body has more than {limits.max_body_bytes:,} bytes; send less"
+            raise _RefusedError(413, message, "body") from None
         except TimeoutError:
             message = f"the body did not come within {limits.body_timeout_s:g} s; send it faster"
-            await self._refuse(send, 408, message, "slow body")
-            return
+            raise _RefusedError(408, message, "slow body") from None
         try:
             parsed = _parsed(body, limits)
         except RequestError as error:
-            await self._refuse(send, error.status, str(error), "limit")
-            return
+            raise _RefusedError(error.status, str(error), "limit", getattr(error, "param", None)) from None
         if parsed is not None:
             scope.setdefault("state", {})["json"] = parsed
-        await self._app(scope, _replay(body, receive), send)
+        return _replay(body, receive)
 
-    async def _refuse(self, send: Send, status: int, message: str, reason: str) -> None:
-        self._metrics["pagemill:http_refused"].add(1, reason)
-        await send_json(send, status, error_body(message, status), [(b"connection", b"close")])
+    async def _refuse(self, send: Send, refused: _RefusedError) -> None:
+        self._metrics["pagemill:http_refused"].add(1, refused.reason)
+        body = error_body(str(refused), refused.status, param=refused.param)
+        await send_json(send, refused.status, body, [(b"connection", b"close")])
 
 
 def _wrong_head(scope: Scope, limits: Limits) -> tuple[int, str, str] | None:

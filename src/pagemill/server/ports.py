@@ -90,6 +90,10 @@ class Visitor(Protocol):
         """Tokens were used, of prompt or answer."""
         ...
 
+    def refused(self, reason: str) -> None:
+        """The engine does not let the request in; reason: a word for metrics."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:

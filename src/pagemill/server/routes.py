@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from pagemill.server.asking import check_fields
 from pagemill.server.chat import chat_prompt
-from pagemill.server.errors import FieldError
+from pagemill.server.errors import FieldError, about
 from pagemill.server.json_bytes import json_response
 from pagemill.server.schema import DetokenizeBody, TokenizeBody
 from pagemill.server.service import LOADING_RETRY_S, Service, service_of
@@ -38,6 +38,7 @@ async def version(request: Request) -> Response:
 
 @router.head("/v1/models", response_model=None, include_in_schema=False)
 @router.get("/v1/models", response_model=None)
+@router.get("/v1/models/", response_model=None, include_in_schema=False)
 async def list_models(request: Request) -> Response:
     """The model under each of its names, also while it loads."""
     service = service_of(request)
@@ -67,7 +68,8 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
             raise FieldError("there are no messages; give at least one", param="messages")
         tokens = (await chat_prompt(service, body.messages, body)).token_ids
     else:
-        tokens = await service.serving.encode(body.prompt or "", add_special=body.add_special_tokens)
+        with about("prompt"):
+            tokens = await service.serving.encode(body.prompt or "", add_special=body.add_special_tokens)
     answer: dict[str, Any] = {"count": len(tokens), "max_model_len": service.serving.facts.get("max_model_len")}
     answer["tokens"] = tokens
     if body.return_token_strs:

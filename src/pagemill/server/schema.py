@@ -1,19 +1,20 @@
 """Requests as clients send them: OpenAI's fields, vLLM's extras and our own, with their types. Owns names and types;
 ranges are checked where they are meant (`base/params.py`), and what they mean is in `asking.py`.
 
-Fields that are not known are kept aside (`model_extra`), reported once and refused with --strict.
+Fields that are not known are kept aside (`model_extra`), at any depth, reported once and refused with --strict. Where
+they would silently leave out what was asked of the cache or of the answer's form, they are always refused.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic_core import PydanticUseDefault
 
 MAX_ITEMS = 4096
 
-TokenIds = list[int]
+TokenIds = list[Annotated[int, Strict()]]  # true is no id
 
 
 def _given(value: Any) -> Any:
@@ -75,10 +76,13 @@ class JsonSchemaFormat(_Part):
 
 
 class ResponseFormat(_Part):
-    """type text, json_object, json_schema, regex (with `regex`) or grammar (Lark, with `grammar`)."""
+    """type text, json_object (with llama.cpp's `schema` one of this schema), json_schema, regex (with `regex`) or
+    grammar (Lark, with `grammar`)."""
 
+    model_config = ConfigDict(extra="forbid")
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
     regex: str | None = None
     grammar: str | None = None
 
@@ -86,6 +90,7 @@ class ResponseFormat(_Part):
 class StructuredOutputs(_Part):
     """vLLM's form of the same; one of them."""
 
+    model_config = ConfigDict(extra="forbid")
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
     choice: list[str] | None = Field(None, max_length=MAX_ITEMS)
@@ -114,14 +119,14 @@ class GenerationBody(_Body):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=MAX_ITEMS)
+    stop_token_ids: TokenIds | None = Field(None, max_length=MAX_ITEMS)
     ignore_eos: Flag = False
     include_stop_str_in_output: Flag = False
     skip_special_tokens: Flag = True
     prompt_logprobs: int | None = None
     return_token_ids: Flag = False
     priority: int | None = None
-    cache_salt: str | None = Field(None, max_length=1024)
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -169,8 +174,19 @@ class NamedTool(_Part):
 
 
 class ChatMessage(_Part):
+    """A message. What clients send back of an answer is known, though templates read little of it."""
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[dict[str, Any] | str] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: Any = None
+    annotations: Any = None
+    audio: Any = None
+    function_call: Any = None
 
 
 class ConversationFields(_Body):
@@ -215,4 +231,4 @@ class DetokenizeBody(_Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: TokenIds

@@ -9,11 +9,13 @@ from typing import Any
 
 from fastapi import Request
 
+from pagemill.base.errors import QueueFullError
 from pagemill.server.errors import FieldError, UnavailableError
 from pagemill.server.ports import Ask, ServerSettings, Serving, Stream, Visitor
 
 LOADING_RETRY_S = 1.0
 DRAINING_RETRY_S = 5.0
+QUEUE = "queue"  # why a request is refused that finds too many waiting, as metrics have it
 
 
 class Anyone:
@@ -23,6 +25,9 @@ class Anyone:
 
     def charge(self, num_tokens: int) -> None:
         """Nothing is charged."""
+
+    def refused(self, reason: str) -> None:
+        """Nothing is counted."""
 
 
 class Service:
@@ -45,7 +50,11 @@ class Service:
 
     async def open(self, asks: Sequence[Ask], visitor: Visitor) -> Stream:
         """Let a visitor's requests in, and tell `opened` under which names. Raises as `Serving.open` does."""
-        stream = await self.serving.open(asks)
+        try:
+            stream = await self.serving.open(asks)
+        except QueueFullError:
+            visitor.refused(QUEUE)
+            raise
         try:
             if self.opened is not None:
                 self.opened(stream.request_ids, asks, visitor)

@@ -163,13 +163,15 @@ def replay(trace: Trace, policy: Policy, capacity: int, prepared: Prepared | Non
                 at += 1
             if at == end:
                 continue
-            for each in blocks[at:end]:
+            run = blocks[at:end]
+            for each in run:
                 there[each] = 1
-            for each in replace(blocks[at:end], keys[at:end], infos[at:end]):
+            for each in replace(run, keys[at:end], infos[at:end]):
                 there[each] = 0
             num_evictions += end - at
             at = end
-            present = bytes(map(is_there, blocks))
+            if at < num_blocks:  # victims may be of this chain
+                present = present[:at] + bytes(map(is_there, blocks[at:]))
     return score.done(num_evictions)
 
 

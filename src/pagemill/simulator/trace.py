@@ -37,6 +37,9 @@ _LONGEST_LINE = 1 << 27
 _LONGEST_SHOWN = 40
 _MOONCAKE_FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
 _SESSION_FIELDS = ("id", "block_size", "tool_tokens", "system_tokens", "requests")
+_AZURE_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
+_MEND = "mend or remove the line"
+_KNOWN = "give a trace of a known format"
 _NUM_AGENT_FIELDS = 7  # of a request of a session
 
 
@@ -82,6 +85,8 @@ def read_trace(path: str | os.PathLike[str], *, session_gap_s: float = 60.0, see
             first = next(lines, "")
             if first.startswith("TIMESTAMP"):
                 return Trace(file.name, 0, tuple(_azure(file.name, chain([first], lines))))
+            if first.strip() and not first.lstrip().startswith(("{", "[")):
+                raise _wrong(file.name, 1, f"is neither a JSON object nor the header {_AZURE_HEADER}; {_KNOWN}")
             rows = _json_lines(file.name, chain([first], lines))
             number, row = next(rows, (1, None))
             if row is None:
@@ -97,7 +102,7 @@ def read_trace(path: str | os.PathLike[str], *, session_gap_s: float = 60.0, see
     raise _wrong(
         file.name,
         number,
-        'has neither "hash_ids" (Mooncake) nor "requests" (agent sessions); give a trace of a known format',
+        f'has neither "hash_ids" (Mooncake) nor "requests" (agent sessions); {_KNOWN}',
     )
 
 
@@ -132,7 +137,7 @@ def _csv_rows(name: str, rows: Any) -> Iterator[list[str]]:
     try:
         yield from rows
     except csv.Error as error:
-        raise _wrong(name, rows.line_num, f"is not CSV ({error})") from None
+        raise _wrong(name, rows.line_num, f"is not CSV ({error}); {_MEND}") from None
 
 
 def _wrong(name: str, line: int, what: str) -> ConfigError:
@@ -149,9 +154,9 @@ def _json_lines(name: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
             said = getattr(
                 error, "msg", "nested too deep" if isinstance(error, RecursionError) else "a number too long"
             )
-            raise _wrong(name, number, f"is not JSON ({said}); mend or remove the line") from None
+            raise _wrong(name, number, f"is not JSON ({said}); {_MEND}") from None
         if not isinstance(row, dict):
-            raise _wrong(name, number, "is not a JSON object; mend or remove the line")
+            raise _wrong(name, number, f"is not a JSON object; {_MEND}")
         yield number, row
 
 
@@ -182,7 +187,9 @@ def _check_fields(name: str, line: int, row: dict[str, Any], fields: tuple[str, 
 def _check_blocks(name: str, line: int, num_blocks: int, num_tokens: int, block_tokens: int) -> None:
     if num_blocks > -(-num_tokens // block_tokens):
         raise _wrong(
-            name, line, f"{num_blocks:,} blocks of {block_tokens} tokens are more than {num_tokens:,} input tokens fill"
+            name,
+            line,
+            f"{num_blocks:,} blocks of {block_tokens} tokens are more than {num_tokens:,} input tokens fill; {_MEND}",
         )
 
 
@@ -196,13 +203,20 @@ def _mooncake(name: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> Iterator
         latest = time_s
         ids = row["hash_ids"]
         if not isinstance(ids, list):
-            raise _wrong(name, line, "hash_ids is not a list of block ids")
+            raise _wrong(name, line, f"hash_ids is not a list of block ids; {_MEND}")
         for each in ids:
             _count(name, line, "a block id", each)
         if len(set(ids)) != len(ids):
             raise _wrong(name, line, "hash_ids names a block twice; blocks of one prompt differ in their position")
         num_tokens = _count(name, line, "input_length", row["input_length"])
         _check_blocks(name, line, len(ids), num_tokens, MOONCAKE_BLOCK_TOKENS)
+        if len(ids) * MOONCAKE_BLOCK_TOKENS < num_tokens:
+            raise _wrong(
+                name,
+                line,
+                f"hash_ids names {len(ids):,} blocks, and {num_tokens:,} input tokens fill more of "
+                f"{MOONCAKE_BLOCK_TOKENS} tokens; name each, the last one part-filled, or remove the line",
+            )
         yield Request(time_s, num_tokens, _count(name, line, "output_length", row["output_length"]), tuple(ids))
 
 
@@ -273,20 +287,21 @@ def _azure(name: str, lines: Iterator[str]) -> Iterator[Request]:
     reader = csv.reader(lines)
     rows = _csv_rows(name, reader)
     header = next(rows)
-    if header[:3] != ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]:
-        raise _wrong(name, 1, "the columns are not TIMESTAMP,ContextTokens,GeneratedTokens")
+    if header != _AZURE_HEADER.split(","):
+        raise _wrong(name, 1, f"the columns are not {_AZURE_HEADER}; {_KNOWN}")
     latest: datetime | None = None
     for row in rows:
         line = reader.line_num
         if not row:
             continue
         if len(row) != 3:
-            raise _wrong(name, line, f"has {len(row)} columns instead of 3")
+            raise _wrong(name, line, f"has {len(row)} columns instead of 3; {_MEND}")
         try:
             lengths = tuple(_digits(each) for each in row[1:])
             when = datetime.fromisoformat(row[0][:26])  # without the digits behind microseconds
         except ValueError:
-            raise _wrong(name, line, f"{','.join(row)[:60]!r} is not a time and two counts of tokens") from None
+            said = f"{','.join(row)[:60]!r} is not a time and two counts of tokens"
+            raise _wrong(name, line, f"{said}, as in 2023-11-16 18:15:46.680,374,44; {_MEND}") from None
         if when.tzinfo is not None or not (row[0][26:] or "0").isdigit():
             raise _wrong(name, line, "the time has a zone; give times of one zone, without it")
         if latest is not None and when < latest:

@@ -17,6 +17,10 @@ from typing import Any, Literal
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_CALL_CHARS = 2**18
 
+# Keywords of a JSON schema whose values are data, and those whose keys are names.
+_DATA = frozenset({"const", "enum", "default", "examples"})
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\S)')
 _PREAMBLE = """You can call functions. Their signatures are within <tools></tools>:
 <tools>
@@ -196,7 +200,7 @@ def calls_grammar(functions: Sequence[Mapping[str, Any]], *, several: bool) -> s
             "type": "object",
             "properties": {
                 "name": {"const": each["name"]},
-                "arguments": each.get("parameters") or {"type": "object"},
+                "arguments": _placed(each.get("parameters") or {"type": "object"}, "#/properties/arguments"),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -204,6 +208,24 @@ def calls_grammar(functions: Sequence[Mapping[str, Any]], *, several: bool) -> s
         }
         lines.append(f"body{index}: %json {json.dumps(schema, ensure_ascii=False)}")
     return "\n".join(lines)
+
+
+def _placed(schema: Any, at: str, *, names: bool = False) -> Any:
+    """A JSON schema as it reads at a place within another: its references to itself (`#/$defs/…`) begin there (RFC
+    6901). What is data, and no schema, stays as it is. names: the keys are names of the caller's, not keywords."""
+    if isinstance(schema, list):
+        return [_placed(each, at) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for key, value in schema.items():
+        if names:
+            made[key] = _placed(value, at)
+        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            made[key] = at + value[1:]
+        else:
+            made[key] = value if key in _DATA else _placed(value, at, names=key in _NAMED)
+    return made
 
 
 def as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

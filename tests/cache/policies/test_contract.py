@@ -193,6 +193,79 @@ def test_calls_for_many_blocks_do_what_calls_for_one_do(name: str, seed: int) ->
     assert len(many) > 400
 
 
+def play_unlocked(policy: Policy, seed: int, *, many: bool) -> list[int]:
+    """Victims of chains where nothing is ever locked, so that no call for many blocks falls back on those for one."""
+    rng = random.Random(seed)
+    there = dict.fromkeys(range(1000, 1040))
+    for block in there:
+        policy.insert(block, key(block), INFO)
+    victims: list[int] = []
+    for _ in range(400):
+        start = 12 * int(rng.paretovariate(0.8)) % 240
+        chain = list(range(start, start + rng.randint(1, 50)))[::-1]
+        hits = [block for block in chain if block in there]
+        missing = [block for block in chain if block not in there]
+        infos = [BlockInfo(16 - block % 2, block % 12, text_tokens=start) for block in missing]
+        if many:
+            policy.touch_all(hits)
+        else:
+            for block in hits:
+                policy.touch(block)
+        replace = policy.replace if many else partial(OneByOne.replace, policy)
+        gone = replace(missing, [key(block) for block in missing], infos)
+        there |= dict.fromkeys(missing)
+        for block in gone:
+            del there[block]
+        victims += gone
+    return [*victims, *drain(policy)]
+
+
+@every_policy
+@pytest.mark.parametrize("seed", range(3))
+def test_calls_for_many_unlocked_blocks_do_what_calls_for_one_do(name: str, seed: int) -> None:
+    many = play_unlocked(make_policy(name, 40), seed, many=True)
+    assert many == play_unlocked(make_policy(name, 40), seed, many=False)
+    assert len(many) > 2000
+
+
+@every_policy
+@pytest.mark.parametrize("locked", [(), (3, 11)])
+def test_an_exchange_is_a_miss_a_removal_and_an_insertion_for_each_block(name: str, locked: tuple[int, ...]) -> None:
+    at_once, one_by_one = filled(name, 12), filled(name, 12)
+    blocks, victims = [20, 21, 22, 23], [7, 20, 0, 5]
+    keys = [key(block) for block in blocks]
+    for policy in (at_once, one_by_one):
+        for block in locked:
+            policy.lock(block)
+        policy.touch(4)
+    at_once.exchange(victims, blocks, keys, [INFO] * 4)
+    for block, victim in zip(blocks, victims, strict=True):
+        one_by_one.on_miss(key(block))
+        one_by_one.remove(victim, True)
+        one_by_one.insert(block, key(block), INFO)
+    assert drain(at_once) == drain(one_by_one)
+
+
+@every_policy
+def test_a_refused_exchange_changes_nothing(name: str) -> None:
+    policy = filled(name, 10)
+    untouched = copy.deepcopy(policy)
+    with pytest.raises(AssertionError):
+        policy.exchange([1], [3], [key(3)], [INFO])
+    with pytest.raises(AssertionError):
+        policy.exchange([1, 99], [50, 51], [key(50), key(51)], [INFO, INFO])
+    assert drain(policy) == drain(untouched)
+
+
+@pytest.mark.parametrize("name", ["lfu", "gdsf"])
+def test_a_block_that_is_used_over_and_over_leaves_nothing_behind(name: str) -> None:
+    policy: Any = filled(name, 4)
+    for _ in range(2000):
+        policy.touch(2)
+    assert len(policy._order.lanes) <= 2
+    assert len(policy._order.ranks) < 100
+
+
 @every_policy
 def test_no_block_of_a_run_may_be_known_or_unknown_where_it_must_not(name: str) -> None:
     policy = filled(name, 10)

@@ -26,7 +26,7 @@ class SlowGittins(SlowLRU):
     def place(self, each: SlowBlock) -> tuple[float, ...]:
         fast = self.fast
         block = next(block for block, other in self.blocks.items() if other is each)
-        kind = fast._entries[block][1]
+        kind = fast._entries[block][2]
         age = fast._epoch - each.used // fast._epoch_uses
         bucket = sum(edge <= age for edge in fast._learner.edges)
         return (fast._places[kind * fast._buckets + bucket], each.used)

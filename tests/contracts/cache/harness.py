@@ -135,9 +135,10 @@ class Harness:
     def compute(self, seq_id: int, most: int) -> None:
         """One step of one sequence: moves, writing, re-reading, commit."""
         cache, text = self.cache, self.live[seq_id]
+        start, end = text.committed, min(text.committed + most, cache.num_history(seq_id), len(text.tokens))
+        tables = self.reach(seq_id, end)
         self.move()
         table = cache.block_table(seq_id)
-        start, end = text.committed, min(text.committed + most, cache.num_history(seq_id), len(text.tokens))
         value = 0
         for position in range(end):
             value = mix(value, text.tokens[position])
@@ -151,12 +152,20 @@ class Harness:
                 if filled and not self.rewritten(seq_id, position):
                     raise ViolationError(f"block {block} was handed out with its contents")
                 self.store[block][slot] = value
+        self.compute_windows(text.tokens, start, end, tables)
         self.check_logits(text, [self.store[table[each // BLOCK]][each % BLOCK] for each in range(end)])
         self.learn(text, end)
         cache.commit(seq_id, end)
         text.committed, text.num_unread = end, 0
         self.verified.setdefault(scope(text.options), set()).add(tuple(text.tokens[:end]))
         self.check()
+
+    def reach(self, seq_id: int, end: int) -> tuple[array[int], ...]:
+        """Tables of the window groups for a step up to `end`; none here."""
+        return ()
+
+    def compute_windows(self, tokens: array[int], start: int, end: int, tables: tuple[array[int], ...]) -> None:
+        """Write positions from `start` on in the pages of window groups, and re-read what they read."""
 
     def check_logits(self, text: Text, history: list[int | None]) -> None:
         """What comes of all positions as they are read, the ones just written too, is what comes of them uncached."""
@@ -208,15 +217,20 @@ class Harness:
         self.highest[seq_id] = max(self.highest.get(seq_id, 0), text.committed)
         cache.resize(seq_id, num_tokens)
         del text.tokens[num_tokens:]
-        text.committed = min(text.committed, num_tokens)
-        text.num_unread = min(text.num_unread, num_tokens)
+        text.committed = self.left_of(seq_id, min(text.committed, num_tokens))
+        text.num_unread = min(text.num_unread, text.committed)
         self.check()
+
+    def left_of(self, seq_id: int, committed: int) -> int:
+        """How much of a text stays computed that goes back to so many tokens: all of it, here."""
+        return committed
 
     def draft(self, seq_id: int, tokens: list[int]) -> None:
         """Write tokens that are then rejected: never committed, so never to be hit."""
         cache, text = self.cache, self.live[seq_id]
         if text.committed != len(text.tokens) or not self.extend(seq_id, tokens):
             return
+        self.reach(seq_id, len(text.tokens))
         self.move()
         table = cache.block_table(seq_id)
         for position in range(text.committed, len(text.tokens)):

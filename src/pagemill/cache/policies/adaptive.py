@@ -164,25 +164,26 @@ class Adaptive(OneByOne):
 
     def replace(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> list[int]:
         assert not any(map(self.__contains__, blocks)), "a block is known already"
+        mask, held = self._mask, self._blocks
+        sampled = [at for at, key in enumerate(keys) if not key[0] & mask]
         victims: list[int] = []
-        at = 0
-        while at < len(blocks):
-            end = at
+        while (start := len(victims)) < len(blocks):
             # The leader may change where a chain ends.
-            while end < len(blocks) - 1 and (keys[end][0] & self._mask or infos[end].depth < self._depth):
-                end += 1
+            depth = self._depth
+            end = next((at + 1 for at in sampled if at >= start and infos[at].depth >= depth), len(blocks))
+            run = blocks[start:end], keys[start:end], infos[start:end]
             leader = self._candidates[self._leader]
-            gone = leader.replace(blocks[at : end + 1], keys[at : end + 1], infos[at : end + 1])
-            for block, key, info, victim in zip(blocks[at:], keys[at:], infos[at:], gone, strict=False):
-                for each in self._candidates:
-                    if each is not leader:
-                        each.on_miss(key)
-                        each.remove(victim, True)
-                        each.insert(block, key, info)
-                self._blocks.pop(victim, None)
-                self._take_in(block, key, info)
+            gone = leader.replace(*run)
+            for each in self._candidates:
+                if each is not leader:
+                    each.exchange(gone, *run)
+            for at in sampled:
+                if start <= at < end:
+                    self._take_in(blocks[at], keys[at], infos[at])
+            for victim in gone:
+                if victim in held:
+                    del held[victim]
             victims += gone
-            at = end + 1
         return victims
 
     def resize(self, capacity: int) -> None:

@@ -109,7 +109,7 @@ class ARC(OneByOne):
         known, victims = self._keys, []
         if self._locked or not known or not (self._once.is_plain and self._again.is_plain):
             return super().replace(blocks, keys, infos)
-        assert not any(map(known.__contains__, blocks)), "a block is known already"
+        assert known.keys().isdisjoint(blocks), "a block is known already"
         once, again, capacity = self._once.order, self._again.order, self._capacity
         ghosts_once, ghosts_again, limit = self._ghosts_once.keys, self._ghosts_again.keys, self._ghosts_again.limit
         for block, key in zip(blocks, keys, strict=True):

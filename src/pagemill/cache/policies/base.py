@@ -93,6 +93,14 @@ class Policy(Protocol):
         of this same run. Refused where nothing is unlocked."""
         ...
 
+    def exchange(
+        self, victims: Sequence[int], blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]
+    ) -> None:
+        """`replace` where another policy has named the victims: for each block in turn its key's `on_miss`, then the
+        victim in its place leaves (evicted) and the block is inserted. Different blocks, none of them known; different
+        victims, known by then."""
+        ...
+
     def admit(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> None:
         """A run of blocks has been published, each behind the one before it, and is in use: `insert` and `lock` for
         each. They count as used from the last to the first. Different blocks, none of them known."""
@@ -130,6 +138,17 @@ class OneByOne:
             self.insert(block, key, info)
             victims.append(victim)
         return victims
+
+    def exchange(
+        self: Policy, victims: Sequence[int], blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]
+    ) -> None:
+        assert not any(map(self.__contains__, blocks)), "a block is known already"
+        known = set(blocks)
+        assert all(each in known or each in self for each in victims), "a victim is not known"
+        for victim, block, key, info in zip(victims, blocks, keys, infos, strict=True):
+            self.on_miss(key)
+            self.remove(victim, True)
+            self.insert(block, key, info)
 
     def admit(self: Policy, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> None:
         assert not any(map(self.__contains__, blocks)), "a block is known already"

@@ -8,9 +8,7 @@ has not lost its count. The cost of a block is that of its positions in prefill:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from heapq import heappop, heappush
 
 from pagemill.cache.policies.base import BlockInfo, OneByOne
 from pagemill.cache.policies.order import Ghosts, RankedLanes
@@ -88,16 +86,16 @@ class GDSF(OneByOne):
         entries, order, victims = self._entries, self._order, []
         if self._locked or not order.is_plain or not entries:
             return super().replace(blocks, keys, infos)
-        assert not any(map(entries.__contains__, blocks)), "a block is known already"
-        lanes, ranks, floor = order.lanes, order.ranks, self._floor
+        assert entries.keys().isdisjoint(blocks), "a block is known already"
+        ranks, floor = order.ranks, self._floor
         ghosts, limit = self._ghosts.keys, self._ghosts.limit
+        unit = self._unit_bytes = self._unit_bytes or next((each.num_bytes for each in infos), 0)
         stamp = order.reserve(len(blocks)) - 1
+        first, into, latest = order.lowest(), None, 0.0  # the lowest lane; that of `latest`
         for block, key, info in zip(blocks, keys, infos, strict=True):
-            lane = lanes[ranks[0]]
-            while not lane:
-                del lanes[heappop(ranks)]
-                lane = lanes[ranks[0]]
-            victim, _ = lane.popitem(last=False)
+            if not first:
+                first, into = order.lowest(), None
+            victim, _ = first.popitem(last=False)
             rank, uses, _, gone = entries.pop(victim)
             if rank > floor:
                 floor = rank
@@ -105,15 +103,15 @@ class GDSF(OneByOne):
             if len(ghosts) > limit:
                 ghosts.popitem(last=False)
             victims.append(victim)
-            uses = ghosts.pop(key, 0) + 1
-            worth = self._worth(info)
+            uses = ghosts.pop(key) + 1 if key in ghosts else 1
+            worth = info.recompute_cost * unit / info.num_bytes
             rank = floor + uses * worth
             entries[block] = (rank, uses, worth, key)
             stamp += 1
-            into = lanes.get(rank)
-            if into is None:
-                into = lanes[rank] = OrderedDict()
-                heappush(ranks, rank)
+            if into is None or rank != latest:
+                into, latest = order.lane(rank), rank
+                if ranks[0] == rank:
+                    first = into
             into[block] = stamp
         self._floor = floor
         return victims

@@ -65,13 +65,27 @@ class LRU(OneByOne):
         if self._locked or not lane.is_plain or not lane.order:
             return super().replace(blocks, keys, infos)
         order = lane.order
-        assert not any(map(order.__contains__, blocks)), "a block is known already"
+        assert order.keys().isdisjoint(blocks), "a block is known already"
         drop = order.popitem
         victims = []
         for block in blocks:
             victims.append(drop(last=False)[0])
             order[block] = None
         return victims
+
+    def exchange(
+        self, victims: Sequence[int], blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]
+    ) -> None:
+        order = self._lane.order
+        if self._locked or not self._lane.is_plain:
+            super().exchange(victims, blocks, keys, infos)
+            return
+        assert order.keys().isdisjoint(blocks), "a block is known already"
+        assert len(victims) == len(blocks), "a victim for each block"
+        assert order.keys() >= set(victims).difference(blocks), "a victim is not known"
+        order.update(dict.fromkeys(blocks))
+        for victim in victims:
+            del order[victim]
 
     def admit(self, blocks: Sequence[int], keys: Sequence[bytes], infos: Sequence[BlockInfo]) -> None:
         lane = self._lane

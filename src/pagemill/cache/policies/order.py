@@ -6,13 +6,14 @@ use, frequency, worth) is each policy's own.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence, Set
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence, Set
 from heapq import heapify, heappop, heappush
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 _SLACK = 64
 T = TypeVar("T")
+E = TypeVar("E", bound=tuple[Any, ...])
 
 
 class Lane:
@@ -102,7 +103,8 @@ class Lane:
 class RankedLanes:
     """Blocks by rank, those of one rank in the order in which they came to it. Mutated by every call.
 
-    lanes: the blocks of each rank with their stamps; ranks: a heap of the ranks that have had blocks lately. A block
+    lanes: the blocks of each rank with their stamps; ranks: a heap of the ranks that have a lane, and of some that had
+    one. A lane that `discard` empties goes: a block that is used over and over leaves one behind at every use. A block
     that is locked and stands first is set aside until it is unlocked or moved.
     """
 
@@ -123,11 +125,15 @@ class RankedLanes:
     def put(self, block: int, rank: float) -> None:
         """Add a block that is not there behind all others of its rank."""
         self._stamp += 1
+        self.lane(rank)[block] = self._stamp
+
+    def lane(self, rank: float) -> OrderedDict[int, int]:
+        """The blocks of a rank; an empty one begins where there is none."""
         lane = self.lanes.get(rank)
         if lane is None:
             lane = self.lanes[rank] = OrderedDict()
             heappush(self.ranks, rank)
-        lane[block] = self._stamp
+        return lane
 
     def reserve(self, count: int) -> int:
         """The first of `count` stamps, for blocks that the caller adds to `lanes` itself."""
@@ -137,8 +143,22 @@ class RankedLanes:
 
     def discard(self, block: int, rank: float) -> None:
         """Take a block out of its rank."""
-        if self._aside.pop(block, None) is None:
-            del self.lanes[rank][block]
+        if self._aside and self._aside.pop(block, None) is not None:
+            return
+        lane = self.lanes[rank]
+        del lane[block]
+        if not lane:
+            del self.lanes[rank]
+            if len(self.ranks) > 2 * len(self.lanes) + _SLACK:
+                self.ranks[:] = self.lanes
+                heapify(self.ranks)
+
+    def lowest(self) -> OrderedDict[int, int]:
+        """The blocks of the lowest rank that has any, where there are some in `lanes`."""
+        ranks, lanes = self.ranks, self.lanes
+        while not (lane := lanes.get(ranks[0])):
+            lanes.pop(heappop(ranks), None)
+        return lane
 
     def unlocked(self, block: int, locked: Set[int]) -> None:
         """A block may be first again."""
@@ -158,7 +178,7 @@ class RankedLanes:
         ranks, lanes = self.ranks, self.lanes
         while ranks:
             rank = ranks[0]
-            lane = lanes[rank]
+            lane = lanes.get(rank)
             while lane:
                 block = next(iter(lane))
                 if block not in locked:
@@ -166,67 +186,116 @@ class RankedLanes:
                         return back[0][2]
                     return block
                 aside[block] = (rank, lane.pop(block))
-            del lanes[heappop(ranks)]
+            lanes.pop(heappop(ranks), None)
         return back[0][2] if back else None
 
 
-class StampedQueue:
-    """Blocks in ascending order of a stamp (a count that only grows). Mutated by `put` and `discard`.
+class EntryQueue(Generic[E]):
+    """Entries in ascending order of their stamps. Mutated by policies and by every call.
 
-    A block with the newest stamp goes to the end of an ordered dictionary, O(1). A block that comes back to an earlier
-    place waits in a heap beside it, O(log n). No two blocks have one stamp.
+    order: policies append to it what has the newest stamp; returned: a heap of those that came back to an earlier
+    place. Both may hold entries that do not hold any more (`Queues`).
     """
 
-    __slots__ = ("_heap", "_returned", "order")
+    __slots__ = ("order", "returned")
 
     def __init__(self) -> None:
-        self.order: OrderedDict[int, int] = OrderedDict()
-        self._returned: dict[int, int] = {}
-        self._heap: list[tuple[int, int]] = []
+        self.order: deque[E] = deque()
+        self.returned: list[E] = []
 
-    def __len__(self) -> int:
-        return len(self.order) + len(self._returned)
+    def first(self, entries: Mapping[int, E]) -> E | None:
+        """The earliest entry that holds; None without any. Drops what stands before it."""
+        order, returned = self.order, self.returned
+        while order and entries.get(order[0][1]) is not order[0]:
+            order.popleft()
+        while returned and entries.get(returned[0][1]) is not returned[0]:
+            heappop(returned)
+        if returned and (not order or returned[0] < order[0]):
+            return returned[0]
+        return order[0] if order else None
+
+    def take(self, entry: E) -> bool:
+        """Take an entry out if it stands first in `order` or `returned`; False where it stays until it does."""
+        if self.order and self.order[0] is entry:
+            self.order.popleft()
+            return True
+        if self.returned and self.returned[0] is entry:
+            heappop(self.returned)
+            return True
+        return False
+
+    def sweep(self, entries: Mapping[int, E]) -> None:
+        """Drop what does not hold, and let what came back stand in `order`. O(n log n)."""
+        live = [each for each in self.order if entries.get(each[1]) is each]
+        if self.returned:
+            live += [each for each in self.returned if entries.get(each[1]) is each]
+            live.sort()
+        self.order, self.returned = deque(live), []
+
+
+class Queues(Generic[E]):
+    """Queues of blocks' entries, by numbers that a policy chooses. Mutated by every call and by policies.
+
+    An entry is a tuple (stamp, block, ...); no two have one stamp, a count that only grows. entries: by block, those
+    that hold. An entry that was replaced or deleted there stays in its queue and is passed over when it stands first,
+    which costs less than to take it out; when more of them may have been left behind than there are blocks, all queues
+    are swept. So a call costs O(1), amortised, and O(log n) where a block was set aside: a locked block that stands
+    first is in no queue until it is unlocked.
+    """
+
+    __slots__ = ("_aside", "_has_returned", "_num_left", "entries", "queues")
+
+    def __init__(self) -> None:
+        self.entries: dict[int, E] = {}
+        self.queues: dict[float, EntryQueue[E]] = {}
+        self._aside: set[int] = set()
+        self._has_returned = False
+        self._num_left = 0
 
     @property
     def is_plain(self) -> bool:
-        """True where `order` is all there is."""
-        return not self._returned
+        """True where nothing is set aside or has come back from there, so that `order` of each queue is all of it."""
+        return not self._aside and not self._has_returned
 
-    def put(self, block: int, stamp: int) -> None:
-        """Add a block, or move it to a newer stamp."""
-        order = self.order
-        if self._returned:
-            self._returned.pop(block, None)
-        if not order or order[next(reversed(order))] < stamp:
-            order[block] = stamp
-            order.move_to_end(block)
-            return
-        order.pop(block, None)
-        self._returned[block] = stamp
-        heappush(self._heap, (stamp, block))
-        if len(self._heap) > 2 * len(self._returned) + _SLACK:
-            self._heap = [(at, each) for each, at in self._returned.items()]
-            heapify(self._heap)
+    def leave(self, entry: E, name: float) -> None:
+        """An entry of the queue `name` has been deleted or replaced in `entries`."""
+        if entry[1] in self._aside:
+            self._aside.remove(entry[1])
+        elif not self.queues[name].take(entry):
+            self.left(1)
 
-    def discard(self, block: int) -> bool:
-        """Take a block out; False where it is not there."""
-        if self.order.pop(block, None) is not None:
-            return True
-        return self._returned.pop(block, None) is not None
+    def left(self, count: int) -> None:
+        """So many entries do not hold any more and may be in their queues yet."""
+        self._num_left += count
+        if self._num_left > len(self.entries) + _SLACK:
+            self._num_left, self._has_returned = 0, False
+            for queue in self.queues.values():
+                queue.sweep(self.entries)
 
-    def first(self) -> tuple[int, int] | None:
-        """(stamp, block) of the earliest block; None where the queue is empty."""
-        order = self.order
-        ahead: tuple[int, int] | None = None
-        if order:
-            block = next(iter(order))
-            ahead = (order[block], block)
-        if self._returned:
-            while self._returned.get(self._heap[0][1]) != self._heap[0][0]:
-                heappop(self._heap)
-            if ahead is None or self._heap[0] < ahead:
-                return self._heap[0]
-        return ahead
+    def first(self, name: float, locked: Set[int]) -> int | None:
+        """The earliest block of a queue that is not locked; None without any."""
+        queue = self.queues[name]
+        while (entry := queue.first(self.entries)) is not None:
+            if entry[1] not in locked:
+                return int(entry[1])
+            queue.take(entry)
+            self._aside.add(entry[1])
+        return None
+
+    def clear(self) -> None:
+        """No queues any more; entries and what is set aside stay. The caller makes queues anew."""
+        self.queues.clear()
+        self._has_returned, self._num_left = False, 0
+
+    def is_aside(self, block: int) -> bool:
+        """True where a block was locked when it stood first, and has not been unlocked since."""
+        return block in self._aside
+
+    def put_back(self, block: int, name: float) -> None:
+        """A block that is set aside was unlocked; its place is in the queue `name`, which is there."""
+        self._aside.remove(block)
+        self._has_returned = True
+        heappush(self.queues[name].returned, self.entries[block])
 
 
 class Ghosts(Generic[T]):

@@ -44,6 +44,9 @@ class LearnerSetting:
 class ReuseLearner:
     """Counts of reuse by class and age. Mutated by `record`, `advance`, `refresh` and `take_over`.
 
+    epoch: the one that has begun; keys, kinds: uses in it that are yet to be counted, to which policies may append what
+    `record` would.
+
     capacity: blocks of the cache, the unit of ages. levels: for each class, how often its blocks are expected to be
     used again relative to the others, before anything is seen. groups: for each, the group whose level it leans on.
     Time is counted in epochs, a 16th of the capacity in uses but 8 at the least. Memory is bounded: of a large cache a
@@ -67,6 +70,9 @@ class ReuseLearner:
         self._levels = tuple(levels)
         self._groups = tuple(groups)
         self.mask = (1 << min(_MOST_SAMPLED_BITS, (max(1, capacity // _SAMPLED)).bit_length() - 1)) - 1
+        self.epoch = 0
+        self.keys: list[bytes] = []  # used in this epoch and not yet counted, with their classes
+        self.kinds: list[int] = []
         self._latest: dict[bytes, tuple[int, int]] = {}
         self._keys: dict[int, list[bytes]] = {}  # used in an epoch
         self._alive: dict[int, list[int]] = {}  # by class: blocks used in an epoch and not since
@@ -88,22 +94,38 @@ class ReuseLearner:
     def record(self, key: bytes, epoch: int, kind: int) -> None:
         """A block of class `kind` is used, in an epoch that is never before those recorded. Its key is in the
         sample: `not key[0] & mask`."""
-        before = self._latest.get(key)
-        if before is not None:
-            at, was = before
-            self._hits[was][bisect_right(self.edges, epoch - at)] += 1.0
-            self._alive[at][was] -= 1
-        self._latest[key] = (epoch, kind)
-        self._reached[kind][0] += 1.0
-        alive = self._alive.get(epoch)
-        if alive is None:
-            alive = self._alive[epoch] = [0] * len(self._levels)
-            self._keys[epoch] = []
-        alive[kind] += 1
-        self._keys[epoch].append(key)
+        if epoch != self.epoch:
+            self._count()
+            self.epoch = epoch
+        self.keys.append(key)
+        self.kinds.append(kind)
+
+    def _count(self) -> None:
+        """Count the uses of `keys`."""
+        if not self.keys:
+            return
+        latest, epoch, num_kinds = self._latest, self.epoch, len(self._levels)
+        reached = [row[0] for row in self._reached]
+        alive = self._alive.setdefault(epoch, [0] * num_kinds)
+        marks = [(epoch, kind) for kind in range(num_kinds)]
+        for key, kind in zip(self.keys, self.kinds, strict=True):
+            if key in latest:
+                at, was = latest[key]
+                self._hits[was][bisect_right(self.edges, epoch - at)] += 1.0
+                self._alive[at][was] -= 1
+            latest[key] = marks[kind]
+            reached[kind] += 1.0
+            alive[kind] += 1
+        for row, count in zip(self._reached, reached, strict=True):
+            row[0] = count
+        self._keys.setdefault(epoch, []).extend(self.keys)
+        self.keys.clear()
+        self.kinds.clear()
 
     def advance(self, epoch: int) -> None:
         """An epoch begins: blocks have grown older, some have reached the next bucket. Called for each."""
+        self._count()
+        self.epoch = epoch
         for bucket, edge in enumerate(self.edges):
             alive = self._alive.get(epoch - edge)
             if alive is not None:
@@ -113,10 +135,10 @@ class ReuseLearner:
         at = epoch - self.edges[-1]
         if at in self._alive:
             del self._alive[at]
+            latest = self._latest
             for key in self._keys.pop(at):
-                latest = self._latest.get(key)
-                if latest is not None and latest[0] == at:
-                    del self._latest[key]
+                if key in latest and latest[key][0] == at:
+                    del latest[key]
 
     def refresh(self, epoch: int) -> list[list[float]]:
         """The index by class and bucket, hits per use of any block, from what was seen; older counts weigh less.
@@ -124,6 +146,7 @@ class ReuseLearner:
         A hazard is the class's level times the shape over ages of all classes together; a class's level leans on that
         of its group.
         """
+        self._count()
         setting = self._setting
         shape, observed, expected = self._seen()
         by_group: dict[int, tuple[float, float]] = {}
@@ -158,6 +181,7 @@ class ReuseLearner:
 
     def take_over(self, other: ReuseLearner, epoch: int) -> None:
         """Begin with another learner's counts, of the same classes: ages in capacities tell much at any capacity."""
+        other._count()
         self._hits = [list(row) for row in other._hits]
         self._reached = [list(row) for row in other._reached]
         self._decayed_at = epoch

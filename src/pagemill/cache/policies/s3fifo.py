@@ -106,7 +106,7 @@ class S3FIFO(OneByOne):
         uses, victims = self._uses, []
         if self._locked or not uses or not (self._small.is_plain and self._main.is_plain):
             return super().replace(blocks, keys, infos)
-        assert not any(map(uses.__contains__, blocks)), "a block is known already"
+        assert uses.keys().isdisjoint(blocks), "a block is known already"
         small, main, known = self._small.order, self._main.order, self._keys
         ghosts, limit, room = self._ghosts.keys, self._ghosts.limit, self._room_small
         for block, key in zip(blocks, keys, strict=True):

@@ -1,0 +1,42 @@
+"""Whom the calls that led to an error were made for, and what that one is told."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from pagemill.base.blame import blamed, reason_of
+from pagemill.base.errors import RequestError
+
+
+def inner(number: int, *, text: str) -> None:
+    raise RuntimeError(f"{number} {text}")
+
+
+def outer(number: int) -> None:
+    inner(-1, text="of the inner call")
+    raise AssertionError(number)
+
+
+def caught() -> RuntimeError:
+    try:
+        outer(5)
+    except RuntimeError as error:
+        return error
+    raise AssertionError
+
+
+def test_the_innermost_call_with_something_of_one_is_asked_first() -> None:
+    assert blamed(caught(), lambda name, value: value if name == "number" else None) == -1
+    assert blamed(caught(), lambda name, value: value if name == "text" else None) == "of the inner call"
+    assert blamed(caught(), lambda _, value: value if isinstance(value, int) and value > 0 else None) == 5
+    assert blamed(caught(), lambda *_: None) is None
+
+
+def test_an_error_of_ours_is_told_and_any_other_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("pagemill.test")
+    assert reason_of(RequestError("too long; send less"), log) == "too long; send less"
+    assert not caplog.records
+    assert "number of a card" not in reason_of(RuntimeError("number of a card"), log)
+    assert caplog.records[0].exc_info is not None
