@@ -263,15 +263,14 @@ static void run_phase(Worker& w, size_t i) {
     }
 }
 
-// What the functions of a step have left on this thread's stack, which nobody wipes when a text is purged: theirs began where this
-// one does.
+// What `run_phases` has left on this thread's stack, which nobody wipes when a text is purged: its frame began where this one does.
 static __attribute__((noinline)) void forget_stack() {
     uint8_t frames[48 << 10];
     std::memset(frames, 0, sizeof frames);
     asm volatile("" : : "r"(frames) : "memory");  // so that it is done
 }
 
-static void run_step(const StepContext& ctx, int worker) {
+static __attribute__((noinline)) void run_phases(const StepContext& ctx, int worker) {
     Worker w(ctx, worker);
     w.clear_shares();
     enter_tiles();
@@ -281,6 +280,10 @@ static void run_step(const StepContext& ctx, int worker) {
         if (ctx.rest && i == ctx.last_attention) keep_logit_rows(w);
     }
     leave_tiles();
+}
+
+static void run_step(const StepContext& ctx, int worker) {
+    run_phases(ctx, worker);
     forget_stack();
 }
 

@@ -40,15 +40,27 @@ def planted(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, concerns:
     monkeypatch.setattr(owner, method, raising)
 
 
-@pytest.mark.parametrize("method", ["open", "commit", "grow"])
+FAULTS = {
+    "open": lambda seq_id, *_: seq_id == 1,
+    "commit": lambda seq_id, num_tokens: seq_id == 1 and num_tokens >= 16,
+    "grow": lambda blocks, _: list(blocks.tokens) == VICTIM and blocks.committed >= 16,
+}
+
+
+@pytest.mark.parametrize("method", FAULTS)
+def test_what_a_request_leaves_that_fails_alone_is_wiped(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    engine = rig()
+    planted(monkeypatch, CacheManager, method, FAULTS[method])
+    engine.add("victim", VICTIM, max_tokens=4)
+    assert engine.run(most_steps=100)["victim", 0].finish_reason == "error"
+    assert not engine.cache.moves()
+    engine.assert_empty()
+
+
+@pytest.mark.parametrize("method", FAULTS)
 def test_a_request_at_which_the_cache_fails_each_time_ends_alone(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     engine = rig()
-    concerns = {
-        "open": lambda seq_id, *_: seq_id == 1,
-        "commit": lambda seq_id, num_tokens: seq_id == 1 and num_tokens >= 16,
-        "grow": lambda blocks, _: list(blocks.tokens) == VICTIM and blocks.committed >= 16,
-    }[method]
-    planted(monkeypatch, CacheManager, method, concerns)
+    planted(monkeypatch, CacheManager, method, FAULTS[method])
     engine.add("victim", VICTIM, max_tokens=4)
     engine.add("other", OTHER, max_tokens=4)
     answers = engine.run(most_steps=100)

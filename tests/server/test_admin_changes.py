@@ -51,7 +51,12 @@ def test_what_is_left_out_of_a_quota_stays() -> None:
 
 @pytest.mark.parametrize(
     ("body", "said"),
-    [(b'{"what": }', "line 1, column 10"), (b"", "send a JSON object"), (b"\xff", "send a JSON object")],
+    [
+        (b'{"what": }', "line 1, column 10"),
+        (b"", "send a JSON object"),
+        (b"\xff", "send a JSON object"),
+        (b"[" + b"1" * 5000 + b"]", "send a JSON object"),
+    ],
 )
 def test_a_body_that_is_no_json_is_told_where(body: bytes, said: str) -> None:
     answer = Office().ask("POST", "/admin/cache/purge", content=body)

@@ -171,6 +171,42 @@ def with_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "broken", "parameters": parameters}}
 
 
+P = {"type": "integer"}
+AT_P = {"type": "object", "properties": {"a": {"$ref": "#/$defs/P"}}, "required": ["a"], "$defs": {"P": P}}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        AT_P,
+        {**AT_P, "$id": "https://example.org/schema"},
+        {**AT_P, "properties": {"a": {"$ref": "#pt"}}, "$defs": {"P": {"$anchor": "pt", **P}}},
+    ],
+    ids=["plain", "id", "anchor"],
+)
+def test_a_schema_s_references_hold_within_a_call(http: httpx.Client, parameters: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    body = {"messages": HELLO, "tools": [tool], "tool_choice": "required", "max_tokens": 4}
+    assert http.post(CHAT, json=body).status_code == 200
+
+
+def test_a_reference_to_nothing_is_told_as_it_was_written(http: httpx.Client) -> None:
+    broken = with_parameters({"type": "object", "properties": {"a": {"$ref": "#/$defs/Q"}}, "required": ["a"]})
+    message = refusal(http, CHAT, tools=[broken], tool_choice="required")["message"]
+    assert "/$defs/Q" in message
+    assert "arguments" not in message
+
+
+def test_what_is_null_or_false_asks_for_nothing(strict: httpx.Client) -> None:
+    form = {"regex": "a+", "structural_tag": None, "disable_any_whitespace": False}
+    body = {"prompt": "x", "max_tokens": 4, "structured_outputs": form, "response_format": None}
+    assert strict.post(COMPLETION, json=body).status_code == 200
+    body = {"prompt": "x", "max_tokens": 4, "response_format": {"type": "text", "strict": None}}
+    assert strict.post(COMPLETION, json=body).status_code == 200
+    refused = {**body, "response_format": {"type": "text", "strict": True}}
+    assert strict.post(COMPLETION, json=refused).status_code == 400
+
+
 def test_a_demanded_call_keeps_to_parameters_that_refer_to_themselves(http: httpx.Client) -> None:
     """As pydantic writes nested models; a property may be named like a keyword."""
     parameters = {

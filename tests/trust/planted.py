@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pagemill.base.errors import IntegrityError
 from pagemill.base.params import CacheOptions, Grammar, SamplingParams
@@ -66,12 +66,14 @@ LIVES: Final = (
 
 @dataclass(slots=True)
 class Run:
-    """What one run came to. Mutated by it. wrong: what is wrong, "" where nothing is."""
+    """What one run came to. Mutated by it. wrong: what is wrong, "" where nothing is. victim: what it was told, or the
+    error that it ended by; of an AsyncLLM."""
 
     calls: Counter[Place]
     reached: bool = False
     wrong: str = ""
     num_rebuilds: int = 0
+    victim: object = None
 
 
 def run_engine(life: Life, place: Place | None = None, at: int = 1, *, sharing: bool = True) -> Run:
@@ -239,7 +241,7 @@ async def run_llm(llm: AsyncLLM, life: Life, place: Place | None = None, at: int
     try:
         asks = [_ask(llm, owners, name, *OTHERS[name]) for name in OTHERS]
         asks.insert(1, _ask(llm, owners, VICTIM, VICTIMS_IDS, victims, leaves=life.leaves))
-        one, _, two, three = await asyncio.wait_for(asyncio.gather(*asks, return_exceptions=True), SETTLED_S)
+        one, run.victim, two, three = await asyncio.wait_for(asyncio.gather(*asks, return_exceptions=True), SETTLED_S)
     except TimeoutError:
         run.wrong = "somebody waits for ever"
         return run, {}
@@ -252,6 +254,16 @@ async def run_llm(llm: AsyncLLM, life: Life, place: Place | None = None, at: int
         await llm.call(lambda _: sys.setprofile(None))
         run.num_rebuilds = (await llm.stats()).cache.num_rebuilds - before
     return run, told  # type: ignore[return-value]
+
+
+def lost(run: Run, quiet: Run, life: Life) -> str:
+    """What is wrong with the victim's own answer: it is whole, or ends by an error; a piece of it is never left out."""
+    if isinstance(run.victim, Exception) or life.leaves > 0 or "deadline_s" in life.options:
+        return ""
+    (tokens, reason, _), (expected, expected_reason, _) = cast(Told, run.victim), cast(Told, quiet.victim)
+    if (sorted(tokens), reason) == (sorted(expected), expected_reason):
+        return ""
+    return f"the victim was answered {len(tokens)} tokens ({reason}) and no error, not {len(expected)}"
 
 
 async def _ask(
@@ -296,6 +308,8 @@ async def _left_by(llm: AsyncLLM) -> str:
     try:
         await llm.call(lambda engine: engine.cache.check())  # as the next step does
         await llm.call(lambda engine: engine.cache.verify())
+        if unwiped := await llm.call(lambda engine: engine.cache.moves()):
+            return f"nobody runs, and blocks wait to be wiped: {unwiped}"
     except (IntegrityError, AssertionError) as error:
         return f"the cache is wrong: {error}"
     return ""
@@ -304,6 +318,7 @@ async def _left_by(llm: AsyncLLM) -> str:
 async def count_llm(model: str, calls: tuple[int, ...] = ()) -> list[Figure]:
     """Every function of an AsyncLLM that works for the victim in any of its lives (`plants`)."""
     found: dict[Life, Counter[Place]] = {}
+    whole: dict[Life, Run] = {}
     runs: list[tuple[str, Run]] = []
     llm = AsyncLLM(model, **OPTIONS)
     try:
@@ -312,11 +327,12 @@ async def count_llm(model: str, calls: tuple[int, ...] = ()) -> list[Figure]:
             await run_llm(llm, life)  # nothing is in the cache before
             quiet, expected = await run_llm(llm, life)
             assert (quiet.wrong, quiet.num_rebuilds) == ("", 0), f"without an exception, the victim {life}"
-            found[life] = quiet.calls
+            found[life], whole[life] = quiet.calls, quiet
         for life, place, at in plants(found, calls):
             run, told = await run_llm(llm, life, place, at)
             if not run.wrong and told != expected:
                 run.wrong = f"others were answered otherwise: {told}"
+            run.wrong = run.wrong or lost(run, whole[life], life)
             runs.append((f"{place}, call {at}, the victim {life}", run))
             if run.wrong:  # what is left is not to be counted again
                 llm.shutdown(10)

@@ -320,21 +320,23 @@ def count(
             asyncio.run(_ask(port, question(each), tls)).json["choices"][0]["text"] for each in range(NUM_QUESTIONS)
         ]
         num_sockets, num_cut, reason = _num_sockets(process), 0, "handshake" if setting.is_tls else "read"
-        for _ in range(num_rounds):
+        each_kind = (setting.num_slow - setting.num_readers) // len(setting.kinds)
+        for index in range(num_rounds):
             what, times = asyncio.run(ask_normally(port, num_questions, expected, tls))
             wrong, alone = wrong + what, alone + times
+            least = (index + 1) * each_kind  # as many as there are at a time
             with slow_clients(port, setting, ends, wrong):
                 time.sleep(1.5 * setting.timeout_s)
                 what, times = asyncio.run(ask_normally(port, num_questions, expected, tls))
                 wanted = num_cut + (setting.num_readers or setting.num_slow)
                 if not wait_until(lambda: _num_cut(process, reason, tls) >= wanted, setting.patience_s):  # noqa: B023
                     wrong.append(f"a client that does not {reason} was not cut")
+                wait_until(lambda: min(ends[f"{kind} cut"] for kind in setting.kinds) >= least, setting.patience_s)  # noqa: B023
             num_cut = _num_cut(process, reason, tls)
             wrong, beside = wrong + what, beside + times
         if not wait_until(lambda: _num_sockets(process) <= num_sockets, 20):
             wrong.append(f"{_num_sockets(process) - num_sockets} connections are left")
         ends["unread cut"] = 0 if setting.is_tls else num_cut
-        least = num_rounds * (setting.num_slow - setting.num_readers) // len(setting.kinds) // 2
         few = [kind for kind in setting.kinds if ends[f"{kind} cut"] < least]
         wrong += [f"only {ends[f'{kind} cut']} {kind} cut, {least} at least" for kind in few]
         wrong += [] if process.end() == 0 else [f"it ended with {process.process.returncode}: {process.told[-300:]}"]

@@ -97,16 +97,18 @@ def test_an_end_that_lets_an_exception_out_is_noticed(
             batch.deltas += engine.abort(name)
 
     async def run() -> tuple[planted.Run, planted.Run]:
-        life = planted.REAL_LIVES[2]
+        stays, leaves = planted.REAL_LIVES[1:3]
         llm = AsyncLLM(str(tiny_llama(tmp_path)), **planted.OPTIONS)
         try:
             await llm.ready()
-            quiet, _ = await planted.run_llm(llm, life)
+            whole, _ = await planted.run_llm(llm, stays)
+            quiet, _ = await planted.run_llm(llm, leaves)
             monkeypatch.setattr(AsyncLLM, "_break_off", lambda self, stream, error: None)
             monkeypatch.setattr(planted, "SETTLED_S", 0.5)
-            undelivered, _ = await planted.run_llm(llm, life, place_of(quiet, "RequestStream.push"))
+            undelivered, _ = await planted.run_llm(llm, stays, place_of(whole, "RequestStream.push"))
+            undelivered.wrong = undelivered.wrong or planted.lost(undelivered, whole, stays)
             monkeypatch.setattr(EngineThread, "_abort", unguarded)
-            aborted, _ = await planted.run_llm(llm, life, place_of(quiet, "Engine.abort"))
+            aborted, _ = await planted.run_llm(llm, leaves, place_of(quiet, "Engine.abort"))
             return undelivered, aborted
         finally:
             llm.shutdown(10)
@@ -114,6 +116,7 @@ def test_an_end_that_lets_an_exception_out_is_noticed(
     undelivered, aborted = asyncio.run(run())
     assert "failed" in aborted.wrong or "waits for ever" in aborted.wrong
     assert undelivered.reached
+    assert "waits for ever" in undelivered.wrong or "was answered" in undelivered.wrong
 
 
 def test_an_exception_in_a_route_changes_no_other_request(publish: Callable[[Figure], None]) -> None:

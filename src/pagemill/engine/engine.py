@@ -238,7 +238,11 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run one step. Returns what it added, in the plan's order; possibly nothing, for a chunk of a prompt."""
         deltas = self._step() if self._damage is None else self._mend(self._damage) + self._step()
-        return deltas if self._damage is None else deltas + self._mend(self._damage)
+        if self._damage is not None:
+            deltas += self._mend(self._damage)
+        if not self._unfinished:
+            self._settle_idle()
+        return deltas
 
     def _step(self) -> list[Delta]:
         begin_s = self._clock.now()
@@ -261,10 +265,7 @@ class Engine:
             result = self._executor.run(schedule.step)
             check_answers(schedule.step.sequences, result)
         except Exception as error:
-            deltas += self._fail(schedule.rows, error)
-            if not self._unfinished:
-                self._settle_idle()
-            return deltas
+            return deltas + self._fail(schedule.rows, error)
         try:
             if (moves := schedule.step.moves) is not NO_MOVES:
                 self._cache.moved(moves)
@@ -290,14 +291,13 @@ class Engine:
         deltas += self._deltas(schedule, result, end_s)
         if self.on_stage is not None:
             self.on_stage("deltas")
-        if not self._unfinished:
-            self._settle_idle()
         return deltas
 
     def _unplanned(self, error: Exception) -> list[Delta]:
         """No step could be planned: whoever it could not be planned for ends, and the next step is for the others."""
         scheduler, deltas = self._scheduler, list[Delta]()
         suspect = suspect_of(error, self._alive) or scheduler.suspect
+        scheduler.suspect = None
         for sequence, failure in scheduler.failed:
             deltas += self._end([sequence], "error", failure)
         scheduler.failed.clear()
@@ -358,10 +358,7 @@ class Engine:
         self._scheduler.restart(each for each in sequences if each.status != "finished")
         hopeless = self._num_recoveries > _MOST_RECOVERIES
         lost = [each for each in sequences if hopeless or each.status == "finished" or each.num_faults > _MOST_FAULTS]
-        deltas = self._end(lost, "error", error)
-        if not self._unfinished:
-            self._settle_idle()
-        return deltas
+        return self._end(lost, "error", error)
 
     def _commit(self, schedule: Schedule, result: StepResult) -> tuple[int, list[tuple[Sequence, Exception]]]:
         """Tell the cache what was computed. Returns the number of tokens, and at whom it went wrong by what."""

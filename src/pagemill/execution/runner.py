@@ -141,7 +141,7 @@ def _row_of(error: Exception, sequences: Sequence[SequenceStep]) -> SequenceStep
             return known.get(value.seq_id)
         if isinstance(value, SamplingParams):
             owners = [each for each in sequences if each.params is value]
-            return owners[0] if owners else None
+            return owners[0] if len(owners) == 1 else None  # several may share theirs
         return known.get(value) if name == "seq_id" and isinstance(value, int) else None
 
     return blamed(error, whose)

@@ -166,7 +166,9 @@ class _Routes:
         body = await _body(request, "what", "tenant", "salt", "public", "prompt", "prompt_token_ids")
         token_ids = await self._token_ids(body, ', or drop all by "what": "namespace"')
         options = _options(body)
-        what = body.get("what", None if token_ids is None else "prefix")
+        what = body.get("what")
+        if what is None and token_ids is not None:
+            what = "prefix"
         if what is None:
             raise FieldError(
                 'say what goes: prompt or prompt_token_ids, "what": "namespace" for all of a tenant with this salt, or '
@@ -298,7 +300,7 @@ def _query(request: Request, *known: str) -> dict[str, str]:
 async def _body(request: Request, *known: str) -> dict[str, Any]:
     parsed = request.scope["state"].get("json")
     if not isinstance(parsed, dict):
-        with suppress(UnicodeDecodeError, RecursionError):
+        with suppress(ValueError, RecursionError):  # no Unicode text, or a number of thousands of digits
             try:
                 json.loads(await request.body() or b"0")
             except json.JSONDecodeError as error:

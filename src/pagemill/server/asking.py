@@ -34,6 +34,7 @@ from pagemill.server.schema import (
     RetainRange,
 )  # fmt: skip
 from pagemill.text.conversation import BREAKPOINT_KEY
+from pagemill.text.tool_calls import ARGUMENTS_AT
 
 _LOG: Final = logging.getLogger(__name__)
 _JSON_OBJECT: Final = '{"type":"object"}'
@@ -226,6 +227,7 @@ def _fault_of_tools(message: str, body: GenerationBody) -> str:
     ]
     index, name = demanded[int(found[1]) - _FIRST_LINE]
     fault = found[2] if pattern is None else f"a pattern in it: {pattern[1]}"
+    fault = fault.replace(ARGUMENTS_AT[1:], "")
     return f"tools.{index}.function.parameters of {name[:60]!r} cannot be used: {fault[:300]}; mend this schema"
 
 

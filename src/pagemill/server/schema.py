@@ -7,14 +7,30 @@ they would silently leave out what was asked of the cache or of the answer's for
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
-from pydantic_core import PydanticUseDefault
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError, PydanticUseDefault
 
 MAX_ITEMS = 4096
 
-TokenIds = list[Annotated[int, Strict()]]  # true is no id
+
+def _number(value: Any) -> Any:
+    """The value; true, which Python takes for 1, is no token id."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+TokenIds = list[Annotated[int, BeforeValidator(_number, json_schema_input_type=int)]]
+
+
+def _without_unset(value: Any, known: Collection[str]) -> Any:
+    """The object without what is not known and null or false: clients send whole objects, and this asks for nothing."""
+    if not isinstance(value, dict):
+        return value
+    return {key: each for key, each in value.items() if key in known or (each is not None and each is not False)}
 
 
 def _given(value: Any) -> Any:
@@ -86,6 +102,11 @@ class ResponseFormat(_Part):
     regex: str | None = None
     grammar: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _set(cls, value: Any) -> Any:
+        return _without_unset(value, {"type", "json_schema", "schema", "regex", "grammar"})
+
 
 class StructuredOutputs(_Part):
     """vLLM's form of the same; one of them."""
@@ -96,6 +117,11 @@ class StructuredOutputs(_Part):
     choice: list[str] | None = Field(None, max_length=MAX_ITEMS)
     grammar: str | None = None
     json_object: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set(cls, value: Any) -> Any:
+        return _without_unset(value, {"json", "regex", "choice", "grammar", "json_object"})
 
 
 class GenerationBody(_Body):
@@ -180,9 +206,9 @@ class ChatMessage(_Part):
     content: str | list[dict[str, Any] | str] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
+    tool_call_id: Any = None
+    refusal: Any = None
+    reasoning_content: Any = None
     reasoning: Any = None
     annotations: Any = None
     audio: Any = None

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_CALL_CHARS = 2**18
+ARGUMENTS_AT = "#/properties/arguments"  # where a function's parameters stand in the schema of a call
 
 # Keywords of a JSON schema whose values are data, and those whose keys are names.
 _DATA = frozenset({"const", "enum", "default", "examples"})
@@ -200,7 +201,7 @@ def calls_grammar(functions: Sequence[Mapping[str, Any]], *, several: bool) -> s
             "type": "object",
             "properties": {
                 "name": {"const": each["name"]},
-                "arguments": _placed(each.get("parameters") or {"type": "object"}, "#/properties/arguments"),
+                "arguments": _placed(each.get("parameters") or {"type": "object"}, ARGUMENTS_AT),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -212,16 +213,17 @@ def calls_grammar(functions: Sequence[Mapping[str, Any]], *, several: bool) -> s
 
 def _placed(schema: Any, at: str, *, names: bool = False) -> Any:
     """A JSON schema as it reads at a place within another: its references to itself (`#/$defs/…`) begin there (RFC
-    6901). What is data, and no schema, stays as it is. names: the keys are names of the caller's, not keywords."""
+    6901). Anchors, what is data and no schema, and what has an `$id`, to which its references lead, stay as they are.
+    names: the keys are names of the caller's, not keywords."""
     if isinstance(schema, list):
         return [_placed(each, at) for each in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or (not names and isinstance(schema.get("$id"), str) and schema["$id"][:1] != "#"):
         return schema
     made = {}
     for key, value in schema.items():
         if names:
             made[key] = _placed(value, at)
-        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+        elif key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
             made[key] = at + value[1:]
         else:
             made[key] = value if key in _DATA else _placed(value, at, names=key in _NAMED)
