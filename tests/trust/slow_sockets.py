@@ -22,6 +22,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from array import array
 from collections import Counter
@@ -30,7 +31,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -43,6 +44,7 @@ from tests.trust.figures import Figure
 from tests.trust.serving import ANSWER_S, Reply, ask, port_of, read_reply, request_bytes, tiny_model
 
 NUM_SLOW: Final = 500
+ENOUGH: Final = "enough"  # what the slow clients say when as many of each kind have been cut as there are at a time
 NUM_READERS: Final = 4  # of them, that do not read: what they ask for is work; as many more read a byte now and then
 MOST_LATE_S: Final = 20.0  # behind its timer, on a machine that has other things to do
 LATE_S: Final = 1.0  # behind its timer, from where on a cut is counted as late
@@ -93,6 +95,11 @@ class Setting:
         return 0 if self.is_tls else 2 * NUM_READERS
 
     @property
+    def each_kind(self) -> int:
+        """How many of each other kind there are at a time."""
+        return (self.num_slow - self.num_readers) // len(self.kinds)
+
+    @property
     def options(self) -> list[str]:
         """Of the server."""
         timeout_s = self.timeout_s if self.server_timeout_s is None else self.server_timeout_s
@@ -118,11 +125,13 @@ def question(number: int) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Slow:
-    """Slow clients. Mutated by themselves. timeout_s: until one is cut. ends: cuts by kind, and those that came LATE_S
-    behind their timer; kept: those that it left open, or told something else."""
+    """Slow clients. Mutated by themselves. timeout_s: until one is cut. each_kind: cuts of each kind of which it tells
+    its caller. ends: cuts by kind, and those that came LATE_S behind their timer; kept: those that it left open, or
+    told something else."""
 
     port: int
     timeout_s: float
+    each_kind: int
     kinds: Sequence[str] = KINDS
     ends: Counter[str] = field(default_factory=Counter)
     kept: list[str] = field(default_factory=list)
@@ -156,11 +165,16 @@ class Slow:
         if end.done():
             said = b"" if end.exception() is not None else end.result()
             self.ends[f"{kind} cut"] += 1
+            if self.ends[f"{kind} cut"] == self.each_kind and min(map(self._num_cut, self.kinds)) >= self.each_kind:
+                print(ENOUGH, flush=True)
             self.ends[LATE] += took_s > self.timeout_s + LATE_S
             if took_s > self.timeout_s + MOST_LATE_S or (said and not said.startswith(b"HTTP/1.1 408 ")):
                 self.kept.append(f"{kind}: {said[:80]!r} after {took_s:.1f} s")
         end.cancel()
         writer.close()
+
+    def _num_cut(self, kind: str) -> int:
+        return self.ends[f"{kind} cut"]
 
     async def _read_slowly(self, body: dict[str, Any]) -> None:
         """Ask for more than all buffers hold, and read nothing: not even that it has been cut. Of a stream, a byte now
@@ -197,9 +211,9 @@ def _client_hello() -> bytes:
     return outgoing.read()
 
 
-async def run_slow(port: int, number: int, timeout_s: float, kinds: Sequence[str]) -> Slow:
+async def run_slow(port: int, number: int, timeout_s: float, each_kind: int, kinds: Sequence[str]) -> Slow:
     """So many slow clients until standard input ends. They come one by one, as many a second as are cut later."""
-    slow, loop = Slow(port, timeout_s, kinds), asyncio.get_running_loop()
+    slow, loop = Slow(port, timeout_s, each_kind, kinds), asyncio.get_running_loop()
     tasks = [asyncio.create_task(slow.go_on(index, index * timeout_s / number)) for index in range(number)]
     print("began", flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
@@ -211,8 +225,9 @@ async def run_slow(port: int, number: int, timeout_s: float, kinds: Sequence[str
 
 
 @contextmanager
-def slow_clients(port: int, setting: Setting, ends: Counter[str], wrong: list[str]) -> Generator[None]:
-    """Slow clients in a process of their own."""
+def slow_clients(port: int, setting: Setting, ends: Counter[str], wrong: list[str]) -> Generator[threading.Event]:
+    """Slow clients in a process of their own. Yields what tells that as many of each kind have been cut as there are at
+    a time."""
     command = [
         sys.executable,
         "-m",
@@ -220,22 +235,41 @@ def slow_clients(port: int, setting: Setting, ends: Counter[str], wrong: list[st
         f"{port}",
         f"{setting.num_slow}",
         f"{setting.timeout_s}",
+        f"{setting.each_kind}",
         ",".join(setting.kinds),
     ]
     variables = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )  # fmt: skip
+    lines, enough = list[str](), threading.Event()
+
+    def read(file: IO[str]) -> None:
+        for line in file:
+            lines.append(line)
+            if line.strip() == ENOUGH:
+                enough.set()
+
+    assert process.stdin is not None
+    assert process.stdout is not None
+    reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
     try:
-        assert process.stdout is not None
         assert process.stdout.readline() == "began\n"
-        yield
-        met = json.loads(process.communicate("", timeout=60)[0])
+        reader.start()
+        yield enough
+        process.stdin.close()
+        reader.join(60)
+        met = json.loads(lines[-1])
         ends.update(met["ends"])
         wrong += met["kept"]
     finally:
         process.kill()
         process.wait()
+        if reader.is_alive():
+            reader.join(10)
+        for stream in (process.stdin, process.stdout):
+            with suppress(OSError):
+                stream.close()
 
 
 async def ask_normally(
@@ -320,23 +354,22 @@ def count(
             asyncio.run(_ask(port, question(each), tls)).json["choices"][0]["text"] for each in range(NUM_QUESTIONS)
         ]
         num_sockets, num_cut, reason = _num_sockets(process), 0, "handshake" if setting.is_tls else "read"
-        each_kind = (setting.num_slow - setting.num_readers) // len(setting.kinds)
-        for index in range(num_rounds):
+        for _ in range(num_rounds):
             what, times = asyncio.run(ask_normally(port, num_questions, expected, tls))
             wrong, alone = wrong + what, alone + times
-            least = (index + 1) * each_kind  # as many as there are at a time
-            with slow_clients(port, setting, ends, wrong):
+            with slow_clients(port, setting, ends, wrong) as enough:
                 time.sleep(1.5 * setting.timeout_s)
                 what, times = asyncio.run(ask_normally(port, num_questions, expected, tls))
                 wanted = num_cut + (setting.num_readers or setting.num_slow)
                 if not wait_until(lambda: _num_cut(process, reason, tls) >= wanted, setting.patience_s):  # noqa: B023
                     wrong.append(f"a client that does not {reason} was not cut")
-                wait_until(lambda: min(ends[f"{kind} cut"] for kind in setting.kinds) >= least, setting.patience_s)  # noqa: B023
+                enough.wait(setting.patience_s)
             num_cut = _num_cut(process, reason, tls)
             wrong, beside = wrong + what, beside + times
         if not wait_until(lambda: _num_sockets(process) <= num_sockets, 20):
             wrong.append(f"{_num_sockets(process) - num_sockets} connections are left")
         ends["unread cut"] = 0 if setting.is_tls else num_cut
+        least = num_rounds * setting.each_kind
         few = [kind for kind in setting.kinds if ends[f"{kind} cut"] < least]
         wrong += [f"only {ends[f'{kind} cut']} {kind} cut, {least} at least" for kind in few]
         wrong += [] if process.end() == 0 else [f"it ended with {process.process.returncode}: {process.told[-300:]}"]
@@ -366,8 +399,8 @@ def shard(_number: int) -> list[Figure]:
 
 def main() -> None:
     """Slow clients."""
-    port, number, timeout_s, kinds = sys.argv[1:]
-    slow = asyncio.run(run_slow(int(port), int(number), float(timeout_s), tuple(kinds.split(","))))
+    port, number, timeout_s, each_kind, kinds = sys.argv[1:]
+    slow = asyncio.run(run_slow(int(port), int(number), float(timeout_s), int(each_kind), tuple(kinds.split(","))))
     print(json.dumps({"ends": slow.ends, "kept": slow.kept}), flush=True)
 
 
