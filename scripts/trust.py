@@ -406,7 +406,8 @@ def main() -> None:
 
 
 def _stopped(number: int, _frame: object) -> NoReturn:
-    """What runs is ended, and the scorecard written."""
+    """What runs is ended, and the scorecard written, whatever else is said meanwhile."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
