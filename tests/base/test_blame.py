@@ -34,6 +34,17 @@ def test_the_innermost_call_with_something_of_one_is_asked_first() -> None:
     assert blamed(caught(), lambda *_: None) is None
 
 
+def test_what_a_call_takes_as_any_arguments_counts_too() -> None:
+    def wrapped(first: int, *more: object) -> None:
+        raise RuntimeError(first, *more)
+
+    with pytest.raises(RuntimeError) as raised:
+        wrapped(1, "of the second", 3)
+    assert blamed(raised.value, lambda _, value: value if isinstance(value, str) else None) == "of the second"
+    assert blamed(raised.value, lambda name, value: (name, value) if value == 3 else None) == ("more", 3)
+    assert blamed(raised.value, lambda name, value: value if name == "first" else None) == 1
+
+
 def test_an_error_of_ours_is_told_and_any_other_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("pagemill.test")
     assert reason_of(RequestError("too long; send less"), log) == "too long; send less"

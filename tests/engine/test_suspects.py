@@ -67,10 +67,12 @@ def test_the_innermost_call_that_has_something_of_one_tells() -> None:
     assert suspect(by_number, 2) is TWO
     assert suspect(by_blocks, TWO.blocks) is TWO
     assert suspect(by_parameters, TWO.request.params) is TWO
+    assert suspect(fails, TWO) is TWO
 
 
 def test_what_is_nobodys_or_of_one_that_is_gone_tells_nothing() -> None:
-    assert suspect(fails, ONE) is None
+    assert suspect(fails) is None
+    assert suspect(fails, 1, "one") is None
     assert suspect(by_number, 7) is None
     assert suspect(of_a_sequence, sequence(3)) is None
 

@@ -42,6 +42,8 @@ def test_a_pin_whose_time_is_over_has_ended(llm: LLM, clock: VirtualClock) -> No
     pin = llm.cache.pin(TEXT, 1)
     clock.advance(1.5)
     assert llm.cache.stats()["blocks"]["pinned"] == 0
+    llm.cache.pin(TEXT, 1)
+    clock.advance(1.5)
     assert llm.stats().cache.num_pinned_blocks == 0
 
 

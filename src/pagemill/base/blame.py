@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from inspect import CO_VARARGS
 from traceback import walk_tb
 from typing import TypeVar
 
@@ -32,11 +33,15 @@ def blamed(error: BaseException, whose: Callable[[str, object], _T | None]) -> _
 
 
 def _arguments(error: BaseException) -> Iterator[list[tuple[str, object]]]:
-    """Arguments of each call, the outermost first; those that the call has given another value have that one."""
+    """Arguments of each call, the outermost first; those that the call has given another value have that one, and those
+    of `*args` the name of all of them."""
     for frame, _ in walk_tb(error.__traceback__):
         code, values = frame.f_code, frame.f_locals
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        yield [(name, values[name]) for name in names if name in values]
+        count = code.co_argcount + code.co_kwonlyargcount
+        found = [(name, values[name]) for name in code.co_varnames[:count] if name in values]
+        if code.co_flags & CO_VARARGS and isinstance(more := values.get(code.co_varnames[count]), tuple):
+            found += [(code.co_varnames[count], each) for each in more]
+        yield found
 
 
 def reason_of(error: Exception, log: logging.Logger) -> str:

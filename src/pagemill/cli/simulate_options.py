@@ -11,7 +11,6 @@ import typer
 
 from pagemill.base.errors import ConfigError
 
-_MOST_PACE = 1e6
 _PANEL = "Serving the trace (--serve)"
 
 
@@ -62,21 +61,11 @@ def serving_options(function: Callable[..., None]) -> Callable[..., None]:
         values = {name: kwargs.pop(name) for name in _OPTIONS}
         if not serve:
             _refuse_given(kwargs["ctx"])
-        else:
-            _check_pace(values["pace"])
         function(*args, served=values if serve else None, **kwargs)
 
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": None}
     return command
-
-
-def _check_pace(pace: float) -> None:
-    """Raise ConfigError for a pace that `simulator.serve` would refuse, before steps are measured for it."""
-    if not 0 < pace < _MOST_PACE:
-        raise ConfigError(
-            f"--pace is {pace:g}; give a number above 0: 2 is half as many requests a second, 0.5 twice as many"
-        )
 
 
 def _refuse_given(ctx: typer.Context) -> None:

@@ -22,7 +22,7 @@ from pagemill.bench.step_cost import TimedStep, describe_fit, load_step_cost, me
 from pagemill.build import build
 from pagemill.cli.simulate import block_sizes, load_trace, policy_names, store_report
 from pagemill.cli.terminal import BOLD, note, paint, print_json
-from pagemill.simulator.serve import ServeSettings, StepCost, serve
+from pagemill.simulator.serve import ServeSettings, StepCost, check_pace, serve
 from pagemill.simulator.trace import Trace
 
 _USUAL_ERROR = 0.35  # of the model for a kind of step
@@ -49,6 +49,7 @@ def serve_trace(
         served[name] for name in ("pace", "requests", "streams", "deadline", "target_itl_ms", "cost_model")
     )
     names, sizes = policy_names(policies), block_sizes(blocks)
+    check_pace("--pace", pace)  # before steps are measured
     if most_requests < 1:
         raise ConfigError(f"--requests is {most_requests}; give at least 1")
     if deadline_s is not None and not 0 < deadline_s < 1e9:
@@ -121,9 +122,9 @@ def _cost(path: Path | None) -> tuple[StepCost, list[TimedStep]]:
     cost, timed = measure_step_cost(build(replace(config, enable_prefix_caching="off")))
     if path is not None:
         store_step_cost(path, cost, timed)
-    worst = max(abs(each.fitted_s / each.seconds - 1) for each in timed)
-    disturbed = "; measure again when the machine is quiet" if worst > _USUAL_ERROR else ""
-    note(f"cost model: {json.dumps(cost.describe())}, within {worst:.0%} of {len(timed)} kinds of steps{disturbed}")
+    fit = describe_fit(timed)
+    is_disturbed = fit is not None and fit["relative_error"]["max"] > _USUAL_ERROR
+    note(f"cost model: {json.dumps(cost.describe())}{'; measure again when the machine is quiet' * is_disturbed}")
     return cost, timed
 
 

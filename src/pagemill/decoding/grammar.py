@@ -36,7 +36,7 @@ LIMITS = {
 # What the regular expressions' parser says: the expression, a mark below the place, and what is wrong there.
 _REGEX_FAULT: Final = re.compile(r"^error: (.*)", re.MULTILINE)
 _REGEX_PLACE: Final = re.compile(r"regex parse error:\n {4}.*\n {4}( *)\^", re.ASCII)
-_PLACE_OF_OURS: Final = re.compile(r"\Aat \d+\(\d+\): ", re.ASCII)  # in the grammar around an expression
+_PLACE: Final = re.compile(r"\Aat \d+\(\d+\): ", re.ASCII)  # line and column of a grammar
 _MOST_TOLD: Final = 500
 
 
@@ -161,12 +161,13 @@ def _why_stuck(matcher: LLMatcher) -> str:
 def _told(message: str, grammar: Grammar) -> str:
     """What the library says of a grammar that is wrong, without the grammar that it makes of an expression."""
     fault, place = _REGEX_FAULT.search(message), _REGEX_PLACE.search(message)
-    if fault is not None and grammar.kind != "lark":
+    if fault is not None:
         at = "" if place is None else f" (at character {len(place[1]) + 1})"
-        where = "" if grammar.kind == "regex" else "a pattern in it: "
+        line = _PLACE.match(message) if grammar.kind == "lark" else None  # which is the caller's own
+        where = "" if grammar.kind == "regex" else f"{line[0] if line else ''}a pattern in it: "
         return f"{where}{fault[1][:_MOST_TOLD]}{at}"
     if grammar.kind == "regex":
-        message = _PLACE_OF_OURS.sub("", message).partition("\n")[0]
+        message = _PLACE.sub("", message).partition("\n")[0]
     return message[:_MOST_TOLD].strip()
 
 

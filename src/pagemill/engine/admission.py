@@ -122,8 +122,8 @@ class Admission:
         if wrong is not None:
             raise RequestError(f"logit_bias names token {wrong}; give ids from 0 to {size - 1:,}")
         for token in params.stop_token_ids:
-            if token >= self.limits.vocab_size:
-                raise RequestError(f"stop_token_ids holds {token}; give ids from 0 to {self.limits.vocab_size - 1:,}")
+            if token >= size:
+                raise RequestError(f"stop_token_ids holds {token}; give ids from 0 to {size - 1:,}")
         forbidden = set(self._stop_ids(params)) if params.min_tokens else set()
         if len(forbidden) >= self.limits.vocab_size:
             raise RequestError("min_tokens forbids every token of the vocabulary; name fewer stop_token_ids")

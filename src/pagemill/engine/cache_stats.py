@@ -23,6 +23,7 @@ def cache_stats(engine: Engine, sizes: Sequence[int] | None = None) -> dict[str,
     sizes: of the curve, in blocks; None for an eighth of the cache to eight times it. Cheap: O(tenants + sizes). Raises
     ConfigError for sizes below 1 or more than 256 of them.
     """
+    engine.advance_clock()
     cache = engine.cache
     stats = cache.stats()
     sharing = cache.shared is not None

@@ -104,7 +104,8 @@ class Engine:
         return self._num_computed_tokens
 
     def stats(self) -> EngineStats:
-        """Counts, in O(1)."""
+        """Counts now, in O(1); a pin may have ended since the last step."""
+        self.advance_clock()
         scheduler = self._scheduler
         return EngineStats(
             num_running=len(scheduler.running),
@@ -296,11 +297,9 @@ class Engine:
     def _unplanned(self, error: Exception) -> list[Delta]:
         """No step could be planned: whoever it could not be planned for ends, and the next step is for the others."""
         scheduler, deltas = self._scheduler, list[Delta]()
-        suspect = suspect_of(error, self._alive) or scheduler.suspect
-        scheduler.suspect = None
-        for sequence, failure in scheduler.failed:
+        suspect = suspect_of(error, self._alive)
+        for sequence, failure in scheduler.take_failed():
             deltas += self._end([sequence], "error", failure)
-        scheduler.failed.clear()
         return deltas + (self._recover(error) if suspect is None else self._part_with((suspect, error)))
 
     @property

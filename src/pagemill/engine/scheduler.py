@@ -49,13 +49,12 @@ class Schedule(NamedTuple):
 
 class Scheduler:
     """Waiting and running sequences over one cache. Mutated by `add`, `plan`, `ran` and `remove`. running: by rank.
-    suspect: with whose blocks `plan` was busy when it raised, None where with nobody's. failed: taken out, and not told
-    by any plan yet; where one raises, who calls it tells them and clears the list."""
+    failed: taken out, and not told by any plan yet; where one raises, `take_failed` does."""
 
     __slots__ = (
         "_backlog", "_budget", "_cache", "_deadlines", "_entering", "_is_bounded", "_limits", "_next_rank", "_now_s",
         "_num_queued", "_num_waiting", "_pace", "failed", "num_expired", "num_preemptions", "num_tails_dropped",
-        "running", "shares", "suspect",
+        "running", "shares",
     )  # fmt: skip
 
     def __init__(self, limits: EngineLimits, cache: CacheManager) -> None:
@@ -76,7 +75,6 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_tails_dropped = 0
         self.num_expired = 0
-        self.suspect: Sequence | None = None
         self.failed: list[tuple[Sequence, Exception]] = []
 
     @property
@@ -132,7 +130,7 @@ class Scheduler:
 
         No more run than a step has tokens, so that each that decodes has its row.
         """
-        self._now_s, self.suspect = now_s, None
+        self._now_s = now_s
         if self._is_bounded:
             self._budget.began(now_s if self.running else None)
         self._cache.advance(now_s)
@@ -155,9 +153,7 @@ class Scheduler:
         if self._num_waiting or prompts:
             self._fill(rows, steps, prompts, failed, short=short)
         plan = _NEW(StepPlan, (tuple(steps), self._cache.moves()))
-        told = tuple(failed)
-        failed.clear()
-        return _NEW(Schedule, (plan, tuple(rows), told, num_decoding))
+        return _NEW(Schedule, (plan, tuple(rows), self.take_failed(), num_decoding))
 
     def _fill(
         self,
@@ -214,9 +210,13 @@ class Scheduler:
                 continue
             cache.resize(sequence.seq_id, num_tokens)
             budget -= self._add_chunk(sequence, num_tokens, rows, steps)
-        told = tuple(failed)
-        failed.clear()
-        return Schedule(StepPlan(tuple(steps)), tuple(rows), told)
+        return Schedule(StepPlan(tuple(steps)), tuple(rows), self.take_failed())
+
+    def take_failed(self) -> Failed:
+        """Who was taken out and is told now."""
+        told = tuple(self.failed)
+        self.failed.clear()
+        return told
 
     def _grow_running(
         self,
@@ -231,7 +231,7 @@ class Scheduler:
         cache, running, short = self._cache, self.running, False
         index = 0
         while index < len(running):
-            sequence = self.suspect = running[index]
+            sequence = running[index]
             blocks, num_tokens = sequence.blocks, len(sequence.tokens)
             assert blocks is not None
             if blocks.committed == num_tokens:  # computed, but an interrupt lost the sample: once more
@@ -256,7 +256,6 @@ class Scheduler:
                 else:
                     short = short or not cache.is_capped(sequence.seq_id, num_tokens)
                     index += 1
-        self.suspect = None
         return short
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -377,7 +376,6 @@ class Scheduler:
         cache, share = self._cache, self.shares.active[tenant_of(sequence)]
         first, longest = sequence.first, self._limits.max_model_len
         head = sequence if first is None else first
-        self.suspect = sequence
         if first is not None and first.status == "running":
             cache.publish_tail(first.seq_id)
         lookup = cache.open(
@@ -400,7 +398,6 @@ class Scheduler:
         share.num_running += 1
         sequence.status = "running"
         sequence.blocks = cache.blocks_of(sequence.seq_id)
-        self.suspect = None
 
     def _let_in(self, prompts: list[Sequence], left: int, failed: list[tuple[Sequence, Exception]]) -> None:
         """Waiting sequences become prompts to be read as long as `left` tokens reach to them in this step."""

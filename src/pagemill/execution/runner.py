@@ -66,8 +66,6 @@ class Runner:
         moves, sequences = plan.moves, plan.sequences
         if moves is not NO_MOVES and moves:
             self.model.move(moves)
-        if not sequences:
-            return StepResult(())
         failures: tuple[SampleFailure, ...] = ()
         while True:
             try:

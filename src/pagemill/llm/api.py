@@ -112,7 +112,6 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts of the engine: running, waiting, steps, tokens computed, cache."""
         with self._lock:
-            self.built.engine.advance_clock()  # a pin may have ended since the last step
             return self.built.engine.stats()
 
     def generate(

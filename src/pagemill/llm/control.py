@@ -13,6 +13,7 @@ from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions
 from pagemill.engine.cache_stats import cache_curve, cache_stats
 from pagemill.engine.engine import Engine
 from pagemill.engine.ports import CacheListener
+from pagemill.engine.purging import Purged, purge
 from pagemill.llm.outputs import RequestOutput
 
 MAX_NAME = 256
@@ -25,17 +26,6 @@ class Pin:
     pin_id: int
     num_tokens: int
     expires_s: float
-
-
-class Purged(int):
-    """How many blocks a purge dropped. num_pins: pins that ended with them, whose `unpin` is False from then on."""
-
-    num_pins: int
-
-    def __new__(cls, num_blocks: int, num_pins: int) -> Purged:
-        purged = super().__new__(cls, num_blocks)
-        purged.num_pins = num_pins
-        return purged
 
 
 class CacheControl:
@@ -55,7 +45,6 @@ class CacheControl:
     def stats(self, sizes: Sequence[int] | None = None) -> dict[str, Any]:
         """Use of the cache now, what it found since the start, and `curve`, as one JSON object."""
         with self._lock:
-            self._engine.advance_clock()
             return cache_stats(self._engine, sizes)
 
     def curve(self, sizes: Sequence[int] | None = None) -> dict[str, Any]:
@@ -163,11 +152,7 @@ class CacheControl:
 
     def _purged(self, drop: Callable[[], int]) -> Purged:
         with self._lock:
-            self._engine.advance_clock()
-            num_forced = self._shared.leases.num_forced
-            count = drop()
-            self._engine.settle()
-            return Purged(count, self._shared.leases.num_forced - num_forced)
+            return purge(self._engine, self._shared, drop)
 
 
 def _texts_of(output: RequestOutput) -> list[list[int]]:

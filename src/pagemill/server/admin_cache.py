@@ -7,11 +7,12 @@ blocks. Token ids are not told, for they are somebody's text: a block is named b
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from pagemill.base.errors import ConfigError, RequestError
 from pagemill.base.params import CacheOptions
+from pagemill.engine import purging
 from pagemill.engine.engine import Engine
 from pagemill.server.errors import FieldError
 
@@ -183,20 +184,16 @@ def purge(
         raise FieldError(
             f"what is {what!r} and a prompt is given; give what: text or prefix, or leave the prompt out", param="what"
         )
-    engine.advance_clock()
-    num_forced = shared.leases.num_forced
-    if what == "text":
-        count = shared.purge_text(options, _packed(token_ids or ()))
-    elif what == "prefix":
-        count = shared.purge_prefix(options, _packed(token_ids or ()))
-    elif what == "namespace":
-        count = shared.purge_namespace(options)
-    elif what == "tenant":
-        count = shared.purge_tenant(options.tenant)
-    else:
+    drops: dict[str, Callable[[], int]] = {
+        "text": lambda: shared.purge_text(options, _packed(token_ids or ())),
+        "prefix": lambda: shared.purge_prefix(options, _packed(token_ids or ())),
+        "namespace": lambda: shared.purge_namespace(options),
+        "tenant": lambda: shared.purge_tenant(options.tenant),
+    }
+    if what not in drops:
         raise FieldError(f"what is {what!r:.40}; give text, prefix, namespace or tenant", param="what")
-    engine.settle()
-    return {"blocks": count, "pins": shared.leases.num_forced - num_forced}
+    purged = purging.purge(engine, shared, drops[what])
+    return {"blocks": int(purged), "pins": purged.num_pins}
 
 
 def _shared(engine: Engine) -> Any:

@@ -167,7 +167,6 @@ class _Figures:
 
 
 def _figures(engine: Engine) -> _Figures:
-    engine.advance_clock()
     return _Figures(engine)
 
 

@@ -34,7 +34,7 @@ from pagemill.server.schema import (
     RetainRange,
 )  # fmt: skip
 from pagemill.text.conversation import BREAKPOINT_KEY
-from pagemill.text.tool_calls import ARGUMENTS_AT
+from pagemill.text.tool_calls import ARGUMENTS_AT, FIRST_BODY_LINE
 
 _LOG: Final = logging.getLogger(__name__)
 _JSON_OBJECT: Final = '{"type":"object"}'
@@ -58,10 +58,7 @@ _FOR_TEMPLATES: Final = (("messages",), ("tools",))
 # A form of an answer: the field that asks for it, a grammar's kind, and its text, schema or list of texts.
 _Form = tuple[str, GrammarKind, Any]
 
-# A grammar of calls has a line for each function, from the fourth on (`text/tool_calls.py`).
-_FIRST_LINE: Final = 4
 _TOOL_FAULT: Final = re.compile(r"the grammar cannot be used: at (\d+)\(\d+\): (?:failed to compile [^:]*: )?(.*)")
-_PATTERN_FAULT: Final = re.compile(r"^error: (.*)", re.MULTILINE)
 
 _reported: set[str] = set()
 
@@ -205,6 +202,8 @@ def fault_of(error: Exception, body: GenerationBody) -> Exception:
         return error
     if message.startswith("the prompt"):
         return named(error, "messages" if isinstance(body, ChatBody) else "prompt")
+    if message.startswith("a retained range"):
+        return named(error, "cache")
     if not message.startswith(("the json_schema", "the regex", "the grammar")):
         return error
     forms = _forms_of(body)
@@ -215,7 +214,7 @@ def fault_of(error: Exception, body: GenerationBody) -> Exception:
 
 def _fault_of_tools(message: str, body: GenerationBody) -> str:
     """What is wrong of the grammar that is made of tools, without telling that grammar."""
-    found, pattern = _TOOL_FAULT.match(message), _PATTERN_FAULT.search(message)
+    found = _TOOL_FAULT.match(message)
     if found is None or not isinstance(body, ChatBody):
         why = message.partition(": ")[2].partition("\n")[0]
         return f"tools: no call can be made that fits the functions' parameters: {why}"
@@ -225,9 +224,8 @@ def _fault_of_tools(message: str, body: GenerationBody) -> str:
         for index, each in enumerate(body.tools or ())
         if wanted in (None, each.function.name)
     ]
-    index, name = demanded[int(found[1]) - _FIRST_LINE]
-    fault = found[2] if pattern is None else f"a pattern in it: {pattern[1]}"
-    fault = fault.replace(ARGUMENTS_AT[1:], "")
+    index, name = demanded[int(found[1]) - FIRST_BODY_LINE]
+    fault = found[2].replace(ARGUMENTS_AT[1:], "")
     return f"tools.{index}.function.parameters of {name[:60]!r} cannot be used: {fault[:300]}; mend this schema"
 
 
@@ -314,14 +312,7 @@ def _retained(each: RetainRange, num_prompt_tokens: int) -> Retain:
     ttl_s = None if each.ttl is None else _seconds(each.ttl, "cache.retain.ttl")
     end = num_prompt_tokens if each.to is None else each.to
     with about("cache"):
-        made = Retain(each.start, end, each.priority, ttl_s)
-    if end > num_prompt_tokens:
-        raise FieldError(
-            f"a retained range is {each.start} to {end} and the prompt has {num_prompt_tokens:,} tokens; end it at "
-            f"{num_prompt_tokens:,} at the most",
-            param="cache",
-        )
-    return made
+        return Retain(each.start, end, each.priority, ttl_s)
 
 
 def _seconds(value: str | float, param: str) -> float:

@@ -12,6 +12,7 @@ from typing import Final
 
 from pagemill.base.params import CacheOptions
 from pagemill.engine.engine import Engine
+from pagemill.engine.purging import purge
 from pagemill.server.ports import Ask, Visitor
 from pagemill.server.schema import GenerationBody
 from pagemill.server.service import Service
@@ -69,11 +70,12 @@ def _purge(engine: Engine, texts: Sequence[_Text]) -> int:
     shared = engine.cache.shared
     if shared is None:
         return 0
-    engine.advance_clock()
-    count = sum(shared.purge_prefix(each.options, each.tokens) for each in texts if not each.whole)
-    count += sum(shared.purge_text(each.options, each.tokens) for each in texts)
-    engine.settle()
-    return count
+
+    def drop() -> int:
+        count = sum(shared.purge_prefix(each.options, each.tokens) for each in texts if not each.whole)
+        return count + sum(shared.purge_text(each.options, each.tokens) for each in texts)
+
+    return purge(engine, shared, drop)
 
 
 def _purged(task: asyncio.Task[int]) -> None:

@@ -146,9 +146,16 @@ def serve(
     """
     if not trace.requests:
         raise ConfigError(f"{trace.name} has no requests; give a trace with some")
-    if not 0 < settings.pace < 1e6:
-        raise ConfigError(f"pace is {settings.pace}; give a number above 0: 2 is half as many requests a second")
+    check_pace("pace", settings.pace)
     return _Day(trace, cost, settings).run(report)
+
+
+def check_pace(name: str, pace: float) -> None:
+    """Raise ConfigError for a pace at which nothing can be served. name: what the message calls it."""
+    if not 0 < pace < 1e6:
+        raise ConfigError(
+            f"{name} is {pace:g}; give a number above 0: 2 is half as many requests a second, 0.5 twice as many"
+        )
 
 
 class _Timed:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_CALL_CHARS = 2**18
+FIRST_BODY_LINE = 4  # of the grammar of calls: the first function's, each with a line of its own
 ARGUMENTS_AT = "#/properties/arguments"  # where a function's parameters stand in the schema of a call
 
 # Keywords of a JSON schema whose values are data, and those whose keys are names.
