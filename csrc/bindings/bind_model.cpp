@@ -69,6 +69,7 @@ void NativeModel::set_kv(Bytes arena, size_t block_bytes, int num_blocks, int pa
                                       std::equal(kv.layers.begin(), kv.layers.end(), old.layers.begin(), old.layers.end(), same)),
             "the KV geometry of a model with phases cannot change");
     model_.kv = kv;
+    prefault_.watch(arena.data(), block_bytes * size_t(num_blocks));
     arenas_ = std::move(arenas);
 }
 
@@ -95,8 +96,11 @@ void NativeModel::step(Ints tokens, Ints positions, Ints starts, Ints2 tables, I
     require(tables.shape(0) == model_.kv.groups.size() * size_t(s.num_seqs), "one block table for each sequence and KV group");
     require(int(logits.shape(0)) == s.num_logits && int(logits.shape(1)) == model_.vocab, "logits have the wrong shape");
     require(int(best.size()) == s.num_logits, "one best token for each row of logits");
-    check_step(s);
+    const int num_used = check_step(s);
     nb::gil_scoped_release released;
+    // Not with the first step: nothing is to stand in the way of a program's first token.
+    if (has_run_) prefault_.used(size_t(num_used) * model_.kv.groups[0].block_bytes);
+    has_run_ = true;
     runner_->run(s);
 }
 
@@ -153,11 +157,12 @@ void NativeModel::check_phase(const PhaseArguments& a) const {
     }
 }
 
-void NativeModel::check_step(Step& s) const {
+int NativeModel::check_step(Step& s) const {
     require(s.num_seqs > 0 && s.starts[0] == 0 && s.starts[s.num_seqs] == s.rows, "starts do not cover the rows");
     require(model_.kv.groups[0].num_blocks > 0, "no KV arena");
     const int block = model_.kv.pages_per_block * kPage;
     s.row_seq.resize(size_t(s.rows));
+    int highest = -1;
     for (int seq = 0; seq < s.num_seqs; seq++) {
         const int from = s.starts[seq], to = s.starts[seq + 1];
         require(from < to && to <= s.rows, "a sequence without rows");
@@ -173,10 +178,14 @@ void NativeModel::check_step(Step& s) const {
             const KvGroup& group = model_.kv.groups[g];
             const int first = group.window > 0 ? std::max(s.positions[from] + 1 - group.window, 0) / block : 0;
             const int32_t* table = s.table(int(g), seq);
-            for (int b = first; b < blocks; b++) require(table[b] >= 0 && table[b] < group.num_blocks, "block id out of range");
+            for (int b = first; b < blocks; b++) {
+                require(table[b] >= 0 && table[b] < group.num_blocks, "block id out of range");
+                if (g == 0) highest = std::max(highest, int(table[b]));
+            }
         }
     }
     for (int i = 0; i < s.num_logits; i++) require(s.logit_rows[i] >= 0 && s.logit_rows[i] < s.rows, "logit row out of range");
+    return highest + 1;
 }
 
 static void set_vector(PhaseArguments& a, nb::object value, const float*& pointer, int& width) {
@@ -205,6 +214,8 @@ void bind_model(nb::module_& m) {
         .def("step", &NativeModel::step, "tokens"_a, "positions"_a, "starts"_a, "tables"_a, "logit_rows"_a, "logits"_a, "best"_a)
         .def_prop_ro("target", &NativeModel::target)
         .def_prop_ro("threads", &NativeModel::threads)
+        .def("wait_prefaulted", &NativeModel::wait_prefaulted, "seconds"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("prefaulted_bytes", &NativeModel::prefaulted_bytes)
         .def("wipe_activations", &NativeModel::wipe_activations)
         .def_prop_ro("shared_splits", &NativeModel::shared_splits)
         .def(

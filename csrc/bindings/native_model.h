@@ -1,5 +1,6 @@
 // A model in native memory as Python builds it, phase by phase; checks everything before a kernel reads it.
 #pragma once
+#include "../prefault.h"
 #include "bindings.h"
 
 namespace pagemill {
@@ -26,18 +27,23 @@ public:
     int threads() const { return runner_->threads(); }
     int64_t shared_splits() const { return runner_->shared_splits(); }
     int vocab() const { return model_.vocab; }
+    bool wait_prefaulted(double seconds) { return prefault_.wait(seconds); }
+    size_t prefaulted_bytes() { return prefault_.done(); }
     const Kernels& kernels() const { return kernels_; }
     Pool& pool() { return runner_->pool(); }
 
 private:
     void check_phase(const PhaseArguments& a) const;
-    void check_step(Step& s) const;
+    // One more than the highest block of the first group that the step names.
+    int check_step(Step& s) const;
 
     const Kernels& kernels_;
     Model model_;
     std::unique_ptr<Runner> runner_;
     std::vector<nb::object> kept_;
     std::vector<nb::object> arenas_;
+    bool has_run_ = false;
+    Prefault prefault_;  // of the first of these arenas; ends before they do
 };
 
 }  // namespace pagemill

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pagemill.engine.budget import PROBE_STEPS, SHORTEST_S, SMALLEST_CHUNK, TILE_ROWS, UNKNOWN_CHUNK, StepBudget
+from pagemill.engine.budget import (
+    FEW, PROBE_STEPS, SHORTEST_S, SMALLEST_CHUNK, TILE_ROWS, UNKNOWN_CHUNK, StepBudget, shortest_s,
+)  # fmt: skip
 
 
 class Machine:
@@ -37,10 +39,24 @@ def test_mixed_steps_settle_within_the_bound_and_use_it(machine: Machine, rows: 
     seen = []
     for _ in range(60):
         seen.append(machine.step(budget, rows, budget.for_prompts(rows)))
-    bound = max(percent / 100 * machine.seconds(rows, 0), SHORTEST_S)
+    bound = max(percent / 100 * machine.seconds(rows, 0), shortest_s(rows))
     least = machine.seconds(rows, SMALLEST_CHUNK)
     assert max(seen[20:]) <= max(bound, least) * 1.02
     assert min(seen[20:]) >= min(0.8 * bound, machine.seconds(rows, 4096 - rows)), "no more caution than asked for"
+
+
+def test_the_more_wait_the_shorter_a_step_may_be_held() -> None:
+    """Twice as many who wait, half as long: and beyond what decoding takes nothing is left of it."""
+    assert shortest_s(1) == shortest_s(FEW) == SHORTEST_S
+    assert shortest_s(2 * FEW) == SHORTEST_S / 2
+    machine = Machine(0.002, 0.0001, 0.0002)
+    chunks = []
+    for rows in (FEW // 2, 2 * FEW):
+        budget = StepBudget(4096, 180)
+        for chunk in (0, 64, 64, 64):
+            machine.step(budget, rows, chunk)
+        chunks.append(budget.for_prompts(rows))
+    assert chunks[0] > 2 * chunks[1] > 0
 
 
 def test_without_decode_rows_or_bound_a_step_is_as_large_as_allowed() -> None:
@@ -62,7 +78,7 @@ def test_the_first_chunk_stays_within_the_bound_where_a_prompt_token_costs_no_mo
     machine = Machine(0.008, 0.0006, 0.0006)
     budget = StepBudget(4096, 180)
     alone_s = machine.step(budget, rows, 0)
-    assert machine.step(budget, rows, budget.for_prompts(rows)) <= max(1.8 * alone_s, SHORTEST_S)
+    assert machine.step(budget, rows, budget.for_prompts(rows)) <= max(1.8 * alone_s, shortest_s(rows))
 
 
 def test_steps_are_measured_by_all_who_will_decode_once_their_prompts_are_read() -> None:

@@ -21,9 +21,12 @@ from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.engine import Engine
+from pagemill.execution.runner import Runner
+from pagemill.kernels.native import NativeExecutor
 from pagemill.planner.machine import this_machine
 
 MAX_RUNS = 1000
+_SETTLED_S = 10.0
 _PLAIN_IDS = 256  # below, vocabularies keep special tokens and bytes
 
 Tell = Callable[[str], None]
@@ -152,6 +155,13 @@ class Subject:
         )
         manager = self.shared_cache(num_blocks) if cache is None else cache(num_blocks)
         return Engine(executor or built.executor, manager, limits, decode_nothing, self.clock, seed=0)
+
+    def settle(self) -> None:
+        """Wait until the memory that comes next is there, as it is in an engine that has been up for a while: who runs a
+        few seconds after the start measures what the system takes to find it."""
+        executor = self.built.executor
+        if isinstance(executor, Runner) and isinstance(executor.model, NativeExecutor):
+            executor.model.wait_prefaulted(_SETTLED_S)
 
     def shared_cache(self, num_blocks: int) -> CacheManager:
         """A prefix cache as the options ask for it."""

@@ -142,6 +142,7 @@ def _arrive(subject: Subject, num_streams: int, cut: Cut, arriving: int) -> Arri
     together = 0
     while together < _WARM_STEPS:
         together += warm.step(engine) == names
+    subject.settle()
     for _ in range(_ALONE_STEPS + 1):
         alone.step(engine)
     first_token = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, seed=0)

@@ -9,6 +9,8 @@ depends on how a prompt was cut.
 The measure is a step in which all decode that have a place, those too whose prompts wait: what they will make every
 step take once they are in. Measured by those few that decode already, steps would stay short and prompts enter so
 slowly that as few decode at any time, and the passes over the weights that more could share are the throughput.
+For the throughput's sake too no step is held below some time, where few wait for it: beside few decode rows it is the
+prompts that fill the passes.
 
 An operator to whom short times between tokens are worth that names one, and steps are held to it instead (`Target`).
 """
@@ -17,7 +19,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-SHORTEST_S = 0.032  # no step is held below this: 31 tokens a second is faster than people read
+SHORTEST_S = 0.032  # 31 tokens a second is faster than people read
+FEW = 16  # sequences that decode
 TILE_ROWS = 16
 SMALLEST_CHUNK = 4
 UNKNOWN_CHUNK = 128  # where nothing is known of steps that only decode
@@ -105,7 +108,7 @@ class StepBudget:
             seconds = max(self._target.aim_s - alone_s, 0.0)
         else:
             together_s = self.alone_s(num_decoding + num_reading)
-            seconds = max(self._stretch * max(alone_s, together_s), SHORTEST_S) - alone_s
+            seconds = max(self._stretch * max(alone_s, together_s), shortest_s(num_decoding)) - alone_s
         # Where no prompt was read yet, a token of one is taken to cost a decode row, which is more than it does.
         token_s = self._token_at(position) or _row_s(alone_s, num_decoding)
         token_s = self._token_at(position + seconds / token_s / 2) or token_s  # in the middle of the chunk
@@ -168,6 +171,11 @@ class StepBudget:
         error_s = (_towards(known_s, seen_s) - known_s) / (1 + far * far)
         self._token_s = max(self._token_s + error_s, 0.0)
         self._far_s = max(self._far_s + error_s * far, 0.0)
+
+
+def shortest_s(num_decoding: int) -> float:
+    """Seconds below which no step is held for so many sequences: of more than a few, twice as many wait half as long."""
+    return SHORTEST_S * min(1.0, FEW / num_decoding)
 
 
 def _class_of(num_rows: int) -> int:

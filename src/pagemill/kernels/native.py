@@ -197,6 +197,16 @@ class NativeExecutor:
         arena[:kept] = self._arena[:kept]
         self._set_arena(arena, num_blocks)
 
+    def wait_prefaulted(self, timeout_s: float) -> bool:
+        """Wait until the arena's memory ahead of what is used has been had from the system, which begins with the second
+        step and goes on where a core has nothing to do. False where that took longer."""
+        return self._model.wait_prefaulted(timeout_s)
+
+    @property
+    def prefaulted_bytes(self) -> int:
+        """Of the arena, from its start: had from the system, or asked of it."""
+        return self._model.prefaulted_bytes
+
     def move(self, moves: Moves) -> None:
         """Wipe and copy blocks of the arena. With blocks, scratch memory is wiped: it holds what was computed for them,
         such as the value of a sequence's first position, which is also its attention's output there."""
