@@ -8,7 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from pagemill.engine.budget import (
-    FEW, PROBE_STEPS, SHORTEST_S, SMALLEST_CHUNK, TILE_ROWS, UNKNOWN_CHUNK, StepBudget, shortest_s,
+    FEW,
+    PROBE_STEPS,
+    SHORTEST_S,
+    SMALLEST_CHUNK,
+    TILE_ROWS,
+    UNKNOWN_CHUNK,
+    StepBudget,
+    shortest_s,
 )  # fmt: skip
 
 
@@ -133,7 +140,7 @@ def test_rows_and_chunk_fill_whole_tiles() -> None:
 
 
 def test_a_chunk_that_a_tile_of_rows_would_make_too_long_is_smaller_than_that() -> None:
-    machine = Machine(0.02, 0.0005, 0.003)
+    machine = Machine(0.02, 0.0005, 0.005)
     budget = StepBudget(512, 180)
     for _ in range(30):
         machine.step(budget, 31, 0)

@@ -60,13 +60,14 @@ def test_a_kept_place_is_no_waiting_sequence_and_is_found_where_it_was_without_i
     sequences = [sequence(number, float(number)) for number in (1, 2, 3)]
     queue = filled(*sequences)
     queue.remove(sequences[1])
-    queue.keep_place(sequences[1])
+    queue.keep_place(sequences[1], 3)
     assert len(queue) == 2
     assert [each.seq_id for each in queue.first(3)] == [1, 2, 3]
     place = queue.first(2)[1]
     assert place.status == "finished"
     assert not place.tokens
     assert not place.request.prompt_token_ids
+    assert place.num_found == 3
     queue.drop_place(place)
     assert [each.seq_id for each in queue.first(3)] == [1, 3]
     for each in (sequences[0], sequences[2]):
@@ -77,7 +78,11 @@ def test_a_kept_place_is_no_waiting_sequence_and_is_found_where_it_was_without_i
 @given(st.permutations(range(2, 2 * MOST_KEPT)))
 def test_only_so_many_places_are_kept_and_the_front_ones_stay(numbers: list[int]) -> None:
     queue = filled(sequence(1, 0.0))
+    kept: list[int] = []
     for number in numbers:
-        queue.keep_place(sequence(number, float(number)))
+        each = sequence(number, float(number))
+        assert queue.would_keep(each) == (number in sorted([*kept, number])[:MOST_KEPT])
+        queue.keep_place(each, 0)
+        kept = sorted([*kept, number])[:MOST_KEPT]
     assert len(queue) == 1
     assert [each.seq_id for each in queue.first(2 * MOST_KEPT)] == list(range(1, MOST_KEPT + 2))

@@ -157,8 +157,8 @@ class Subject:
         return Engine(executor or built.executor, manager, limits, decode_nothing, self.clock, seed=0)
 
     def settle(self) -> None:
-        """Wait until the memory that comes next is there, as it is in an engine that has been up for a while: who runs a
-        few seconds after the start measures what the system takes to find it."""
+        """Wait until the memory that comes next is there, as it is in an engine that has been up for a while: right
+        after the start one measures what the system takes to find it."""
         executor = self.built.executor
         if isinstance(executor, Runner) and isinstance(executor.model, NativeExecutor):
             executor.model.wait_prefaulted(_SETTLED_S)

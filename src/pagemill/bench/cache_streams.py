@@ -30,7 +30,7 @@ LIVE_SEQUENCES, LIVE_PROMPT, LIVE_ANSWER = 1024, 128, 64
 
 _LEAST_ARRIVING = 128
 _STREAM_PROMPT = 16
-_ALONE_STEPS = 40
+_ALONE_STEPS, _QUICK_ALONE_STEPS = 200, 40  # the 99th percentile of a few is the longest of them
 _WARM_STEPS = 4
 _P99 = 0.99
 
@@ -101,7 +101,8 @@ def measure_latency(subject: Subject, settings: Settings, tell: Tell) -> list[Fi
         )
     streams = STREAMS if not settings.quick else STREAMS[:1]
     chunks = CHUNKS if not settings.quick else (16, 64)
-    rounds = min(settings.num_runs, 3) if not settings.quick else 1
+    rounds = min(settings.num_runs, 5) if not settings.quick else 1
+    num_alone = settings.size(_ALONE_STEPS, _QUICK_ALONE_STEPS)
     found: list[Figure] = []
     for num_streams in streams:
         sizes = [each for each in chunks if num_streams < each < arriving]
@@ -114,14 +115,14 @@ def measure_latency(subject: Subject, settings: Settings, tell: Tell) -> list[Fi
         for index in range(rounds):
             for cut in cuts:
                 tell(f"{num_streams} streams, {cut.name}: round {index + 1} of {rounds}")
-                runs[cut].append(_arrive(subject, num_streams, cut, arriving))
+                runs[cut].append(_arrive(subject, num_streams, cut, arriving, num_alone))
         found += _latency_figures(num_streams, runs, arriving, full=not settings.quick)
     return found
 
 
-def _arrive(subject: Subject, num_streams: int, cut: Cut, arriving: int) -> Arrival:
+def _arrive(subject: Subject, num_streams: int, cut: Cut, arriving: int, num_alone: int) -> Arrival:
     chunk = cut.chunk - num_streams if cut.percent is None else SMALLEST_CHUNK
-    room = _STREAM_PROMPT + num_streams + arriving // chunk + arriving // (chunk * PROBE_STEPS) + _ALONE_STEPS
+    room = _STREAM_PROMPT + num_streams + arriving // chunk + arriving // (chunk * PROBE_STEPS) + num_alone
     room += 2 + 2 * _WARM_STEPS
     if room >= subject.built.max_model_len:
         raise ConfigError(
@@ -143,7 +144,7 @@ def _arrive(subject: Subject, num_streams: int, cut: Cut, arriving: int) -> Arri
     while together < _WARM_STEPS:
         together += warm.step(engine) == names
     subject.settle()
-    for _ in range(_ALONE_STEPS + 1):
+    for _ in range(num_alone + 1):
         alone.step(engine)
     first_token = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, seed=0)
     engine.add_request("arriving", subject.prompt(arriving), first_token)

@@ -21,7 +21,7 @@ from bisect import bisect_left, insort
 
 SHORTEST_S = 0.032  # 31 tokens a second is faster than people read
 FEW = 16  # sequences that decode
-TILE_ROWS = 16
+TILE_ROWS = 8
 SMALLEST_CHUNK = 4
 UNKNOWN_CHUNK = 128  # where nothing is known of steps that only decode
 PROBE_STEPS = 64
@@ -174,7 +174,7 @@ class StepBudget:
 
 
 def shortest_s(num_decoding: int) -> float:
-    """Seconds below which no step is held for so many sequences: of more than a few, twice as many wait half as long."""
+    """Seconds below which no step is held for so many sequences: beyond a few, twice as many wait half as long."""
     return SHORTEST_S * min(1.0, FEW / num_decoding)
 
 

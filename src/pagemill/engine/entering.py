@@ -105,10 +105,11 @@ class Entering:
     def expired(self, sequence: Sequence) -> None:
         """The deadline of a sequence has passed, and it is taken out. Where it waited for its turn its place stays, so
         that nobody behind it comes within reach of those before it any sooner."""
-        self._found.pop(sequence.seq_id, None)
+        known = self._found.pop(sequence.seq_id, None)
         share = self._shares.active.get(tenant_of(sequence))
         if share is not None and self._cache.shared is not None and not sequence.rank and not sequence.is_late:
-            share.queue.keep_place(sequence)
+            if share.queue.would_keep(sequence):
+                share.queue.keep_place(sequence, self._count_found(sequence) if known is None else known[0])
 
     def displaced(self, now_s: float) -> Sequence | None:
         """Who gives its place to the tenant whose turn it is: where places or blocks are taken, the last of a tenant
@@ -187,7 +188,7 @@ class Entering:
                     continue
                 break
             most = self._num_found(found) if most < 0 else most
-            if -(-len(sequence.tokens) // size) <= most:
+            if sequence.status != "finished" and -(-len(sequence.tokens) // size) <= most:
                 continue
             if (count := self._num_found(sequence)) > most and not self._awaits(sequence, reading):
                 best, most = sequence, count
@@ -221,15 +222,20 @@ class Entering:
 
     def _num_found(self, sequence: Sequence) -> int:
         """Blocks of its text that its own namespace holds, or held a few choices ago."""
+        if sequence.status == "finished":
+            return sequence.num_found
         known = self._found.get(sequence.seq_id)
         if known is not None:
             if self._num_choices - known[1] < _RECOUNT or self._num_recounts == _MOST_RECOUNTS:
                 return known[0]
             self._num_recounts += 1
-        shared, options = self._cache.shared, sequence.request.cache
-        found = 0 if shared is None or options.bypass else len(shared.chain_of(options, sequence.tokens))
+        found = self._count_found(sequence)
         self._found[sequence.seq_id] = found, self._num_choices
         return found
+
+    def _count_found(self, sequence: Sequence) -> int:
+        shared, options = self._cache.shared, sequence.request.cache
+        return 0 if shared is None or options.bypass else len(shared.chain_of(options, sequence.tokens))
 
     def _has_floors(self, sequence: Sequence) -> bool:
         """True where a floor is promised to any account, so that some may enter though blocks are short."""

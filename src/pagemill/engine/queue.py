@@ -24,8 +24,9 @@ class TenantQueue:
     a unit of priority counts as `PRIORITY_S` seconds of waiting. So a low priority is a long wait and no endless one.
     Last come those that cannot end by their deadlines any more, in the same order.
 
-    One whose deadline passed while it waited is gone, but its place can be kept until its turn comes, without its text:
-    who stands within so many places of another is then the same as without deadlines.
+    One whose deadline passed while it waited is gone, but its place can be kept until its turn comes, without its text
+    but with how much of that was in the cache: who stands within so many places of another, and whom the place itself
+    passes, is then the same as without deadlines.
     """
 
     __slots__ = ("_entries", "_kept")
@@ -57,12 +58,17 @@ class TenantQueue:
         sequence.is_late = True
         self.add(sequence)
 
-    def keep_place(self, sequence: Sequence) -> None:
-        """Keep the place of a sequence that has just been taken out, in O(log n); of MOST_KEPT the last one goes."""
+    def would_keep(self, sequence: Sequence) -> bool:
+        """True where `keep_place` would keep the place: not where MOST_KEPT are kept before it."""
+        return len(self._kept) < MOST_KEPT or _entry(sequence) < self._kept[-1]
+
+    def keep_place(self, sequence: Sequence, num_found: int) -> None:
+        """Keep the place of a sequence that has just been taken out, in O(log n); of MOST_KEPT the last one goes.
+        num_found: blocks of its text in the cache."""
         request = replace(sequence.request, prompt_token_ids=array("i"))
         place = Sequence(
             sequence.seq_id, request, sequence.choice, array("i"), sequence.marks, "finished",
-            num_passed=sequence.num_passed,
+            num_passed=sequence.num_passed, num_found=num_found,
         )  # fmt: skip
         self.add(place)
         insort(self._kept, _entry(place))
