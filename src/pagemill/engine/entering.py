@@ -107,9 +107,10 @@ class Entering:
         that nobody behind it comes within reach of those before it any sooner."""
         known = self._found.pop(sequence.seq_id, None)
         share = self._shares.active.get(tenant_of(sequence))
-        if share is not None and self._cache.shared is not None and not sequence.rank and not sequence.is_late:
-            if share.queue.would_keep(sequence):
-                share.queue.keep_place(sequence, self._count_found(sequence) if known is None else known[0])
+        if share is None or self._cache.shared is None or sequence.rank or sequence.is_late:
+            return
+        if share.queue.would_keep(sequence):
+            share.queue.keep_place(sequence, self._count_found(sequence) if known is None else known[0])
 
     def displaced(self, now_s: float) -> Sequence | None:
         """Who gives its place to the tenant whose turn it is: where places or blocks are taken, the last of a tenant

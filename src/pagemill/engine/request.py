@@ -61,8 +61,8 @@ class Sequence:
     in the order of first entries, from 1, never changed; 0 before. num_passed: how many later ones entered before it.
     reads_history: of its parameters, which say so at some cost. blocks: what the cache holds for it while it runs.
     num_faults: how often the cache was dropped for what went wrong at this sequence. is_late: it was found, waiting, to
-    be unable to end by its deadline. has_begun: of choice 0: its request has entered, by whichever choice. num_found: of a
-    kept place (`TenantQueue`): blocks of its text that were in the cache when its time was over.
+    be unable to end by its deadline. has_begun: of choice 0: its request has entered, by whichever choice. num_found:
+    of a kept place (`TenantQueue`): blocks of its text that were in the cache when its time was over.
     """
 
     seq_id: int
