@@ -151,7 +151,7 @@ void bind_policies(nb::module_& m) {
              "name"_a, "capacity"_a)
         .def_prop_ro("name", [](const Policy& p) { return p.name(); })
         .def_prop_ro("leader", [](const Policy& p) { return p.leader(); })
-        .def("__contains__", &contains, "block"_a)
+        .def("__contains__", &contains, "block"_a.none())
         .def("__deepcopy__", [](const Policy& p, nb::handle) { return Policy(p); }, "memo"_a)
         .def("insert", [](Policy& p, nb::handle block, nb::handle key, nb::handle info) { p.insert(block_of(block), key_of(key), info_of(info, p.fields())); },
              "block"_a, "key"_a, "info"_a)
