@@ -80,5 +80,6 @@ void bind_weights(nb::module_& m);
 void bind_model(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_measure(nb::module_& m);
+void bind_policies(nb::module_& m);
 
 }  // namespace pagemill

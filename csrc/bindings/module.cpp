@@ -9,4 +9,5 @@ NB_MODULE(_native, m) {
     bind_model(m);
     bind_sampling(m);
     bind_measure(m);
+    bind_policies(m);
 }

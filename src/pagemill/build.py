@@ -27,6 +27,7 @@ from pagemill.decoding.grammar import GrammarCompiler
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.engine import Engine
 from pagemill.execution.loader import ConvertedWeights, kv_codec_for, kv_spec_for, load_executor
+from pagemill.kernels.policies import POLICIES
 from pagemill.kernels.target import arithmetic_of, choose_target, numerics_id
 from pagemill.kernels.tensors import row_bytes
 from pagemill.models.checkpoint import Checkpoint, open_checkpoint
@@ -67,7 +68,7 @@ def build(config: EngineConfig, *, progress: LoadProgress | None = None, clock: 
     progress: called with (stage, bytes done, bytes in all or None) while a model is fetched. clock: the machine's
     unless given. Raises ConfigError, ModelError and CapacityError as the parts do.
     """
-    make_policy(config.cache_policy, 1)  # a name that there is not is told before anything is fetched or loaded
+    make_policy(config.cache_policy, 1, POLICIES)  # an unknown name is told before anything is fetched or loaded
     path = resolve(config.model, progress=progress)
     checkpoint = open_checkpoint(path, check_values=False)  # `load_executor` does, but for what it does not read
     return assemble(config, checkpoint, tokenizer_of(checkpoint.vocab), clock=clock)
@@ -180,6 +181,7 @@ def sharing_of(config: EngineConfig, kv_spec: KVSpec, spec: ModelSpec, weights_i
             WindowSpec(window, num_pages, config.max_num_batched_tokens)
             for window, num_pages in zip(kv_spec.windows, kv_spec.window_pages, strict=bool(kv_spec.window_pages))
         ),
+        makers=POLICIES,
     )
 
 

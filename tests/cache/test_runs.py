@@ -7,10 +7,10 @@ from random import Random
 import pytest
 
 from pagemill.cache.policies.base import BlockInfo, OneByOne
-from pagemill.cache.policies.registry import POLICIES, make_policy
+from tests.fixtures.policy_makers import EVERY_POLICY, make_policy
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", EVERY_POLICY)
 def test_runs_are_admitted_and_evicted_as_one_by_one(name: str) -> None:
     random, at_once, singly = Random(name), make_policy(name, 60), make_policy(name, 60)
     known: list[int] = []
@@ -49,7 +49,7 @@ def test_runs_are_admitted_and_evicted_as_one_by_one(name: str) -> None:
     assert num_runs > 5
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", EVERY_POLICY)
 def test_nothing_is_evicted_where_all_is_locked(name: str) -> None:
     policy = make_policy(name, 8)
     policy.admit([3, 1], [b"a" * 32, b"b" * 32], [BlockInfo(), BlockInfo()])
@@ -63,7 +63,7 @@ def test_nothing_is_evicted_where_all_is_locked(name: str) -> None:
     assert 3 not in policy
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", EVERY_POLICY)
 def test_a_run_ends_where_another_block_is_the_victim(name: str) -> None:
     policy = make_policy(name, 8)
     for block in (1, 5, 2):
@@ -76,7 +76,7 @@ def test_a_run_ends_where_another_block_is_the_victim(name: str) -> None:
     assert policy.victim() == 2, "it is unlocked"
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", EVERY_POLICY)
 def test_a_run_with_a_known_block_is_refused_and_changes_nothing(name: str) -> None:
     policy = make_policy(name, 8)
     policy.insert(1, b"a" * 32, BlockInfo())

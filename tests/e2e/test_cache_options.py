@@ -11,6 +11,7 @@ import pytest
 from pagemill import LLM, CacheOptions, CapacityError, ConfigError, PagemillError, RequestError, Retain, SamplingParams
 from pagemill.cache.entry import Removed, Stored
 from pagemill.cache.keys import Fingerprint
+from pagemill.kernels._native import NativePolicy
 from tests.fixtures.tiny import tiny_llama
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -162,6 +163,18 @@ def test_weights_have_the_same_name_after_a_restart_however_they_are_loaded(mode
     names.append(fingerprint(model, executor="reference").weights)
     assert len(set(names)) == 1
     assert len(names[0].split("/")[0]) == 64
+
+
+@pytest.mark.parametrize("name", ["lru", "adaptive"])
+def test_an_engine_evicts_by_native_policies(model: str, name: str) -> None:
+    with make(model, cache_policy=name, kv_cache_memory_bytes="256KiB") as llm:
+        shared = llm.built.engine.cache.shared
+        assert shared is not None
+        assert [type(each) for each in shared.shelves._policies.values()] == [NativePolicy]
+        for at in range(12):  # there is room for four of these
+            llm.generate({"prompt_token_ids": [(at + 7 * i * i) % 250 for i in range(400)]}, GREEDY)
+        assert llm.built.engine.cache.stats().num_evicted_blocks > 0
+        shared.verify()
 
 
 def test_whatever_changes_the_bytes_of_a_block_changes_the_fingerprint(model: str, tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ import pytest
 
 from pagemill.base.clock import VirtualClock
 from pagemill.base.errors import ConfigError
+from pagemill.cache.policies.base import OneByOne
+from pagemill.cache.policies.lru import LRU
+from pagemill.kernels.policies import POLICIES
 from pagemill.simulator.curves import allocation, hit_curves
 from pagemill.simulator.trace import Request, Trace
 from pagemill.simulator.workload import generate
@@ -27,6 +30,31 @@ def test_an_unknown_policy_is_refused_before_anything_is_replayed() -> None:
     with pytest.raises(ConfigError, match="is unknown"):
         hit_curves(generate("chat", 80, seed=1), ["lru", "x"], [50], VirtualClock(), told.append)
     assert told == []
+
+
+class Newest(LRU):
+    """A policy of somebody's own: what came last leaves first."""
+
+    name = "newest"
+
+    def victim(self) -> int | None:
+        return next((each for each in reversed(self._lane.order) if each not in self._locked), None)
+
+    replace = OneByOne.replace
+    evict_run = OneByOne.evict_run
+
+
+@pytest.mark.parametrize("manager", [False, True])
+def test_policies_of_ones_own_are_taken_beside_native_ones(manager: bool) -> None:
+    trace, clock = generate("sweep", 60, seed=1), VirtualClock()
+    makers = POLICIES | {"newest": Newest}
+    rows = hit_curves(trace, ["lru", "newest"], [100], clock, manager=manager, makers=makers)
+    assert [each.policy for each in rows] == ["lru", "newest"]
+    assert rows[0].block_hit_ratio != rows[1].block_hit_ratio
+    [plain] = hit_curves(trace, ["lru"], [100], clock, manager=manager)
+    assert plain == rows[0]
+    with pytest.raises(ConfigError, match=r"adaptive, newest$"):
+        hit_curves(trace, ["newst"], [100], clock, makers=makers)
 
 
 def test_unused_positions_of_one_sequence() -> None:

@@ -16,8 +16,11 @@ from pathlib import Path
 from tests.trust.figures import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
-# Every op in every shape and codec through whole plans, and the moves of pages.
-CI_TESTS = ("tests/kernels/test_executors.py", "tests/kernels/test_attention.py", "tests/kernels/test_pages.py")
+# Every op in every shape and codec through whole plans, the moves of pages, and what policies keep of blocks.
+CI_TESTS = (
+    "tests/kernels/test_executors.py", "tests/kernels/test_attention.py", "tests/kernels/test_pages.py",
+    "tests/kernels/test_policies.py",
+)  # fmt: skip
 _OTHERS = sorted(f"tests/kernels/{path.name}" for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
 ALL_TESTS = (*CI_TESTS, *(name for name in _OTHERS if name not in CI_TESTS))
 

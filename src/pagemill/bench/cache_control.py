@@ -19,9 +19,10 @@ from pagemill.cache.entry import SharingConfig
 from pagemill.cache.keys import TOKEN_BYTES
 from pagemill.cache.manager import CacheManager
 from pagemill.cache.policies.base import BlockInfo
-from pagemill.cache.policies.registry import POLICIES, make_policy
+from pagemill.cache.policies.registry import make_policy
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.engine import Engine
+from pagemill.kernels.policies import POLICIES
 from pagemill.simulator.curves import hit_curves
 from pagemill.simulator.trace import read_trace
 from pagemill.simulator.workload import generate
@@ -156,7 +157,7 @@ def measure_hits(settings: Settings, tell: Tell) -> list[Figure]:
     else:
         trace = generate("chat", settings.size(4000, 300), settings.seed)
     sizes = SIZES if not settings.quick else (200, 1000)
-    rows = hit_curves(trace, COMPARED, sizes, MonotonicClock(), tell)
+    rows = hit_curves(trace, COMPARED, sizes, MonotonicClock(), tell, makers=POLICIES)
     known = trace.num_accesses == GOAL_TRACE_BLOCKS
     lru = {each.blocks: each.block_hit_ratio for each in rows if each.policy == "lru"}
     found = []
@@ -175,7 +176,7 @@ def measure_hits(settings: Settings, tell: Tell) -> list[Figure]:
 def eviction_decision_seconds(name: str, num_blocks: int) -> float:
     """Mean CPU seconds of one decision of a policy that holds `num_blocks`: which block leaves, its removal, the one
     that comes instead, and a hit on another."""
-    policy = make_policy(name, num_blocks)
+    policy = make_policy(name, num_blocks, POLICIES)
     info = BlockInfo()
     for block in range(num_blocks):
         policy.insert(block, block.to_bytes(32, "little"), info)

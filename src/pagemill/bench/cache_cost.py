@@ -18,6 +18,7 @@ from pagemill.bench.cache_figures import Figure, Settings, Subject, Tell, raise_
 from pagemill.bench.report import Row
 from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager
+from pagemill.kernels.policies import POLICIES
 
 OVERHEAD, WIPE, BYTES = "overhead", "wipe", "bytes"
 OVERHEAD_GOAL = 0.01
@@ -140,7 +141,7 @@ def _run_distinct(subject: Subject, count: int, num_prompt: int, num_answer: int
     def make(num_blocks: int) -> CacheManager:
         config = subject.built.config
         block_bytes = subject.built.kv_spec.block_bytes
-        shared = SharingConfig(config.cache_policy, page_bytes=block_bytes) if sharing else None
+        shared = SharingConfig(config.cache_policy, page_bytes=block_bytes, makers=POLICIES) if sharing else None
         managers.append(CountedCache(num_blocks, config.block_size, shared))
         return managers[-1]
 

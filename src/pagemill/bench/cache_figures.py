@@ -23,6 +23,7 @@ from pagemill.engine.admission import EngineLimits
 from pagemill.engine.engine import Engine
 from pagemill.execution.runner import Runner
 from pagemill.kernels.native import NativeExecutor
+from pagemill.kernels.policies import POLICIES
 from pagemill.planner.machine import this_machine
 
 MAX_RUNS = 1000
@@ -166,7 +167,7 @@ class Subject:
     def shared_cache(self, num_blocks: int) -> CacheManager:
         """A prefix cache as the options ask for it."""
         built = self.built
-        sharing = SharingConfig(built.config.cache_policy, page_bytes=built.kv_spec.block_bytes)
+        sharing = SharingConfig(built.config.cache_policy, page_bytes=built.kv_spec.block_bytes, makers=POLICIES)
         return CacheManager(num_blocks, built.kv_spec.block_size, "paged", sharing)
 
 

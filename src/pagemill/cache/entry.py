@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pagemill.base.params import CacheOptions
 from pagemill.cache.block import Node
 from pagemill.cache.keys import Fingerprint
+from pagemill.cache.policies.registry import POLICIES, Makers
 from pagemill.cache.prefix import Match
 from pagemill.cache.receipt import Lookup
 from pagemill.cache.tenancy import Account
@@ -22,7 +23,8 @@ NO_FINGERPRINT = Fingerprint()
 class SharingConfig:
     """How blocks are shared. policy: name of the eviction policy. fingerprint: of the model, its formats and numerics.
     page_bytes: of a block. known_tenants_only: refuse tenants that were not declared. wipes: have pages overwritten
-    with zeros once their contents are dropped. windows: KV groups that have pages of their own and read a window."""
+    with zeros once their contents are dropped. windows: KV groups that have pages of their own and read a window.
+    makers: of the policies."""
 
     policy: str = "lru"
     fingerprint: Fingerprint = NO_FINGERPRINT
@@ -30,6 +32,7 @@ class SharingConfig:
     known_tenants_only: bool = False
     wipes: bool = True
     windows: tuple[WindowSpec, ...] = ()
+    makers: Makers = field(default_factory=lambda: POLICIES, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

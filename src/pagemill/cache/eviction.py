@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heappush
 
 from pagemill.cache.block import DEFAULT_PRIORITY, Node
 from pagemill.cache.policies.base import BlockInfo, Policy
-from pagemill.cache.policies.registry import make_policy
+from pagemill.cache.policies.registry import POLICIES, Makers, make_policy
 
 # What attention adds to the work of a token for each position before it, by multiplications in the default model:
 # 30 layers x 9 heads x 64 x 2 = 34,560, to 106 million of its matrices.
@@ -30,18 +30,20 @@ def recompute_cost(position: int) -> float:
 class Shelves:
     """Policies by partition and priority. Mutated by every method.
 
-    policy: name of the policy of each shelf. capacity: blocks of the whole cache. page_bytes: of one block.
+    policy: name of the policy of each shelf. capacity: blocks of the whole cache. page_bytes: of one block. makers: of
+    the policies.
     """
 
     __slots__ = (
-        "_capacity", "_expiries", "_infos", "_levels", "_moved", "_num_infos", "_num_set", "_page_bytes", "_policies",
-        "policy",
+        "_capacity", "_expiries", "_infos", "_levels", "_makers", "_moved", "_num_infos", "_num_set", "_page_bytes",
+        "_policies", "policy",
     )  # fmt: skip
 
-    def __init__(self, policy: str, capacity: int, page_bytes: int = 1) -> None:
+    def __init__(self, policy: str, capacity: int, page_bytes: int = 1, makers: Makers = POLICIES) -> None:
         self.policy = policy
         self._capacity = capacity
         self._page_bytes = page_bytes
+        self._makers = makers
         self._policies: dict[tuple[int, int], Policy] = {}
         self._levels: dict[int, list[int]] = {}
         self._expiries: list[tuple[float, int, Node]] = []
@@ -243,6 +245,6 @@ class Shelves:
         name = (partition, priority)
         policy = self._policies.get(name)
         if policy is None:
-            policy = self._policies[name] = make_policy(self.policy, self._capacity)
+            policy = self._policies[name] = make_policy(self.policy, self._capacity, self._makers)
             insort(self._levels.setdefault(partition, []), priority)
         return policy

@@ -53,7 +53,7 @@ class ResidentBlocks:
         self._version = 0  # of everything that an entry depends on
         self.secrets = Secrets()
         self.tree = PrefixTree(block_size, self.secrets)
-        self.shelves = Shelves(config.policy, pool.num_blocks, config.page_bytes)
+        self.shelves = Shelves(config.policy, pool.num_blocks, config.page_bytes, config.makers)
         self.tenancy = Tenancy(pool.num_blocks, block_size, known_only=config.known_tenants_only)
         self.windows = Windows.make(config.windows, block_size, config.wipes, pool.is_published)
         self.lookups = Lookups(pool, self.tree, self.tenancy, self.windows, KEYS_PER_BLOCK * pool.num_blocks)

@@ -401,7 +401,8 @@ class SharedBlocks(ResidentBlocks):
         if self.windows is not None:
             self.windows.clear()
         self._owner = array("i", bytes(4 * self._pool.num_blocks))
-        self.shelves = Shelves(self._config.policy, self._pool.num_blocks, self._config.page_bytes)
+        config = self._config
+        self.shelves = Shelves(config.policy, self._pool.num_blocks, config.page_bytes, config.makers)
         for key in keys:
             self._tell(Removed(key, False))
 

@@ -20,6 +20,7 @@ from pagemill.bench.figures import MISSING
 from pagemill.bench.simulate_plot import draw_hit_curves
 from pagemill.cache.policies.registry import make_policy
 from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.kernels.policies import POLICIES
 from pagemill.simulator.curves import AllocationRow, HitRow, allocation, hit_curves
 from pagemill.simulator.trace import Trace, read_trace
 from pagemill.simulator.workload import GENERATORS, generate
@@ -60,7 +61,7 @@ def run(
     gc.collect()
     gc.freeze()  # the trace stays: collections need not look at it, as the server's need not at the model
     try:
-        rows = hit_curves(loaded, names, sizes, MonotonicClock(), note, manager=manager)
+        rows = hit_curves(loaded, names, sizes, MonotonicClock(), note, manager=manager, makers=POLICIES)
     finally:
         gc.unfreeze()
     report = {
@@ -93,7 +94,7 @@ def policy_names(text: str) -> list[str]:
     if not names:
         raise ConfigError("--policy names no policy; give some, such as lru,gittins")
     for each in names:
-        make_policy(each, 1)
+        make_policy(each, 1, POLICIES)
     return names
 
 

@@ -22,6 +22,7 @@ from pagemill.bench.step_cost import TimedStep, describe_fit, load_step_cost, me
 from pagemill.build import build
 from pagemill.cli.simulate import block_sizes, load_trace, policy_names, store_report
 from pagemill.cli.terminal import BOLD, note, paint, print_json
+from pagemill.kernels.policies import POLICIES
 from pagemill.simulator.serve import ServeSettings, StepCost, check_pace, serve
 from pagemill.simulator.trace import Trace
 
@@ -69,6 +70,7 @@ def serve_trace(
                 pace=pace,
                 deadline_s=deadline_s,
                 target_itl_s=None if target_ms is None else target_ms / 1e3,
+                makers=POLICIES,
             )
             began_s = time.perf_counter()
             with _progress(f"{name}, {size:,} blocks") as report_requests:

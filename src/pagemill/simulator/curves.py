@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pagemill.base.clock import Clock
 from pagemill.base.errors import ConfigError
-from pagemill.cache.policies.registry import make_policy
+from pagemill.cache.policies.registry import POLICIES, Makers, make_policy
 from pagemill.simulator.replay import prepare, replay, replay_ideal, replay_manager, replay_optimum
 from pagemill.simulator.trace import Request, Trace
 
@@ -53,13 +53,15 @@ def hit_curves(
     report: Callable[[str], None] = lambda text: None,
     *,
     manager: bool = False,
+    makers: Makers = POLICIES,
 ) -> list[HitRow]:
-    """A row for each size and policy. manager: over the engine's cache manager, not the policy alone.
+    """A row for each size and policy. manager: over the engine's cache manager, not the policy alone. makers: of the
+    policies.
 
     Raises ConfigError for unknown policies, sizes below 1, traces without blocks.
     """
     for name in policies:
-        make_policy(name, min(blocks))
+        make_policy(name, min(blocks), makers)
     prepared = prepare(trace)
     ideal = replay_ideal(trace).block_hit_ratio
     rows = []
@@ -69,9 +71,10 @@ def hit_curves(
         for name in policies:
             report(f"{size:,} blocks: {name}")
             start_s = clock.now()
-            done = (
-                replay_manager(trace, name, size) if manager else replay(trace, make_policy(name, size), size, prepared)
-            )
+            if manager:
+                done = replay_manager(trace, name, size, makers)
+            else:
+                done = replay(trace, make_policy(name, size, makers), size, prepared)
             taken_s = max(clock.now() - start_s, 1e-9)
             rows.append(
                 HitRow(

@@ -17,7 +17,7 @@ from pagemill.base.errors import ConfigError
 from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager
 from pagemill.cache.policies.base import BlockInfo, Policy
-from pagemill.cache.policies.registry import make_policy
+from pagemill.cache.policies.registry import POLICIES, Makers, make_policy
 from pagemill.simulator.trace import Trace
 
 _KNOWN = 2  # blocks found, as told to policies of requests that found more than one
@@ -263,7 +263,7 @@ def _next_requests(trace: Trace) -> list[int]:
     return following
 
 
-def replay_manager(trace: Trace, policy: str, capacity: int) -> Replayed:
+def replay_manager(trace: Trace, policy: str, capacity: int, makers: Makers = POLICIES) -> Replayed:
     """Replay over the cache manager of the engine: keys, comparison of tokens, publication, leaves before parents.
 
     Each block of the trace becomes four tokens of its own. A request is opened, committed and closed before the next
@@ -271,8 +271,8 @@ def replay_manager(trace: Trace, policy: str, capacity: int) -> Replayed:
     without blocks and an unknown policy.
     """
     score = _Score(trace)
-    make_policy(policy, capacity)
-    manager = CacheManager(capacity, _MANAGER_BLOCK_TOKENS, sharing=SharingConfig(policy=policy))
+    make_policy(policy, capacity, makers)
+    manager = CacheManager(capacity, _MANAGER_BLOCK_TOKENS, sharing=SharingConfig(policy=policy, makers=makers))
     for index, request in enumerate(trace.requests):
         num_blocks = len(request.blocks)
         if not 0 < num_blocks <= capacity:

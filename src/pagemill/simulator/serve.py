@@ -19,6 +19,7 @@ from pagemill.base.params import CacheOptions, SamplingParams
 from pagemill.base.step import Sample, SequenceStep, StepPlan, StepResult
 from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager
+from pagemill.cache.policies.registry import POLICIES, Makers
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.engine import Engine
 from pagemill.engine.output import Delta
@@ -66,7 +67,7 @@ class ServeSettings:
     """The server that is simulated. num_blocks: of the cache, of the trace's block size. pace: by which times between
     arrivals are multiplied. tenant_of: number of a request -> its tenant, in the order of arrival. weights: of tenants.
     deadline_s: of every request, after its arrival; None for none. target_itl_s: held to instead of mixed_step_percent;
-    None for none.
+    None for none. makers: of the policies.
     """
 
     num_blocks: int
@@ -80,6 +81,7 @@ class ServeSettings:
     weights: tuple[tuple[str, float], ...] = ()
     deadline_s: float | None = None
     target_itl_s: float | None = None
+    makers: Makers = field(default_factory=lambda: POLICIES, compare=False, repr=False)
 
 
 @dataclass(slots=True)
@@ -188,9 +190,8 @@ class _Day:
         vocab_size = own + 2 * len(trace.requests) + 2
         longest = max(each.num_input_tokens + max(each.num_output_tokens, 1) for each in trace.requests) + 2
         self._clock = VirtualClock()
-        self._cache = CacheManager(
-            settings.num_blocks, trace.block_tokens or BLOCK_TOKENS, "paged", SharingConfig(settings.policy)
-        )
+        sharing = SharingConfig(settings.policy, makers=settings.makers)
+        self._cache = CacheManager(settings.num_blocks, trace.block_tokens or BLOCK_TOKENS, "paged", sharing)
         limits = EngineLimits(
             max_model_len=longest,
             vocab_size=vocab_size,

@@ -14,7 +14,7 @@ import pytest
 
 from pagemill.base.errors import ConfigError
 from pagemill.cache.policies.base import BlockInfo, OneByOne, Policy
-from pagemill.cache.policies.registry import POLICIES, make_policy
+from tests.fixtures.policy_makers import EVERY_POLICY, make_policy
 from tests.fixtures.policy_models import Driver, SlowARC, SlowGDSF, SlowLFU, SlowLRU, SlowS3FIFO
 
 INFO = BlockInfo(num_tokens=16)
@@ -25,7 +25,8 @@ MODELS: dict[str, type[SlowLRU]] = {
     "arc": SlowARC,
     "gdsf": SlowGDSF,
 }
-every_policy = pytest.mark.parametrize("name", POLICIES)
+every_policy = pytest.mark.parametrize("name", EVERY_POLICY)
+with_a_model = pytest.mark.parametrize("name", [each for each in EVERY_POLICY if each.split()[-1] in MODELS])
 
 
 def key(number: int) -> bytes:
@@ -136,11 +137,11 @@ def test_the_same_calls_give_the_same_victims(name: str, seed: int) -> None:
     assert driver.num_evictions > 50
 
 
-@pytest.mark.parametrize("name", MODELS)
+@with_a_model
 @pytest.mark.parametrize("capacity", [1, 5, 16])
 @pytest.mark.parametrize("seed", range(4))
 def test_victims_equal_the_slow_models(name: str, capacity: int, seed: int) -> None:
-    driver = Driver([make_policy(name, capacity), MODELS[name](capacity)], capacity, seed)
+    driver = Driver([make_policy(name, capacity), MODELS[name.split()[-1]](capacity)], capacity, seed)
     for _ in range(1500):
         driver.step()
         driver.victim()
@@ -307,7 +308,7 @@ def test_a_resize_keeps_every_block_and_lock(name: str, capacity: int) -> None:
     assert sorted(drain(policy)) == list(range(60))
 
 
-@pytest.mark.parametrize("name", ["lru", "lfu"])
+@pytest.mark.parametrize("name", ["lru", "lfu", "native lru", "native lfu"])
 def test_a_resize_does_not_change_an_order_of_uses(name: str) -> None:
     plain, resized = filled(name, 20), filled(name, 20)
     resized.resize(5)
@@ -360,11 +361,13 @@ def test_an_eviction_walks_past_no_locked_block(name: str) -> None:
     assert large <= 2.5 * small + 60
 
 
-def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match="did you mean 's3fifo'"):
-        make_policy("s3-fifo", 10)
+@pytest.mark.parametrize("form", ["", "native "])
+def test_an_unknown_policy_is_refused_with_the_nearest_name(form: str) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 's3fifo'.*lru, lfu, s3fifo"):
+        make_policy(f"{form}s3-fifo", 10)
 
 
-def test_a_cache_without_room_is_refused() -> None:
+@pytest.mark.parametrize("form", ["", "native "])
+def test_a_cache_without_room_is_refused(form: str) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
-        make_policy("lru", 0)
+        make_policy(f"{form}lru", 0)

@@ -111,7 +111,8 @@ class ARC(OneByOne):
             return super().replace(blocks, keys, infos)
         assert known.keys().isdisjoint(blocks), "a block is known already"
         once, again, capacity = self._once.order, self._again.order, self._capacity
-        ghosts_once, ghosts_again, limit = self._ghosts_once.keys, self._ghosts_again.keys, self._ghosts_again.limit
+        ghosts_once, ghosts_again = self._ghosts_once.keys, self._ghosts_again.keys
+        most_once, most_again = self._ghosts_once.limit, self._ghosts_again.limit
         for block, key in zip(blocks, keys, strict=True):
             was_once, was_again = key in ghosts_once, key in ghosts_again
             if was_once or was_again:
@@ -121,11 +122,13 @@ class ARC(OneByOne):
             if (num_once and from_once) or not again:
                 victim, _ = once.popitem(last=False)
                 ghosts_once[known.pop(victim)] = None
+                if len(ghosts_once) > most_once:
+                    ghosts_once.popitem(last=False)
                 num_once -= 1
             else:
                 victim, _ = again.popitem(last=False)
                 ghosts_again[known.pop(victim)] = None
-                if len(ghosts_again) > limit:
+                if len(ghosts_again) > most_again:
                     ghosts_again.popitem(last=False)
             if ghosts_once and num_once + len(ghosts_once) >= capacity:
                 ghosts_once.popitem(last=False)
