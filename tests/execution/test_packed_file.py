@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 import resource
 import struct
@@ -64,6 +65,49 @@ def test_what_was_written_is_read_back_aligned_and_mapped(path: Path) -> None:
         assert not found.data.flags.writeable
     maps = Path("/proc/self/maps").read_text().splitlines()
     assert any(" r--s " in line and line.endswith(str(path)) for line in maps)
+
+
+def huge_bytes_of(path: Path) -> int:
+    """Bytes of the file that this process sees in huge pages."""
+    found, is_of_it = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if " r--s " in line or "-" in line.partition(" ")[0]:
+            is_of_it = line.endswith(str(path))
+        elif is_of_it and line.startswith("FilePmdMapped:"):
+            found += int(line.split()[1]) << 10
+    return found
+
+
+def has_huge_files(directory: Path) -> bool:
+    """Whether a file that was read with the advice is in huge pages there."""
+    path = directory / "probe"
+    path.write_bytes(bytes(8 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+            assert sum(mapped[::4096]) == 0
+            return huge_bytes_of(path) > 0
+
+
+def test_weights_are_seen_in_huge_pages_where_the_system_has_them_for_files(tmp_path: Path) -> None:
+    if not has_huge_files(tmp_path):
+        pytest.skip("the file system of the temporary directory has no huge pages (ext4 of Linux 6.16 has)")
+    piece = np.ones(100_000, np.uint8)
+    weights = {f"up{index}": PackedMatrix("f16", 32, 2, piece) for index in range(160)}
+    path = tmp_path / "large.packed"
+    write_packed(path, KEY, STAMPS, weights)
+    file = open_packed(path)
+    assert int(file.payload.sum()) == 16_000_000
+    assert huge_bytes_of(path) >= 12_000_000
+
+
+def test_a_system_that_takes_no_advice_is_no_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345)
+    open_packed(path).check_payload()
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    open_packed(path).check_payload()
 
 
 def test_nothing_but_the_file_is_left_in_the_directory(path: Path) -> None:

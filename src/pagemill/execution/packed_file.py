@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import struct
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, Final
@@ -43,6 +43,7 @@ _MAGIC: Final = b"PMPACKED"
 _PREFIX: Final = struct.Struct("<8sII32s")
 _ABANDONED_S: Final = 3600.0
 _EARLIEST_NS: Final = -(1 << 63)  # files may be dated before 1970
+_BUFFER_BYTES: Final = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ def open_packed(path: Path) -> PackedFile:
         status = os.fstat(descriptor)
         if not S_ISREG(status.st_mode):
             raise IntegrityError("it is not a regular file")
-        mapped = np.frombuffer(mmap(descriptor, 0, access=ACCESS_READ), np.uint8)
+        mapped = _map(descriptor)
     except ValueError:
         raise IntegrityError("it is empty") from None
     finally:
@@ -160,6 +161,17 @@ def open_packed(path: Path) -> PackedFile:
     return PackedFile(path, header, payload, same, status.st_uid)
 
 
+def _map(descriptor: int) -> NDArray[np.uint8]:
+    """The whole file, to be read. In huge pages, where the system's cache of files has them (Linux 5.18 with XFS, 6.16
+    with ext4): a step reads all weights, and of small pages that takes 33,000 translations of addresses for 135 MB.
+    Raises ValueError for an empty file."""
+    mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapped, np.uint8)
+
+
 def write_packed(
     path: Path, key: PackedKey, sources: tuple[FileStamp, ...], matrices: Mapping[str, PackedMatrix]
 ) -> None:
@@ -169,7 +181,8 @@ def write_packed(
     entries, digest = _lay_out(matrices)
     partial = path.parent / f".{path.name}.{os.urandom(8).hex()}.partial"
     try:
-        with partial.open("xb") as file:
+        # What is written in large pieces the system's cache of files holds in huge pages (`_map`).
+        with partial.open("xb", buffering=_BUFFER_BYTES) as file:
             now_ns = time.time_ns()
             os.utime(file.fileno(), ns=(now_ns, now_ns))
             stamp = os.fstat(file.fileno())  # as coarse as the file system keeps it
