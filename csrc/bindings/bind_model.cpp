@@ -69,7 +69,10 @@ void NativeModel::set_kv(Bytes arena, size_t block_bytes, int num_blocks, int pa
                                       std::equal(kv.layers.begin(), kv.layers.end(), old.layers.begin(), old.layers.end(), same)),
             "the KV geometry of a model with phases cannot change");
     model_.kv = kv;
-    prefault_.watch(arena.data(), block_bytes * size_t(num_blocks));
+    {
+        nb::gil_scoped_release released;  // it may have to wait for the system
+        prefault_.watch(arena.data(), block_bytes * size_t(num_blocks));
+    }
     arenas_ = std::move(arenas);
 }
 
@@ -98,9 +101,11 @@ void NativeModel::step(Ints tokens, Ints positions, Ints starts, Ints2 tables, I
     require(int(best.size()) == s.num_logits, "one best token for each row of logits");
     const int num_used = check_step(s);
     nb::gil_scoped_release released;
-    // Not with the first step: nothing is to stand in the way of a program's first token.
-    if (has_run_) prefault_.used(size_t(num_used) * model_.kv.groups[0].block_bytes);
-    has_run_ = true;
+    prefault_.begins(size_t(num_used) * model_.kv.groups[0].block_bytes);
+    struct End {
+        Prefault& prefault;
+        ~End() { prefault.ended(); }
+    } end{prefault_};
     runner_->run(s);
 }
 

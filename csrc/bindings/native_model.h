@@ -42,7 +42,6 @@ private:
     std::unique_ptr<Runner> runner_;
     std::vector<nb::object> kept_;
     std::vector<nb::object> arenas_;
-    bool has_run_ = false;
     Prefault prefault_;  // of the first of these arenas; ends before they do
 };
 

@@ -130,6 +130,17 @@ def test_a_prompt_is_never_cut_to_nothing_for_long() -> None:
     assert min(chunk for chunk in chunks[1:] if chunk) == SMALLEST_CHUNK
 
 
+def test_short_prompts_read_alone_do_not_tell_what_a_token_costs() -> None:
+    """Most of such a step's time is its own: long prompts would be cut far too small for a while."""
+    machine = Machine(0.02, 0.0005, 0.0005)
+    fresh, taught = StepBudget(2048, 180), StepBudget(2048, 180)
+    for _ in range(20):
+        machine.step(taught, 0, 9)
+    for budget in (fresh, taught):
+        machine.step(budget, 16, 0)
+    assert taught.for_prompts(16) == fresh.for_prompts(16) > 0
+
+
 def test_rows_and_chunk_fill_whole_tiles() -> None:
     machine = Machine(0.02, 0.0005, 0.0003)
     budget = StepBudget(512, 180)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-import mmap
+import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,7 @@ from tests.fixtures.plans import Shape, batch, native, tokens
 SHAPE = Shape(layers=2, head_dim=64, kv_heads=2, q_heads=4)
 MB = 1 << 20
 AHEAD = 256 * MB
-LONG_S = 120.0  # it comes where nothing else runs
-POPULATE_WRITE = 23
+LONG_S = 120.0
 
 
 def model_with(num_bytes: int) -> NativeExecutor:
@@ -30,24 +30,14 @@ def step(model: NativeExecutor, block: int = 0) -> np.ndarray:
     return model.forward(batch((tokens(3, SHAPE.vocab, seed=block), 0, [block])))
 
 
-def can_populate() -> bool:
-    with mmap.mmap(-1, mmap.PAGESIZE) as memory:
-        try:
-            memory.madvise(POPULATE_WRITE)
-        except (OSError, ValueError):
-            return False
-    return True
-
-
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not can_populate(), reason="this system cannot be asked for memory ahead (Linux 5.14 can)")
-def test_memory_ahead_comes_after_the_second_step() -> None:
+def test_memory_ahead_comes_where_no_step_runs() -> None:
     model = model_with(48 * MB)
     before = resident_bytes()
-    step(model)
+    assert model.wait_prefaulted(0.0), "nothing is asked for before anything is used"
     assert model.prefaulted_bytes == 0
     step(model)
     assert model.wait_prefaulted(LONG_S)
@@ -55,19 +45,58 @@ def test_memory_ahead_comes_after_the_second_step() -> None:
     assert resident_bytes() - before > 40 * MB
 
 
-@pytest.mark.skipif(not can_populate(), reason="this system cannot be asked for memory ahead (Linux 5.14 can)")
-def test_so_much_is_kept_ahead_of_what_is_used() -> None:
+def test_a_new_arena_has_memory_ahead_too() -> None:
+    model = model_with(32 * MB)
+    step(model)
+    assert model.wait_prefaulted(LONG_S)
+    before = resident_bytes()
+    model.resize(64 * MB // model.kv_spec.block_bytes)
+    assert model.prefaulted_bytes == 0
+    step(model)
+    assert model.wait_prefaulted(LONG_S)
+    assert model.prefaulted_bytes == 64 * MB
+    assert resident_bytes() - before > 24 * MB
+
+
+def test_so_much_is_kept_ahead_of_the_highest_block_that_is_used() -> None:
     """It is asked for again when half of it is used, and no memory is had twice."""
     model = model_with(500 * MB)
     size = model.kv_spec.block_bytes
     before = resident_bytes()
-    for used, wanted in ((0, AHEAD + size), (100 * MB, AHEAD + size), (200 * MB, 200 * MB + AHEAD + size)):
-        block = used // size
-        step(model, block)
-        step(model, block)
+    for used, wanted in ((0, AHEAD), (100 * MB, AHEAD), (200 * MB, 200 * MB + AHEAD)):
+        high = used // size
+        text = tokens(20, SHAPE.vocab)
+        model.forward(batch((text, 0, [high + 1, high]), (text[:3], 0, [0 if high else 2])))
         assert model.wait_prefaulted(LONG_S)
-        assert model.prefaulted_bytes == wanted
+        assert 0 <= model.prefaulted_bytes - wanted <= 3 * size
     assert resident_bytes() - before < 200 * MB + AHEAD + 20 * MB
+
+
+def test_steps_are_not_disturbed() -> None:
+    """While steps follow each other at once nothing is asked of the system; what was asked for comes when they end. On a
+    busy machine a test can stand still between two steps: one of many tries is enough."""
+
+    def is_left_alone() -> bool:
+        model = model_with(48 * MB)
+        until_s = time.monotonic() + 0.1
+        while time.monotonic() < until_s:
+            step(model)
+        num_bytes = model.prefaulted_bytes
+        assert model.wait_prefaulted(LONG_S)
+        assert model.prefaulted_bytes == 48 * MB
+        return num_bytes == 0
+
+    assert any(is_left_alone() for _ in range(20))
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e300, math.nan, -1.0, 0.0])
+def test_any_time_to_wait_is_good(seconds: float) -> None:
+    model = model_with(16 * MB)
+    step(model)
+    finished = model.wait_prefaulted(seconds)
+    assert finished or not seconds > 0.0
+    assert model.wait_prefaulted(LONG_S)
+    assert model.prefaulted_bytes == 16 * MB
 
 
 def test_a_small_arena_has_no_memory_ahead() -> None:

@@ -26,6 +26,7 @@ SMALLEST_CHUNK = 4
 UNKNOWN_CHUNK = 128  # where nothing is known of steps that only decode
 PROBE_STEPS = 64
 _WEIGHT = 0.2
+_LEAST_READ = 16  # of fewer tokens read alone a step's own time is most of what each seems to cost
 _FAR = 1024  # positions by which the cost of a prompt token's place is counted
 _ROWS_OF_BASE = 12  # as many decode rows as cost what an empty step does, where nothing nearer is known
 _USUAL_STRETCH = 1.8  # where a target cannot be kept and no percentage is given
@@ -156,7 +157,7 @@ class StepBudget:
             return
         if num_decoding:
             seconds -= self.alone_s(num_decoding)
-        elif num_prompt_tokens < TILE_ROWS:
+        elif num_prompt_tokens < _LEAST_READ:
             return
         self._learn(max(seconds, 0.0) / num_prompt_tokens, positions / num_prompt_tokens / _FAR)
 

@@ -20,6 +20,7 @@ from pagemill.cache.prefix import common_tokens
 from pagemill.engine.admission import EngineLimits
 from pagemill.engine.fairness import Share, Shares
 from pagemill.engine.lateness import Pace, deadline_of
+from pagemill.engine.queue import MOST_KEPT
 from pagemill.engine.request import Sequence, tenant_of
 
 LOOKAHEAD = 8  # of a tenant's queue
@@ -48,8 +49,8 @@ class Entering:
     pace: by which those are found who will be late."""
 
     __slots__ = (
-        "_blocked_room", "_cache", "_common", "_found", "_limits", "_num_choices", "_num_plans", "_num_recounts",
-        "_pace", "_running", "_shares",
+        "_blocked_room", "_cache", "_common", "_found", "_limits", "_num_choices", "_num_counted_gone", "_num_plans",
+        "_num_recounts", "_pace", "_running", "_shares",
     )  # fmt: skip
 
     def __init__(
@@ -64,7 +65,7 @@ class Entering:
         self._num_plans = 0
         self._common: dict[tuple[int, int], int] = {}
         self._found: dict[int, tuple[int, int]] = {}  # blocks of a waiting sequence that were there, at which choice
-        self._num_choices = self._num_recounts = 0
+        self._num_choices = self._num_recounts = self._num_counted_gone = 0
 
     def changed(self) -> None:
         """Somebody came or went: what did not fit may fit now."""
@@ -109,8 +110,12 @@ class Entering:
         share = self._shares.active.get(tenant_of(sequence))
         if share is None or self._cache.shared is None or sequence.rank or sequence.is_late:
             return
-        if share.queue.would_keep(sequence):
-            share.queue.keep_place(sequence, self._count_found(sequence) if known is None else known[0])
+        if not share.queue.would_keep(sequence):
+            return
+        if known is None and self._num_counted_gone < MOST_KEPT:  # to count is to look a whole text up
+            self._num_counted_gone += 1
+            known = self._count_found(sequence), 0
+        share.queue.keep_place(sequence, 0 if known is None else known[0])
 
     def displaced(self, now_s: float) -> Sequence | None:
         """Who gives its place to the tenant whose turn it is: where places or blocks are taken, the last of a tenant
@@ -132,7 +137,7 @@ class Entering:
     def _count_choice(self) -> None:
         """Some of the hits that were counted long ago may be counted anew."""
         self._num_choices += 1
-        self._num_recounts = 0
+        self._num_recounts = self._num_counted_gone = 0
         if len(self._found) >= _MOST_PAIRS:
             self._found.clear()
 

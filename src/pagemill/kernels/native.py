@@ -198,8 +198,8 @@ class NativeExecutor:
         self._set_arena(arena, num_blocks)
 
     def wait_prefaulted(self, timeout_s: float) -> bool:
-        """Wait until the arena's memory ahead of what is used has been had from the system: that begins with the second
-        step and goes on where a core has nothing to do. False where it takes longer."""
+        """Wait until the arena's memory ahead of what is used has been had from the system, which goes on where no step
+        runs. False where it takes longer."""
         return self._model.wait_prefaulted(timeout_s)
 
     @property
