@@ -73,8 +73,8 @@ def test_so_much_is_kept_ahead_of_the_highest_block_that_is_used() -> None:
 
 
 def test_steps_are_not_disturbed() -> None:
-    """While steps follow each other at once nothing is asked of the system; what was asked for comes when they end. On a
-    busy machine a test can stand still between two steps: one of many tries is enough."""
+    """While steps follow each other at once nothing is asked of the system; what was asked for comes when they end.
+    On a busy machine a test can stand still between two steps: one of many tries is enough."""
 
     def is_left_alone() -> bool:
         model = model_with(48 * MB)
