@@ -22,7 +22,7 @@ from pagemill.kernels import _native
 from pagemill.kernels.policies import POLICIES
 from pagemill.simulator.replay import replay
 from pagemill.simulator.workload import GENERATORS, generate
-from tests.fixtures.policy_pairs import Both, Player
+from tests.fixtures.policy_pairs import Both, Player, play_sizes
 
 INFO = BlockInfo(num_tokens=16)
 MOST_BLOCK = 1 << 62
@@ -113,6 +113,15 @@ def test_a_large_cache_is_sampled_as_in_the_specification() -> None:
     trace = generate("chat", 1600, seed=9)
     for name in ("gittins", "adaptive"):
         replay(trace, both(name, 9000), 9000)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_resizes_that_change_the_sample_lead_to_the_same_policies(seed: int) -> None:
+    # All keys are sampled below 2,048 blocks, one of 8 to 32 of 9,000 to 40,000. A block's share in it changes too.
+    source = random.Random(seed)
+    sizes = [source.randrange(*each) for each in ((300, 2048), (9000, 40_000), (500, 2048), (9000, 20_000))]
+    policy = both("adaptive", sizes[0])
+    assert min(play_sizes(policy, source, sizes)) > 0, "no leader changed, so that no difference could show"
 
 
 def test_constants_are_those_of_the_specification() -> None:
@@ -207,25 +216,49 @@ READ = {
 }
 
 
-@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in READ.items() for field in fields])
-def test_what_a_policy_reads_of_a_block_is_checked(name: str, field: str) -> None:
-    policy = filled(name, 4)
-    untouched = copy.deepcopy(policy)
-    bad = ["much", None] + (
-        [float("nan"), float("inf"), -float("inf")] if field == "recompute_cost" else [1 << 64, 0.5]
-    )
+RUNS: dict[str, Callable[[Any, list[Any]], Any]] = {
+    "insert": lambda p, infos: p.insert(51, key(51), infos[1]),
+    "replace": lambda p, infos: p.replace([50, 51], [key(50), key(51)], infos),
+    "exchange": lambda p, infos: p.exchange([2, 1], [50, 51], [key(50), key(51)], infos),
+    "admit": lambda p, infos: p.admit([50, 51], [key(50), key(51)], infos),
+}
+
+
+def bad_infos(field: str) -> list[tuple[type[Exception], Any]]:
+    """Infos with one field that is none, and how each is refused."""
+    bad: list[tuple[type[Exception], Any]] = [(TypeError, "much"), (TypeError, None)]
+    if field == "recompute_cost":
+        bad += [(ValueError, float(each)) for each in ("nan", "inf", "-inf")]
+    else:
+        bad += [(ValueError, 1 << 64), (TypeError, 0.5)]
     if field == "num_bytes":
-        bad += [0, -1]
-    for value in bad:
-        infos = [INFO, Info(**{field: value})]
-        for call in (policy.replace, policy.admit):
-            with pytest.raises((TypeError, ValueError, AssertionError)):
-                call([50, 51], [key(50), key(51)], infos)
-        with pytest.raises((TypeError, ValueError, AssertionError)):
-            policy.insert(50, key(50), infos[1])
-    with pytest.raises(AttributeError):
-        policy.insert(50, key(50), object())
-    assert drain(policy) == drain(untouched)
+        bad += [(AssertionError, 0), (AssertionError, -1)]
+    return [(error, Info(**{field: value})) for error, value in bad] + [(AttributeError, object())]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in READ.items() for field in fields])
+def test_what_a_policy_reads_of_a_block_is_checked(name: str, field: str, run: str) -> None:
+    call = RUNS[run]
+    for error, info in bad_infos(field):
+        policy = filled(name, 4)
+        policy.touch(0)
+        untouched, victim = copy.deepcopy(policy), policy.victim()
+        for infos in ([INFO, info], [info, info]):
+            with pytest.raises(error) as refusal:
+                call(policy, infos)
+            assert "is known" not in str(refusal.value)
+            assert [50 in policy, 51 in policy] == [False, False]
+            assert policy.victim() == victim
+        for each in (policy, untouched):
+            call(each, [INFO, INFO])
+            assert 51 in each
+            if run == "admit":
+                each.unlock(50)
+                each.unlock(51)
+        found = drain(policy)
+        assert found == drain(untouched)
+        assert len(found) == {"insert": 5, "admit": 6}.get(run, 4)
 
 
 @every_policy
@@ -338,3 +371,57 @@ def seconds_of_evictions(name: str, num_blocks: int) -> float:
 def test_an_eviction_walks_past_no_locked_block(name: str) -> None:
     # Walking past 50,000 locked blocks each time would take a hundred times as long as past 500.
     assert seconds_of_evictions(name, 100_000) < 20 * seconds_of_evictions(name, 1000)
+
+
+def orders(count: int) -> dict[str, list[int]]:
+    """Orders of the first numbers that heaps and lists may take badly; the last ones take turns from both ends."""
+    ascending = list(range(count))
+    mixed = random.Random(count).sample(ascending, count)
+    ends = [0, *ascending[1::2], *reversed(ascending[2::2])]
+    return {
+        "ascending": ascending,
+        "descending": ascending[::-1],
+        "random": mixed,
+        "from the ends": ends,
+        "to the ends": [0, *ends[:0:-1]],
+    }
+
+
+def lock_all(policy: Any) -> list[int]:
+    """Lock each victim until there is none: they are set aside one by one."""
+    order = []
+    while (block := policy.victim()) is not None:
+        order.append(block)
+        policy.lock(block)
+    return order
+
+
+def seconds_of_unlocking(name: str, num_blocks: int, order: str) -> float:
+    """The least of three: blocks that are set aside come back in an order, leave one by one as victims or by a use."""
+    policy = filled(name, num_blocks)
+    places = orders(num_blocks)[order]
+    found = []
+    for _ in range(3):
+        standing = lock_all(policy)
+        assert len(standing) == num_blocks
+        coming = [standing[at] for at in places]
+        began = time.thread_time()
+        for block in coming:
+            policy.unlock(block)
+        assert lock_all(policy) == standing
+        for block in coming:
+            policy.unlock(block)
+            policy.victim()
+        for block in coming:
+            policy.touch(block)
+        policy.victim()
+        found.append(time.thread_time() - began)
+    return min(found)
+
+
+@every_policy
+@pytest.mark.parametrize("order", orders(3))
+def test_locked_blocks_come_back_in_any_order_at_little_cost(name: str, order: str) -> None:
+    # Of 32 times as many each takes up to five times as long, for they do not fit into the nearest caches; walking past
+    # the others, all together would take a thousand times.
+    assert seconds_of_unlocking(name, 48_000, order) < 500 * seconds_of_unlocking(name, 1500, order)
