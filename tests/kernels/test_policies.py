@@ -117,7 +117,7 @@ def test_a_large_cache_is_sampled_as_in_the_specification() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 3])
 def test_resizes_that_change_the_sample_lead_to_the_same_policies(seed: int) -> None:
-    # All keys are sampled below 2,048 blocks, one of 8 to 32 of 9,000 to 40,000. A block's share in it changes too.
+    # All keys are sampled below 2,048 blocks, one of 8 to 32 of 9,000 to 40,000.
     source = random.Random(seed)
     sizes = [source.randrange(*each) for each in ((300, 2048), (9000, 40_000), (500, 2048), (9000, 20_000))]
     policy = both("adaptive", sizes[0])

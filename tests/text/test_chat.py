@@ -209,8 +209,11 @@ DOUBLING = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(40) %}{% set
     [
         ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "instructions"),
         ("{% for i in range(50000) %}" + "x" * 100 + "{% endfor %}", "wrote more than"),
-        (DOUBLING, "memory"),
-        ("{{ 'x' | indent(1000000000, true) }}", "memory"),
+        (
+            DOUBLING,
+            "memory|instructions",
+        ),  # since minijinja 3.1 what a filter or operator writes counts as instructions
+        ("{{ 'x' | indent(1000000000, true) }}", "memory|instructions"),
         ("{% for i in range(99999) %}{% for j in range(9) %}" + "x" * 900000 + "{% endfor %}{% endfor %}", "memory"),
         ("{% include 'secrets.txt' %}", "another file"),
         ("{% extends 'secrets.txt' %}", "another file"),
@@ -219,7 +222,19 @@ DOUBLING = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(40) %}{% set
         ("x" * (2**20 + 1), "up to 1,048,576"),
         ("\udc00", "not Unicode text"),
     ],
-    ids=["loop", "output", "doubling", "indent", "text", "include", "extends", "blocks", "brackets", "size", "unicode"],
+    ids=[
+        "loop",
+        "output",
+        "doubling",
+        "indent",
+        "text",
+        "include",
+        "extends",
+        "blocks",
+        "brackets",
+        "size",
+        "unicode",
+    ],
 )
 def test_hostile_templates_are_stopped_and_the_next_one_works(
     template: str, says: str, monkeypatch: pytest.MonkeyPatch
@@ -228,6 +243,17 @@ def test_hostile_templates_are_stopped_and_the_next_one_works(
     with pytest.raises(ModelError, match=says):
         render_chat(template, USER)
     assert render_chat("{{ messages[0].content }}", USER) == "hi"
+
+
+def test_a_long_conversation_has_instructions_for_all_of_it() -> None:
+    """Several filters and operators over each character, of the longest messages that are taken."""
+    template = (
+        "{% for m in messages %}{% set x = m.content | trim | upper | replace('B', 'C') %}"
+        "{{ '<' + m.role + '>' + x + '</s>' }}{% endfor %}"
+    )
+    text = "ab " * (chat.MAX_MESSAGES_BYTES // 8)
+    written = render_chat(template, [{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+    assert written == "".join(f"<{role}>{text.strip().upper().replace('B', 'C')}</s>" for role in ("user", "assistant"))
 
 
 def test_slow_instructions_are_stopped_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

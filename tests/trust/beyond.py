@@ -44,7 +44,7 @@ from tests.trust.figures import Figure
 CONTEXT = 512
 SOON_S = 0.1
 NUM_TIMED = 5  # requests beyond each limit, whose median is judged
-TEMPLATE_S = 0.4  # for the case of a template that takes too long
+TEMPLATE_S = 0.1  # for the case of a template that takes too long
 CUTS = "pagemill:http_connections_cut"
 LIMITS = Limits(
     max_connections=24, header_timeout_s=0.4, body_timeout_s=0.4, write_timeout_s=0.4, max_url_bytes=1000
@@ -55,12 +55,11 @@ COMPLETIONS = "/v1/completions"
 TEMPLATES = {
     "template instructions": ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "instr"),
     "template time": (
-        "{% set s = 'x' * 99999 %}{% for a in range(99999) %}{% set b = s|upper %}{% endfor %}", f"{TEMPLATE_S} s",
+        "{% set s = 'x ' * 99999 %}{% for a in range(99999) %}{% set b = s|replace('x', 'y') %}{% endfor %}",
+        f"{TEMPLATE_S} s",
     ),
     "template output": ("{% for a in range(9000) %}{{ 'x' * 9000 }}{% endfor %}", "characters"),
-    "template memory": (
-        "{% set n = namespace(s='x' * 9999) %}{% for a in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "memory",
-    ),
+    "template memory": ("{% for a in range(99999) %}" + "x" * 900_000 + "{% endfor %}", "memory"),
 }  # fmt: skip
 
 
