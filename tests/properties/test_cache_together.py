@@ -20,9 +20,9 @@ from pagemill.base.errors import CapacityError, ConfigError, RequestError
 from pagemill.base.params import CacheOptions, Retain
 from pagemill.base.transfer import Moves
 from pagemill.cache.block import Node
-from pagemill.cache.entry import Removed, SharingConfig, Stored
+from pagemill.cache.entry import Removed, Stored
 from pagemill.cache.manager import CacheManager
-from pagemill.cache.policies.registry import POLICIES
+from tests.fixtures.policy_makers import EVERY_POLICY, bare, sharing_of
 from tests.fixtures.policy_models import SlowARC, SlowGDSF, SlowLFU, SlowLRU, SlowS3FIFO
 from tests.fixtures.slow_cache import Block, Name, SlowCache
 
@@ -70,12 +70,12 @@ class Both:
 
     def __init__(self, policy: str, seed: int) -> None:
         self.draw = random.Random(seed)
-        self.policy = policy
+        self.policy = bare(policy)
         num_blocks = self.draw.choice((16, 20, 32))
-        self.cache = CacheManager(num_blocks, SIZE, "paged", SharingConfig(policy=policy))
-        self.told: deque[Name] | None = None if policy in MODELS else deque()
+        self.cache = CacheManager(num_blocks, SIZE, "paged", sharing_of(policy))
+        self.told: deque[Name] | None = None if self.policy in MODELS else deque()
         if self.told is None:
-            self.slow = SlowCache(num_blocks, SIZE, MODELS[policy], dict(QUOTAS))
+            self.slow = SlowCache(num_blocks, SIZE, MODELS[self.policy], dict(QUOTAS))
         else:
             self.slow = ToldCache(num_blocks, SIZE, SlowLRU, dict(QUOTAS), gone=self.told)
         assert self.cache.shared is not None
@@ -325,10 +325,10 @@ class Both:
         assert stats.num_pinned_blocks == len({b for blocks, _, _ in self.slow.leases.values() for b in blocks})
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY_POLICY)
 def test_all_of_retention_together_does_what_the_slow_model_does(policy: str) -> None:
     totals: dict[str, int] = {}
-    first = list(POLICIES).index(policy) * SEEDS
+    first = EVERY_POLICY.index(policy) * SEEDS
     for seed in range(first, first + SEEDS):
         both = Both(policy, seed)
         for step in range(STEPS):
@@ -343,7 +343,7 @@ def test_all_of_retention_together_does_what_the_slow_model_does(policy: str) ->
             totals[what] = totals.get(what, 0) + count
     expected = ["hits", "misses", "refused", "forks", "sweeps", "pins", "purges", "quotas", "evicted"]
     expected += ["public hits", "rollbacks", "rollbacks by a copy"]
-    if policy not in FIXED:
+    if bare(policy) not in FIXED:
         expected += ["sizes", "sizes refused"]
     assert all(totals.get(what, 0) >= 5 for what in expected), totals
 
@@ -367,7 +367,7 @@ def run_blind(policy: str, what: str) -> None:
             both.step()
 
 
-@pytest.mark.parametrize("policy", ["lru", "adaptive"])
+@pytest.mark.parametrize("policy", ["lru", "native adaptive"])
 @pytest.mark.parametrize("what", ["priority", "floor", "lease"])
 def test_a_model_that_ignores_one_of_them_disagrees(policy: str, what: str) -> None:
     with pytest.raises(AssertionError):

@@ -7,10 +7,10 @@ accounted for and re-read in the same way. What is offloaded and restored joins 
 
 from __future__ import annotations
 
-from pagemill.cache.policies.registry import POLICIES
 from tests.contracts.cache.exercise import exercise
 from tests.contracts.cache.harness import Harness
 from tests.contracts.cache.windowed import WindowedHarness
+from tests.fixtures.policy_makers import SHIPPED
 from tests.trust.figures import Figure
 
 SIZES = (3, 6, 12, 30)
@@ -20,14 +20,13 @@ STEPS = 220
 def harness_of(seed: int) -> Harness:
     """Every fourth with window groups; of the others every third in plain least-recently-used order, where the slow
     model also says who is evicted."""
-    policies = sorted(POLICIES)
     if seed % 4 == 3:
-        policy = policies[seed // 4 % len(policies)]
+        policy = SHIPPED[seed // 4 % len(SHIPPED)]
         return WindowedHarness(
             num_blocks=SIZES[seed // 4 % len(SIZES)], num_pages=(9, 14)[seed // 4 % 2], policy=policy
         )
     plain = seed % 3 == 0
-    policy = "lru" if plain else policies[seed // 3 % len(policies)]
+    policy = "native lru" if plain else SHIPPED[seed // 3 % len(SHIPPED)]
     return Harness(num_blocks=SIZES[seed % len(SIZES)], policy=policy, plain=plain)
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 from pagemill.base.errors import IntegrityError
 from pagemill.base.params import CacheOptions
-from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager
-from pagemill.cache.policies.registry import POLICIES
 from pagemill.cache.receipt import Lookup
+from tests.fixtures.policy_makers import SHIPPED, sharing_of
 from tests.trust.figures import Figure
 
 BLOCK = 4
@@ -54,8 +53,8 @@ class Traffic:
 
     def __post_init__(self) -> None:
         draw = self.draw = random.Random(self.seed)
-        policy = "lru" if self.seed % 5 else sorted(POLICIES)[self.seed // 5 % len(POLICIES)]
-        self.cache = CacheManager(NUM_BLOCKS, BLOCK, "paged", SharingConfig(policy))
+        policy = "native lru" if self.seed % 5 else SHIPPED[self.seed // 5 % len(SHIPPED)]
+        self.cache = CacheManager(NUM_BLOCKS, BLOCK, "paged", sharing_of(policy))
         assert self.cache.shared is not None
         self.cache.shared.tenancy.declare_public("p")
         self._texts = [array("i", [draw.randrange(3) for _ in range(draw.randint(2, 30))]) for _ in range(NUM_TEXTS)]

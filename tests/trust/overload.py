@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Final
 
+from pagemill.kernels.policies import POLICIES
 from pagemill.simulator.serve import Served, ServeSettings, StepCost, percentiles, serve
 from pagemill.simulator.trace import Request, Trace
 from tests.trust.figures import Figure
@@ -95,7 +96,7 @@ def draw_world(seed: int, num_served: int) -> World:
     places = draw.choice((8, 16, 24))
     settings = ServeSettings(
         num_blocks=places * 40, max_num_seqs=places, max_queued_requests=draw.choice((16, 64, 200)),
-        policy=draw.choice(("lru", "adaptive")),
+        policy=draw.choice(("lru", "adaptive")), makers=POLICIES,
     )  # fmt: skip
     sizes = (20, draw.randint(60, 300)), (5, draw.randint(20, 50))
     rate = capacity(cost, settings, Part(FLOODER, 1.0, *sizes))

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pagemill.base.errors import CapacityError, ConfigError, RequestError
 from pagemill.base.params import CacheOptions, Retain, SamplingParams
 from pagemill.base.step import SampleFailure, StepPlan, StepResult
-from pagemill.cache.entry import SharingConfig
 from pagemill.cache.leases import Lease
-from pagemill.cache.policies.registry import POLICIES
 from tests.fixtures.fake_engine import Rig
 from tests.fixtures.fake_executor import InjectedFaultError, answer, decode_bytes
+from tests.fixtures.policy_makers import SHIPPED, sharing_of
 from tests.trust.figures import Figure
 
 VOCAB = 64
@@ -89,7 +88,7 @@ class Simulation:
             fault=lambda _step: self._strikes("step"),
             decode=self._decode,
             seed=seed,
-            sharing=SharingConfig(draw.choice(sorted(POLICIES))),
+            sharing=sharing_of(draw.choice(SHIPPED)),
         )
         run = self.rig.executor.run
         self.rig.executor.run = lambda plan: self._with_failures(run(plan), plan)  # type: ignore[method-assign]

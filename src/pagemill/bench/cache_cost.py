@@ -18,7 +18,6 @@ from pagemill.bench.cache_figures import Figure, Settings, Subject, Tell, raise_
 from pagemill.bench.report import Row
 from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager
-from pagemill.kernels.policies import POLICIES
 
 OVERHEAD, WIPE, BYTES = "overhead", "wipe", "bytes"
 OVERHEAD_GOAL = 0.01
@@ -139,10 +138,8 @@ def _run_distinct(subject: Subject, count: int, num_prompt: int, num_answer: int
     executor = MovesApart(subject.built.executor)
 
     def make(num_blocks: int) -> CacheManager:
-        config = subject.built.config
-        block_bytes = subject.built.kv_spec.block_bytes
-        shared = SharingConfig(config.cache_policy, page_bytes=block_bytes, makers=POLICIES) if sharing else None
-        managers.append(CountedCache(num_blocks, config.block_size, shared))
+        shared = subject.sharing() if sharing else None
+        managers.append(CountedCache(num_blocks, subject.built.config.block_size, shared))
         return managers[-1]
 
     engine = subject.engine(

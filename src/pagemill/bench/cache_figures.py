@@ -166,9 +166,12 @@ class Subject:
 
     def shared_cache(self, num_blocks: int) -> CacheManager:
         """A prefix cache as the options ask for it."""
+        return CacheManager(num_blocks, self.built.kv_spec.block_size, "paged", self.sharing())
+
+    def sharing(self) -> SharingConfig:
+        """How that one shares blocks."""
         built = self.built
-        sharing = SharingConfig(built.config.cache_policy, page_bytes=built.kv_spec.block_bytes, makers=POLICIES)
-        return CacheManager(num_blocks, built.kv_spec.block_size, "paged", sharing)
+        return SharingConfig(built.config.cache_policy, page_bytes=built.kv_spec.block_bytes, makers=POLICIES)
 
 
 def random_ids(source: random.Random, num_tokens: int, vocab_size: int) -> list[int]:

@@ -24,6 +24,7 @@ from pagemill.cache.block import Node
 from pagemill.cache.entry import Removed, Stored
 from pagemill.cache.keys import chain_keys
 from pagemill.cache.manager import CacheManager
+from pagemill.cache.policies import registry
 from pagemill.cache.policies.base import OneByOne
 from pagemill.cache.policies.lru import LRU
 from pagemill.cache.pool import BlockPool
@@ -32,6 +33,7 @@ from pagemill.cache.publishing import Publisher
 from pagemill.cache.sequences import SequenceBlocks
 from pagemill.cache.sharing import SharedBlocks
 from pagemill.cache.tenancy import Tenancy
+from pagemill.kernels import policies
 
 
 def no_wipe(patch: pytest.MonkeyPatch) -> None:
@@ -187,19 +189,34 @@ def misses_tails(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixTree, "find", broken)
 
 
-def evicts_the_latest(patch: pytest.MonkeyPatch) -> None:
-    def broken(self: LRU) -> int | None:
+class _Latest(LRU):
+    def victim(self) -> int | None:
         idle = [block for block in self._lane.order if block not in self._locked]
         return idle[-1] if idle else None
 
-    patch.setattr(LRU, "victim", broken)
-    patch.setattr(LRU, "evict_run", OneByOne.evict_run)
+    evict_run = OneByOne.evict_run
+
+
+class _Forgetful(LRU):
+    """Blocks leave first in, first out."""
+
+    def touch(self, block: int) -> None: ...
+
+    def touch_all(self, blocks: Sequence[int]) -> None: ...
+
+
+def _in_place_of_lru(patch: pytest.MonkeyPatch, policy: type[LRU]) -> None:
+    """Under its name in both forms."""
+    for makers in (registry.POLICIES, policies.POLICIES):
+        patch.setitem(makers, "lru", policy)  # type: ignore[arg-type]
+
+
+def evicts_the_latest(patch: pytest.MonkeyPatch) -> None:
+    _in_place_of_lru(patch, _Latest)
 
 
 def forgets_hits(patch: pytest.MonkeyPatch) -> None:
-    """Blocks leave first in, first out."""
-    patch.setattr(LRU, "touch", lambda self, block: None)
-    patch.setattr(LRU, "touch_all", lambda self, blocks: None)
+    _in_place_of_lru(patch, _Forgetful)
 
 
 def stores_under_another_key(patch: pytest.MonkeyPatch) -> None:

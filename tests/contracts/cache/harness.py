@@ -22,6 +22,7 @@ from pagemill.cache.manager import CacheManager
 from pagemill.cache.receipt import Lookup
 from tests.contracts.cache.slow_index import SlowIndex, ViolationError
 from tests.fixtures.fake_executor import mix
+from tests.fixtures.policy_makers import sharing_of
 
 Options = CacheOptions
 BLOCK = 4
@@ -63,7 +64,7 @@ class Harness:
     highest: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.cache = self.make(self.num_blocks, BLOCK, SharingConfig(policy=self.policy))
+        self.cache = self.make(self.num_blocks, BLOCK, sharing_of(self.policy))
         self.store = [[None] * BLOCK for _ in range(self.num_blocks)]
         assert self.cache.shared is not None
         self.cache.shared.tenancy.declare_public("p")

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import pytest
 
-from pagemill.cache.policies.registry import POLICIES
 from tests.contracts.cache.broken import BESIDE, BROKEN, MESSAGES, UNTESTED, Broken
 from tests.contracts.cache.exercise import exercise
 from tests.contracts.cache.harness import Harness
 from tests.contracts.cache.slow_index import ViolationError
+from tests.fixtures.policy_makers import EVERY_POLICY
 
 SIZES = [3, 6, 12, 30]
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", EVERY_POLICY)
 def test_random_operations_break_no_invariant(policy: str) -> None:
     num_hit = num_operations = 0
     for seed in range(12):

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from pagemill.cache.policies.registry import POLICIES
 from pagemill.cache.windows import WindowGroup, Windows
 from tests.contracts.cache.exercise import exercise
 from tests.contracts.cache.slow_index import ViolationError
 from tests.contracts.cache.windowed import WindowedHarness
+from tests.fixtures.policy_makers import EVERY_POLICY
 
 
 def run(seed: int, policy: str = "lru") -> WindowedHarness:
@@ -24,7 +24,7 @@ def run_all(seeds: range) -> None:
         run(seed)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", EVERY_POLICY)
 def test_random_operations_read_nothing_stale_in_a_window(policy: str) -> None:
     found = [run(seed, policy) for seed in range(6)]
     assert sum(each.num_hit for each in found) > 50
