@@ -30,6 +30,12 @@ def step(model: NativeExecutor, block: int = 0) -> np.ndarray:
     return model.forward(batch((tokens(3, SHAPE.vocab, seed=block), 0, [block])))
 
 
+def settled(model: NativeExecutor) -> int:
+    """Bytes that are there once all that was asked for is."""
+    assert model.wait_prefaulted(LONG_S)
+    return model.prefaulted_bytes
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -40,21 +46,19 @@ def test_memory_ahead_comes_where_no_step_runs() -> None:
     assert model.wait_prefaulted(0.0), "nothing is asked for before anything is used"
     assert model.prefaulted_bytes == 0
     step(model)
-    assert model.wait_prefaulted(LONG_S)
-    assert model.prefaulted_bytes == 48 * MB
+    assert settled(model) == 48 * MB
     assert resident_bytes() - before > 40 * MB
 
 
 def test_a_new_arena_has_memory_ahead_too() -> None:
     model = model_with(32 * MB)
     step(model)
-    assert model.wait_prefaulted(LONG_S)
+    assert settled(model) == 32 * MB
     before = resident_bytes()
     model.resize(64 * MB // model.kv_spec.block_bytes)
     assert model.prefaulted_bytes == 0
     step(model)
-    assert model.wait_prefaulted(LONG_S)
-    assert model.prefaulted_bytes == 64 * MB
+    assert settled(model) == 64 * MB
     assert resident_bytes() - before > 24 * MB
 
 
@@ -67,8 +71,7 @@ def test_so_much_is_kept_ahead_of_the_highest_block_that_is_used() -> None:
         high = used // size
         text = tokens(20, SHAPE.vocab)
         model.forward(batch((text, 0, [high + 1, high]), (text[:3], 0, [0 if high else 2])))
-        assert model.wait_prefaulted(LONG_S)
-        assert 0 <= model.prefaulted_bytes - wanted <= 3 * size
+        assert 0 <= settled(model) - wanted <= 3 * size
     assert resident_bytes() - before < 200 * MB + AHEAD + 20 * MB
 
 
@@ -82,8 +85,7 @@ def test_steps_are_not_disturbed() -> None:
         while time.monotonic() < until_s:
             step(model)
         num_bytes = model.prefaulted_bytes
-        assert model.wait_prefaulted(LONG_S)
-        assert model.prefaulted_bytes == 48 * MB
+        assert settled(model) == 48 * MB
         return num_bytes == 0
 
     assert any(is_left_alone() for _ in range(20))
@@ -95,8 +97,7 @@ def test_any_time_to_wait_is_good(seconds: float) -> None:
     step(model)
     finished = model.wait_prefaulted(seconds)
     assert finished or not seconds > 0.0
-    assert model.wait_prefaulted(LONG_S)
-    assert model.prefaulted_bytes == 16 * MB
+    assert settled(model) == 16 * MB
 
 
 def test_a_small_arena_has_no_memory_ahead() -> None:
