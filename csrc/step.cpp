@@ -119,6 +119,13 @@ void Runner::reserve(int rows, int logits, int partials) {
     }
 }
 
+void Runner::reserve_norms() {
+    const Phase& head = model_.phases.back();
+    if (!norms_.empty() || head.kind != PhaseKind::head || head.matrices.size() != 1) return;
+    norms_.assign(size_t(model_.matrices[size_t(head.matrices[0])].panels()) * (kPanel + 1), -1.0f);
+    scratch_.norms = norms_.data();
+}
+
 void Runner::wipe_activations() {
     const size_t capacity = size_t(rows_) + 32, used = std::min(size_t(used_rows_) + 32, capacity);
     if (used_rows_) {
@@ -151,6 +158,7 @@ void Runner::run(const Step& step) {
         ctx.phase_tasks[i] = found;
     }
     reserve(step.rows, step.num_logits, partials);
+    if (step.best_only) reserve_norms();
     used_rows_ = std::max(used_rows_, std::max(step.rows, step.num_logits));
     std::unique_ptr<std::atomic<int>[]> claims(new std::atomic<int>[model_.phases.size()]());
     ctx.model = &model_;

@@ -24,6 +24,7 @@ public:
 
 private:
     void reserve(int rows, int logits, int partials);
+    void reserve_norms();
     size_t worker_bytes() const { return scratch_.worker_stride * size_t(pool_.size()); }
     Model& model_;
     const Kernels& kernels_;
@@ -32,6 +33,7 @@ private:
     int rows_ = 0, partials_ = 0, used_rows_ = 0;
     int64_t shared_splits_ = 0;
     std::vector<int32_t> first_rows_;
+    std::vector<float> norms_;  // as Scratch has them: of weights alone, so that they stay when activations are wiped
     std::vector<PanelShare> shares_;  // as StepContext has them; each worker clears its own when a step begins
     std::vector<std::pair<uint8_t*, size_t>> memory_;
     std::pair<uint8_t*, size_t> partial_memory_{nullptr, 0};

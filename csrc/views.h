@@ -129,6 +129,7 @@ struct Step {
     const int32_t* table(int group, int seq) const { return tables + (size_t(group) * size_t(num_seqs) + size_t(seq)) * size_t(table_stride); }
     const int32_t* logit_rows = nullptr;  // [num_logits]
     float* logits = nullptr;              // [num_logits][vocab]
+    bool best_only = false;               // of the logits no more than each row's best one is wanted
     int32_t* best = nullptr;              // [num_logits] index of the largest logit, the first NaN where there is one
     std::vector<int32_t> row_seq;         // [rows]
 };
@@ -143,6 +144,7 @@ struct Scratch {
     size_t panel_stride = 0;
     uint8_t* workers = nullptr;  // [threads][worker_stride] rows, scores and values that a worker attends to, 64-byte aligned
     size_t worker_stride = 0;
+    float* norms = nullptr;     // [panels][32] lengths of the head's columns, then the largest of each panel; below zero: unknown
     float* partials = nullptr;  // [num_partials][16 + dim_pad]: maximum, sum, 14 unused, output
     Activations act;
     int hidden_ld = 0, wide_ld = 0, attn_ld = 0;

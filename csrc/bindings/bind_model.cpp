@@ -82,7 +82,7 @@ void NativeModel::add_phase(const PhaseArguments& a) {
     kept_.insert(kept_.end(), a.kept.begin(), a.kept.end());
 }
 
-void NativeModel::step(Ints tokens, Ints positions, Ints starts, Ints2 tables, Ints logit_rows, Floats2 logits, MutableInts best) {
+void NativeModel::step(Ints tokens, Ints positions, Ints starts, Ints2 tables, Ints logit_rows, Floats2 logits, MutableInts best, bool best_only) {
     Step s;
     s.rows = int(tokens.size());
     s.num_seqs = int(starts.size()) - 1;
@@ -95,6 +95,7 @@ void NativeModel::step(Ints tokens, Ints positions, Ints starts, Ints2 tables, I
     s.logit_rows = logit_rows.data();
     s.logits = logits.data();
     s.best = best.data();
+    s.best_only = best_only;
     require(s.rows > 0 && int(positions.size()) == s.rows, "tokens and positions differ in length, or are empty");
     require(tables.shape(0) == model_.kv.groups.size() * size_t(s.num_seqs), "one block table for each sequence and KV group");
     require(int(logits.shape(0)) == s.num_logits && int(logits.shape(1)) == model_.vocab, "logits have the wrong shape");
@@ -216,7 +217,7 @@ void bind_model(nb::module_& m) {
         .def("add_matrix", &NativeModel::add_matrix, "format"_a, "n"_a, "k"_a, "packed"_a, "bias"_a.none())
         .def("set_kv", &NativeModel::set_kv, "arena"_a, "block_bytes"_a, "num_blocks"_a, "pages_per_block"_a, "codec"_a, "layers"_a,
              "windows"_a = std::vector<WindowGroup>())
-        .def("step", &NativeModel::step, "tokens"_a, "positions"_a, "starts"_a, "tables"_a, "logit_rows"_a, "logits"_a, "best"_a)
+        .def("step", &NativeModel::step, "tokens"_a, "positions"_a, "starts"_a, "tables"_a, "logit_rows"_a, "logits"_a, "best"_a, "best_only"_a = false)
         .def_prop_ro("target", &NativeModel::target)
         .def_prop_ro("threads", &NativeModel::threads)
         .def("wait_prefaulted", &NativeModel::wait_prefaulted, "seconds"_a, nb::call_guard<nb::gil_scoped_release>())

@@ -21,7 +21,7 @@ public:
     void set_kv(Bytes arena, size_t block_bytes, int num_blocks, int pages_per_block, int codec,
                 const std::vector<std::tuple<size_t, size_t, int, int, int>>& layers, const std::vector<WindowGroup>& windows);
     void add_phase(const PhaseArguments& a);
-    void step(Ints tokens, Ints positions, Ints starts, Ints2 tables, Ints logit_rows, Floats2 logits, MutableInts best);
+    void step(Ints tokens, Ints positions, Ints starts, Ints2 tables, Ints logit_rows, Floats2 logits, MutableInts best, bool best_only);
     void wipe_activations() { runner_->wipe_activations(); }
     const char* target() const { return kernels_.name; }
     int threads() const { return runner_->threads(); }

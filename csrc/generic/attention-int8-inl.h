@@ -14,8 +14,9 @@ PM_INLINE const uint16_t* value_scales(const uint8_t* page, int dim_pad) { retur
 PM_INLINE const uint8_t* page_values(const uint8_t* page, int dim_pad) { return page + size_t(kPage) * size_t(dim_pad); }
 
 // A vector of dim values as signed bytes, times the scale that is returned: max|x| / 127, rounded to f16 where it is stored.
-static float quantize_head(const float* x, int dim, int dim_pad, bool stored, int8_t* q) {
-    F peak = fzero();
+// total: their sum.
+static float quantize_head(const float* x, int dim, int dim_pad, bool stored, int8_t* q, int* total = nullptr) {
+    F peak = fzero(), sum = fzero();
     for (int c = 0; c < dim; c += kLanes) peak = fmax2(peak, fabs1(fload_first(x + c, dim - c)));
     float scale = fpeak(peak) / 127.0f;
     if (stored) scale = f16_to_f32(f32_to_f16(scale));
@@ -24,18 +25,19 @@ static float quantize_head(const float* x, int dim, int dim_pad, bool stored, in
         F y = fmul(fload_first(x + c, dim - c), inverse);
         y = fsub(fzero(), fmax2(fsub(fzero(), fmax2(y, fset(-127.0f))), fset(-127.0f)));
         istore_i8(q + c, y);
+        sum = fadd(sum, fround(y));
     }
+    if (total) *total = int(fsum(sum));
     return scale;
 }
 
 static void prepare_query(TileState& t, const float* q, int dim, int dim_pad, int r) {
     int8_t* bytes = t.q_bytes[r];
-    t.q_scale[r] = quantize_head(q, dim, dim_pad, false, bytes);
+    int total;
+    t.q_scale[r] = quantize_head(q, dim, dim_pad, false, bytes, &total);
     const int whole = (dim_pad + 63) / 64 * 64;
     if (whole > dim_pad) std::memset(bytes + dim_pad, 0, size_t(whole - dim_pad));
-    I total = iset(0);
-    for (int d = 0; d < whole; d += 64) total = idot_signed(total, 0x01010101, uload(bytes + d));
-    const I start = iset(-128 * int(fsum(itof(total))));
+    const I start = iset(-128 * total);
     std::memcpy(t.start[r], &start, sizeof start);
 }
 

@@ -15,10 +15,23 @@ static void normalize_head(float* x, const float* weight, float eps, int dim) {
         fstore_first(x + c, fmul(fmul(fload_first(x + c, dim - c), factor), fload_first(weight + c, dim - c)), dim - c);
 }
 
-// table: cosines, then sines, of rotary_dim / 2 pairs.
-static void rotate_head(float* x, const float* table, int rotary_dim, RopeStyle style) {
-    const int half = rotary_dim / 2;
-    if (style == RopeStyle::halves) {
+// Angles of one position, for all heads of a row. table: cosines, then sines, of rotary_dim / 2 pairs.
+struct Angles {
+    const float* table;
+    int rotary_dim;
+    alignas(64) float cosines[kMaxDim], sines[kMaxDim];  // where pairs are neighbours: for each value, a sine below zero for the first of two
+
+    Angles(const Phase& p, int position) : table(p.rope_table + size_t(position) * size_t(p.rotary_dim)), rotary_dim(p.rotary_dim) {
+        if (p.rope != RopeStyle::pairs) return;
+        for (int i = 0; i < rotary_dim / 2; i++) {
+            const float sine = table[rotary_dim / 2 + i];
+            cosines[2 * i] = cosines[2 * i + 1] = table[i];
+            sines[2 * i] = -sine;
+            sines[2 * i + 1] = sine;
+        }
+    }
+    void rotate_halves(float* x) const {
+        const int half = rotary_dim / 2;
         for (int i = 0; i < half; i += kLanes) {
             const int n = half - i;
             const F a = fload_first(x + i, n), b = fload_first(x + half + i, n);
@@ -26,14 +39,15 @@ static void rotate_head(float* x, const float* table, int rotary_dim, RopeStyle 
             fstore_first(x + i, fsub(fmul(a, cosine), fmul(b, sine)), n);
             fstore_first(x + half + i, fadd(fmul(b, cosine), fmul(a, sine)), n);
         }
-        return;
     }
-    for (int i = 0; i < half; i++) {
-        const float a = x[2 * i], b = x[2 * i + 1], cosine = table[i], sine = table[half + i];
-        x[2 * i] = a * cosine - b * sine;
-        x[2 * i + 1] = b * cosine + a * sine;
+    void rotate_pairs(float* x) const {
+        for (int i = 0; i < rotary_dim; i += kLanes) {
+            const int n = rotary_dim - i;
+            const F v = fload_first(x + i, n);
+            fstore_first(x + i, fadd(fmul(v, fload(cosines + i)), fmul(fswap<1>(v), fload(sines + i))), n);
+        }
     }
-}
+};
 
 // Hadamard rotation in place (orthonormal, blocks of the largest power of two that divides dim): spreads outlier channels.
 // Applied to queries and keys alike, it leaves their products as they are.
@@ -101,15 +115,25 @@ static void write_kv_row(const KvArena& arena, const Step& step, int layer, int 
     }
 }
 
-// q: [q_heads + 2 kv_heads][head_dim] of one row, as the product left it.
-static void finish_heads(const Model& model, const Step& step, const Phase& p, int row, float* q) {
-    const float* angles = p.rope == RopeStyle::none ? nullptr : p.rope_table + size_t(step.positions[row]) * size_t(p.rotary_dim);
+// Queries and keys of one row [q_heads + kv_heads][head_dim], as the product left them, the way attention reads them.
+template <RopeStyle STYLE> static void rotate_heads(const Model& model, const Phase& p, const Angles* angles, float* q) {
     for (int h = 0; h < p.q_heads + p.kv_heads; h++) {
         float* head = q + size_t(h) * size_t(p.head_dim);
         const float* norm = h < p.q_heads ? p.q_norm : p.k_norm;
         if (norm) normalize_head(head, norm, p.qk_eps, p.head_dim);
-        if (angles) rotate_head(head, angles, p.rotary_dim, p.rope);
+        if constexpr (STYLE == RopeStyle::halves) angles->rotate_halves(head);
+        if constexpr (STYLE == RopeStyle::pairs) angles->rotate_pairs(head);
         if (model.kv.codec == Codec::int8) hadamard(head, p.head_dim);
+    }
+}
+
+// q: [q_heads + 2 kv_heads][head_dim] of one row, as the product left it.
+static void finish_heads(const Model& model, const Step& step, const Phase& p, int row, float* q) {
+    if (p.rope == RopeStyle::none) rotate_heads<RopeStyle::none>(model, p, nullptr, q);
+    else {
+        const Angles angles(p, step.positions[row]);
+        if (p.rope == RopeStyle::halves) rotate_heads<RopeStyle::halves>(model, p, &angles, q);
+        else rotate_heads<RopeStyle::pairs>(model, p, &angles, q);
     }
     const float* k = q + size_t(p.q_heads) * size_t(p.head_dim);
     write_kv_row(model.kv, step, p.layer, row, k, k + size_t(p.kv_heads) * size_t(p.head_dim));

@@ -104,6 +104,16 @@ PM_INLINE void store_columns(const Output& out, const Matrix& w, int row, int co
     else fstore_first(y, value, n);
 }
 
+// Both halves of a row's panel to where `Output` says.
+struct StoreColumns {
+    const Output* out;
+    const Matrix* w;
+    inline __attribute__((always_inline)) void operator()(int row, int panel, F first, F second) const {
+        store_columns(*out, *w, row, panel * kPanel, first);
+        store_columns(*out, *w, row, panel * kPanel + 16, second);
+    }
+};
+
 PM_INLINE int quad_at(const int8_t* p) { int q; std::memcpy(&q, p, 4); return q; }
 
 template <Format FMT> constexpr int chunk_size() { return FMT == Format::q4_0 ? 576 : FMT == Format::q4_1 ? 640 : 1088; }
@@ -145,9 +155,9 @@ PM_INLINE void group_sums(const int8_t* const (&a)[BYTES], int ld, const uint8_t
 }
 
 // W4A8 and W8A8 on groups of 32, activations of one byte or two: y = sum over groups of (isum * a_scale) * w_scale
-// (+ minimum * a_scaled_sum).
-template <Format FMT, int MR, int BYTES>
-static __attribute__((noinline)) void quant_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch<kIntoSecond>& next, const Output& out) {
+// (+ minimum * a_scaled_sum). finish(row, panel, values of 16 columns, of the next 16).
+template <Format FMT, int MR, int BYTES, class Finish>
+static __attribute__((noinline)) void quant_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch<kIntoSecond>& next, const Finish& finish) {
     const int8_t* a[BYTES];
     a[0] = act.i8 + size_t(row) * act.ld;
     if constexpr (BYTES == 2) a[1] = act.low + size_t(row) * act.ld;
@@ -186,15 +196,12 @@ static __attribute__((noinline)) void quant_tile(const Activations& act, int row
         }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) {
-        store_columns(out, w, row + m, panel * kPanel, f[m][0]);
-        store_columns(out, w, row + m, panel * kPanel + 16, f[m][1]);
-    }
+    for (int m = 0; m < MR; m++) finish(row + m, panel, f[m][0], f[m][1]);
 }
 
 // f32 and f16 weights with f32 activations; bf16 weights with bf16 activations; f32 sums.
-template <Format FMT, int MR>
-static __attribute__((noinline)) void float_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch<kIntoSecond>& next, const Output& out) {
+template <Format FMT, int MR, class Finish>
+static __attribute__((noinline)) void float_tile(const Activations& act, int row, const Matrix& w, int panel, Fetch<kIntoSecond>& next, const Finish& finish) {
     const uint8_t* p = w.data + size_t(panel) * w.panel_bytes;
     F f[MR][2];
 #pragma GCC unroll 16
@@ -234,38 +241,41 @@ static __attribute__((noinline)) void float_tile(const Activations& act, int row
         }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) {
-        store_columns(out, w, row + m, panel * kPanel, f[m][0]);
-        store_columns(out, w, row + m, panel * kPanel + 16, f[m][1]);
-    }
+    for (int m = 0; m < MR; m++) finish(row + m, panel, f[m][0], f[m][1]);
 }
 
 template <Format FMT> constexpr bool is_float() { return FMT == Format::f32 || FMT == Format::f16 || FMT == Format::bf16; }
 
-template <Format FMT, int MR, int BYTES>
-static void tile(int rows, const Activations& act, int row, const Matrix& w, int panel, Fetch<kIntoSecond>& next, const Output& out) {
+template <Format FMT, int MR, int BYTES, class Finish>
+static void tile(int rows, const Activations& act, int row, const Matrix& w, int panel, Fetch<kIntoSecond>& next, const Finish& finish) {
     if constexpr (MR > 1) {
-        if (rows < MR) return tile<FMT, MR - 1, BYTES>(rows, act, row, w, panel, next, out);
+        if (rows < MR) return tile<FMT, MR - 1, BYTES>(rows, act, row, w, panel, next, finish);
     }
-    if constexpr (is_float<FMT>()) float_tile<FMT, MR>(act, row, w, panel, next, out);
-    else quant_tile<FMT, MR, BYTES>(act, row, w, panel, next, out);
+    if constexpr (is_float<FMT>()) float_tile<FMT, MR>(act, row, w, panel, next, finish);
+    else quant_tile<FMT, MR, BYTES>(act, row, w, panel, next, finish);
 }
 
 // Rows [r0, r1) x panels: a panel stays in cache while the row tiles pass over it; rows are dealt evenly to tiles.
-template <Format FMT, int BYTES = 1, class Panels>
-static void product(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, const Output& out) {
+// then: what is read behind the last panel.
+template <Format FMT, int BYTES, class Panels, class Finish>
+static void product_to(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, const Stretch& then, const Finish& finish) {
     constexpr int most = is_float<FMT>() ? kFloatRows : BYTES == 1 ? kRows : kFineRows;
     const int rows = r1 - r0;
     if (rows <= 0) return;
     const int tiles = (rows + most - 1) / most, steps = FMT == Format::bf16 ? (w.k + 1) / 2 : is_float<FMT>() ? w.k : w.k / kGroup;
     Following<Panels> following(panels, rows);
     for (int panel = following.first(); panel >= 0; panel = following.next()) {
-        Fetch<kIntoSecond> next(w, following.known, tiles * steps, out.then);
+        Fetch<kIntoSecond> next(w, following.known, tiles * steps, then);
         for (int t = 0; t < tiles; t++) {
             const int begin = int(int64_t(rows) * t / tiles), end = int(int64_t(rows) * (t + 1) / tiles);
-            tile<FMT, most, BYTES>(end - begin, act, r0 + begin, w, panel, next, out);
+            tile<FMT, most, BYTES>(end - begin, act, r0 + begin, w, panel, next, finish);
         }
     }
+}
+
+template <Format FMT, int BYTES = 1, class Panels>
+static void product(const Activations& act, int r0, int r1, const Matrix& w, Panels panels, const Output& out) {
+    product_to<FMT, BYTES>(act, r0, r1, w, panels, out.then, StoreColumns{&out, &w});
 }
 
 // Quantised weights, by the activations' bytes.

@@ -153,18 +153,23 @@ static void product_gated(const Activations& act, int r0, int r1, const Matrix& 
 
 #else
 
-// f(gate) of some rows of a panel, kept for the other half.
+// The gate's values of some rows of a panel, kept for the other half. The activation comes apart from the tile: with it inside, gcc
+// keeps the tile's sums in memory.
 struct GateRow {
     const Activations* act;
-    ActivationKind kind;
     const float* scale;
     float (*kept)[kPanel];
     inline __attribute__((always_inline)) void operator()(int row, int m, I first, I second) const {
         const F a = fset(act->scale[size_t(row) * size_t(act->groups())]);
-        fstore(kept[m], factivate(kind, fmul(fmul(itof(first), a), fload(scale))));
-        fstore(kept[m] + 16, factivate(kind, fmul(fmul(itof(second), a), fload(scale + 16))));
+        fstore(kept[m], fmul(fmul(itof(first), a), fload(scale)));
+        fstore(kept[m] + 16, fmul(fmul(itof(second), a), fload(scale + 16)));
     }
 };
+
+static __attribute__((noinline)) void activate_rows(ActivationKind kind, float (*kept)[kPanel], int rows) {
+    for (int m = 0; m < rows; m++)
+        for (int c = 0; c < kPanel; c += kLanes) fstore(kept[m] + c, factivate(kind, fload(kept[m] + c)));
+}
 
 // What was kept times up.
 struct UpRow {
@@ -189,11 +194,12 @@ static void product_gated(const Activations& act, int r0, int r1, const Matrix& 
     const int k = gate.k, steps = tiles.count * (k / 4);
     for (int panel = 0; panel < gate.panels(); panel++) {
         const uint8_t *g = gate.data + size_t(panel) * gate.panel_bytes, *u = up.data + size_t(panel) * up.panel_bytes;
-        const GateRow first{&act, kind, reinterpret_cast<const float*>(g + size_t(k) * kPanel), kept};
+        const GateRow first{&act, reinterpret_cast<const float*>(g + size_t(k) * kPanel), kept};
         const UpRow second{&act, reinterpret_cast<const float*>(u + size_t(k) * kPanel), kept, y, ld, panel * kPanel};
         Fetch<kIntoSecond> next_gate(gate, panel + 1, steps), next_up(up, panel + 1, steps);
         for (int t = 0; t < tiles.count; t++) {
             rotated_rows<kRotatedRows>(tiles.size(t), act, tiles.begin(t), g, k, next_gate, first);
+            activate_rows(kind, kept, tiles.size(t));
             rotated_rows<kRotatedRows>(tiles.size(t), act, tiles.begin(t), u, k, next_up, second);
         }
     }

@@ -62,11 +62,11 @@ static void quantize_rotated_row(const Activations& act, int row, const float* f
     const float peak = rotate_row(from, x, width);
     const F inverse = fset(peak > 0.0f ? 127.0f / peak : 0.0f);
     I total = iset(0);
-    for (int c = 0; c < width; c += 64) {
+    for (int c = 0; c < width; c += 64)
 #pragma GCC unroll 4
         for (int i = 0; i < 64; i += kLanes) istore_i8(q + c + i, fmul(fload(x + c + i), inverse));
-        total = idot_signed(total, 0x01010101, uload(q + c));
-    }
+    // Not beside the stores: 64 bytes that four stores have just written cannot be read before they are all done.
+    for (int c = 0; c < width; c += 64) total = idot_signed(total, 0x01010101, uload(q + c));
     int32_t lanes[16], sum = 0;
     std::memcpy(lanes, &total, 64);
     for (int lane : lanes) sum += lane;

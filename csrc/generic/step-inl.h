@@ -179,29 +179,30 @@ static void run_mlp_in(Worker& w, size_t index) {
     w.between_stages();
 }
 
-static void run_head(Worker& w, const Phase& p, size_t index) {
+// Coarse logits of all panels, then the exact ones of those that may hold a row's largest.
+template <Format FMT>
+static void rank_logits(Worker& w, const Ranking& ranking, size_t index) {
     const Step& step = *w.ctx->step;
-    const Scratch& s = *w.ctx->scratch;
-    const Model& model = *w.ctx->model;
-    const int forms = forms_of(model, p), rows = step.num_logits;
-    Activations act = s.act;
-    act.two_bytes = true;
+    const int panels = ranking.w->panels(), threads = w.ctx->threads, rows = step.num_logits;
+    const auto product = [&](auto claims) {
+        product_to<FMT, 1>(ranking.coarse, 0, rows, *ranking.w, MeasuredPanels<FMT, decltype(claims)>{claims, &ranking}, Stretch{}, TopOfPanel{&ranking});
+    };
+    if (w.ctx->shares) product(PanelClaims{w.ctx->shares + index * kMostMatrices * size_t(threads), panels, threads, w.id});
+    else product(PanelRange{w.begin_of(panels), w.end_of(panels)});
     w.barrier();
-    for (int i = w.begin_of(rows); i < w.end_of(rows); i++)
-        prepare_row(p, s.x + size_t(step.logit_rows[i]) * s.hidden_ld, model.hidden, act, i, w.begin_of(rows), forms);
-    if (forms & kFormTiles && rows > 1) fill_tiles(act, w.begin_of(rows), w.end_of(rows), 0, model.hidden);
+    for (int i = w.begin_of(rows); i < w.end_of(rows); i++) step.best[i] = rank_row<FMT>(ranking, i, step.logits, w.ctx->model->vocab);
+}
+
+static void cap_logits(Worker& w, const Phase& p) {
+    const Step& step = *w.ctx->step;
+    const int vocab = w.ctx->model->vocab;
     w.barrier();
-    run_products(w, act, index, rows, step.logits, model.vocab, false, p.scale, false);
-    if (p.softcap > 0.0f) {
-        w.barrier();
-        for (int i = w.begin_of(rows); i < w.end_of(rows); i++) {
-            float* y = step.logits + size_t(i) * size_t(model.vocab);
-            for (int c = 0; c < model.vocab; c += kLanes) {
-                const F capped = fmul(fset(p.softcap), ftanh(fmul(fload_first(y + c, model.vocab - c), fset(1.0f / p.softcap))));
-                fstore_first(y + c, capped, model.vocab - c);
-            }
+    for (int i = w.begin_of(step.num_logits); i < w.end_of(step.num_logits); i++) {
+        float* y = step.logits + size_t(i) * size_t(vocab);
+        for (int c = 0; c < vocab; c += kLanes) {
+            const F capped = fmul(fset(p.softcap), ftanh(fmul(fload_first(y + c, vocab - c), fset(1.0f / p.softcap))));
+            fstore_first(y + c, capped, vocab - c);
         }
-        w.barrier();
     }
 }
 
@@ -227,6 +228,29 @@ static void run_best(Worker& w) {
         }
         step.best[i] = best;
     }
+}
+
+static void run_head(Worker& w, const Phase& p, size_t index) {
+    const Step& step = *w.ctx->step;
+    const Scratch& s = *w.ctx->scratch;
+    const Model& model = *w.ctx->model;
+    const int forms = forms_of(model, p), rows = step.num_logits;
+    const bool ranks = step.best_only && rows >= kRankRows && can_rank(model, p, s);
+    Activations act = s.act;
+    act.two_bytes = true;
+    const Ranking ranking(model, p, s, act, rows);
+    w.barrier();
+    for (int i = w.begin_of(rows); i < w.end_of(rows); i++) {
+        prepare_row(p, s.x + size_t(step.logit_rows[i]) * s.hidden_ld, model.hidden, act, i, w.begin_of(rows), forms);
+        if (ranks) ranking.prepare(i);
+    }
+    if (forms & kFormTiles && rows > 1) fill_tiles(act, w.begin_of(rows), w.end_of(rows), 0, model.hidden);
+    w.barrier();
+    if (ranks && ranking.w->format == Format::q4_0) return rank_logits<Format::q4_0>(w, ranking, index);
+    if (ranks) return rank_logits<Format::q8_0>(w, ranking, index);
+    run_products(w, act, index, rows, step.logits, model.vocab, false, p.scale, false);
+    if (p.softcap > 0.0f) cap_logits(w, p);
+    run_best(w);
 }
 
 // After the last attention only rows whose logits are wanted go on: they move to the front.
@@ -255,10 +279,7 @@ static void run_phase(Worker& w, size_t i) {
         case PhaseKind::mlp_in: run_mlp_in(w, i); break;
         case PhaseKind::mlp_out: run_out(w, p, i, s.wide, s.wide_ld, gates(w, i - 1)); break;
         case PhaseKind::head:
-            if (w.ctx->step->num_logits > 0) {
-                run_head(w, p, i);
-                run_best(w);
-            }
+            if (w.ctx->step->num_logits > 0) run_head(w, p, i);
             break;
     }
 }

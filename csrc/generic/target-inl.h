@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "../dispatch.h"
 #include "../pack.h"
@@ -20,6 +21,7 @@
 #include "attention-amx-inl.h"
 #include "attention-tasks-inl.h"
 #include "heads-inl.h"
+#include "ranking-inl.h"
 #include "step-inl.h"
 #include "sampling-inl.h"
 #include "measure-inl.h"

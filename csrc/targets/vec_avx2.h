@@ -13,6 +13,7 @@ constexpr int kRows = 2;
 constexpr int kFineRows = 2;  // the same with activations of two bytes
 constexpr int kRotatedRows = 2;  // rows of a tile without groups
 constexpr int kFloatRows = 3;
+constexpr int kRankRows = 2;  // from so many rows on the head ranks
 constexpr int kAttendRows = 3;  // rows of a tile that attention computes at once
 constexpr int kScorePages = 1;
 constexpr int kValueVectors = 1;

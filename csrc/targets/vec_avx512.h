@@ -13,6 +13,7 @@ constexpr int kRows = 6;        // rows of a product tile: 12 integer and 12 flo
 constexpr int kFineRows = 4;  // the same with activations of two bytes
 constexpr int kRotatedRows = 12;  // rows of a tile without groups
 constexpr int kFloatRows = 10;  // rows of a float product tile
+constexpr int kRankRows = 4;  // from so many rows on the head ranks; fewer wait for its weights, whatever is computed
 constexpr int kAttendRows = 6;  // rows of a tile that attention computes at once
 constexpr int kScorePages = 4;    // pages whose int8 scores a tile computes at once
 constexpr int kValueVectors = 4;  // vectors of a value row that attention accumulates at once

@@ -15,6 +15,7 @@ constexpr int kRows = 1;
 constexpr int kFineRows = 1;  // the same with activations of two bytes
 constexpr int kRotatedRows = 1;  // rows of a tile without groups
 constexpr int kFloatRows = 1;
+constexpr int kRankRows = 2;  // from so many rows on the head ranks
 constexpr int kAttendRows = 1;  // rows of a tile that attention computes at once
 constexpr int kScorePages = 1;
 constexpr int kValueVectors = 1;

@@ -118,6 +118,48 @@ def test_a_nan_fails_its_row_and_no_other() -> None:
     assert "every token is forbidden" in failures[1].reason
 
 
+PLAIN: dict[str, Any] = {"temperature": 0, "top_k": 3, "min_tokens": 2}
+NOT_PLAIN: list[dict[str, Any]] = [
+    {"temperature": 0.1},
+    {"temperature": 0, "logprobs": 0},
+    {"temperature": 0, "logit_bias": {3: 1.0}},
+    {"temperature": 0, "repetition_penalty": 1.1},
+    {"temperature": 0, "presence_penalty": 0.5},
+]
+
+
+@pytest.mark.parametrize("other", NOT_PLAIN, ids=str)
+def test_one_row_that_reads_its_logits_has_them_all_computed(other: dict[str, Any]) -> None:
+    sampler = native(available_targets()[0], 50)
+    plain = [step(i, SamplingParams(**PLAIN)) for i in range(4)]
+    for at in range(5):
+        rows = [*plain[:at], step(9, SamplingParams(**other)), *plain[at:]]
+        assert sampler.takes_largest(plain)
+        assert not sampler.takes_largest(rows)
+        assert not sampler.takes_largest(rows), "the same rows again, which are remembered"
+    assert sampler.takes_largest(plain)
+    assert not sampler.takes_largest([*plain[:3], step(3, SamplingParams(**PLAIN), forbid=(7,))])
+    assert not sampler.takes_largest([*plain, step(4, SamplingParams(**PLAIN), forbid=(7,))])
+    assert sampler.takes_largest(plain[1:])
+    assert not SpecificationSampler().takes_largest(plain)
+
+
+def test_where_the_largest_logits_are_taken_no_other_is_looked_at() -> None:
+    """Whatever the largest is: a number, NaN, or so low that nothing is left."""
+    rng, sampler = np.random.default_rng(8), native(available_targets()[0], 300)
+    for _ in range(60):
+        logits = random_logits(rng, 300)
+        if rng.random() < 0.2:
+            logits[rng.integers(ROWS)] = -np.inf
+        ids = sorted(rng.choice(9, ROWS, replace=False).tolist())
+        rows = [step(i, SamplingParams(**PLAIN)) for i in ids]
+        best = np.argmax(logits, axis=1).astype(np.int32)
+        assert sampler.takes_largest(rows)
+        alone = np.full_like(logits, 1e9)
+        alone[np.arange(ROWS), best] = logits[np.arange(ROWS), best]
+        assert sampler.choose(rows, alone, best) == SpecificationSampler().choose(rows, logits, best)
+
+
 @pytest.mark.parametrize("key", [(0, 0, 0), (2**64 - 1, 2**64 - 1, 2**64 - 1), (7, 3, 1234567), (2**63, 127, 2**32)])
 def test_native_random_bits_are_the_specification_s(key: tuple[int, int, int]) -> None:
     assert _native.random_bits(*key) == random_bits(*key)

@@ -34,6 +34,10 @@ _NEW = tuple.__new__  # of a named tuple, without the Python function that fills
 class StepSampler(Protocol):
     """Chooses the next token of each sequence that samples."""
 
+    def takes_largest(self, rows: Sequence[SequenceStep]) -> bool:
+        """Whether `choose` will look at no logits of these rows but each one's largest."""
+        ...
+
     def choose(
         self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
     ) -> tuple[Samples, Failures]:
@@ -51,6 +55,9 @@ class SpecificationSampler:
 
     def __init__(self, adjuster: LogitAdjuster | None = None) -> None:
         self._adjuster = adjuster or LogitAdjuster()
+
+    def takes_largest(self, rows: Sequence[SequenceStep]) -> bool:
+        return False  # all of them are there anyway
 
     def choose(
         self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
@@ -92,6 +99,22 @@ class BatchSampler:
         self._plain = False  # all rows take their largest logit and report nothing
         self._logits, self._best = np.empty((0, 0), np.float32), np.empty(0, np.int32)  # executors reuse their arrays
         self._values, self._ids = self._logits.data, self._best.data
+
+    def takes_largest(self, rows: Sequence[SequenceStep]) -> bool:
+        seq_ids = self._seq_ids
+        if len(rows) != len(seq_ids):
+            return self._plain_ones(rows)
+        for row, step in enumerate(rows):
+            if step.seq_id != seq_ids[row]:
+                return self._plain_ones(rows)
+            if step.forbid:
+                return False
+        return self._plain
+
+    def _plain_ones(self, rows: Sequence[SequenceStep]) -> bool:
+        """The same of rows that are not those remembered, which they are from here on."""
+        self._remember([s.seq_id for s in rows], rows)
+        return self._plain and not any(s.forbid for s in rows)
 
     def choose(
         self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]

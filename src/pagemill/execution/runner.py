@@ -116,9 +116,10 @@ class Runner:
             if not sequence.sample:
                 rows = [s for s in sequences if s.sample]
                 break
+        best_only = len(batch.logit_rows) == len(rows) > 0 and self._sampler.takes_largest(rows)
         if on_stage is not None:
             on_stage("batch")
-        logits, best = self.model.forward_best(batch)
+        logits, best = self.model.forward_best(batch, best_only)
         if on_stage is not None:
             on_stage("native")
         if len(best) > len(rows):

@@ -51,9 +51,10 @@ class ModelExecutor(Protocol):
         """Write the keys and values of every row, return logits [num_logits, vocab] f32."""
         ...
 
-    def forward_best(self, batch: Batch) -> tuple[Float32, Int32]:
+    def forward_best(self, batch: Batch, best_only: bool = False) -> tuple[Float32, Int32]:
         """The same, and the index of each row's largest logit [num_logits] i32 (the first; a NaN counts as largest).
 
-        The arrays are good until the next call.
+        best_only: no other logit is wanted; what stands elsewhere may be anything then. The arrays are good until the
+        next call.
         """
         ...

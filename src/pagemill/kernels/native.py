@@ -220,8 +220,10 @@ class NativeExecutor:
         """Run one step; logits [num_logits, vocab] f32."""
         return self.forward_best(batch)[0].copy()
 
-    def forward_best(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """The same, and the index of each row's largest logit [num_logits] i32. Good until the next call."""
+    def forward_best(self, batch: Batch, best_only: bool = False) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """The same, and the index of each row's largest logit [num_logits] i32. Good until the next call.
+
+        best_only: that one is the only logit of each row that is sure to be written; the others may be anything."""
         rows = len(batch.logit_rows)
         logits, best = self._results
         if rows != len(best):
@@ -231,7 +233,7 @@ class NativeExecutor:
         tables = batch.tables
         if batch.window_tables is not None:
             tables = np.concatenate([tables, *batch.window_tables])
-        self._model.step(batch.tokens, batch.positions, batch.starts, tables, batch.logit_rows, logits, best)
+        self._model.step(batch.tokens, batch.positions, batch.starts, tables, batch.logit_rows, logits, best, best_only)
         return logits, best
 
     def sampler(self) -> NativeSampler:
