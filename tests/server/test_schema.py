@@ -23,11 +23,18 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "ToolDefinition": {"function": {"name": "f"}},
 }
 MODELS = [each for each in vars(schema).values() if isinstance(each, type) and issubclass(each, BaseModel)]
+
+
+def is_flag(annotation: Any) -> bool:
+    """Whether a field takes true and false, perhaps beside others."""
+    return annotation is bool or any(map(is_flag, get_args(annotation)))
+
+
 FLAGS = [
     (model, name, field.alias or name)
     for model in MODELS
     for name, field in model.model_fields.items()
-    if field.annotation is bool or bool in get_args(field.annotation)
+    if is_flag(field.annotation)
 ]
 
 

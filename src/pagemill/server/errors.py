@@ -70,7 +70,9 @@ _SAID: Final[Mapping[str, str]] = {
     "too_long": "give a list of at most {max_length:,}",
 }
 _UNFIT: Final = "the value does not fit this field; /openapi.json says what does"
-_ALTERNATIVE: Final = re.compile(r"(?:str|int|float|bool|(?:list|dict|literal)\[.*\]|[A-Z]\w*)", re.ASCII)
+_ALTERNATIVE: Final = re.compile(
+    r"(?:str|int|float|bool|(?:list|dict|literal|function-before)\[.*\]|[A-Z]\w*)", re.ASCII
+)
 
 
 class UnavailableError(PagemillError):

@@ -17,13 +17,38 @@ MAX_ITEMS = 4096
 
 
 def _number(value: Any) -> Any:
-    """The value; true, which Python takes for 1, is no token id."""
+    """The value; true and false, which Python takes for 1 and 0, are no numbers."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+def _whole(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("int_type", "Input should be a valid integer")
     return value
 
 
-TokenIds = list[Annotated[int, BeforeValidator(_number, json_schema_input_type=int)]]
+def _truth(value: Any) -> Any:
+    """The value; 0 and 1 are no truth values."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
+
+
+def _flag(value: Any) -> Any:
+    """The same; null stands for the field's default, as clients send it for what was not set."""
+    if value is None:
+        raise PydanticUseDefault
+    return _truth(value)
+
+
+# Every number and truth value of every body is of one of these.
+Whole = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
+Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float)]
+Truth = Annotated[bool, BeforeValidator(_truth, json_schema_input_type=bool)]
+Flag = Annotated[bool, BeforeValidator(_flag, json_schema_input_type=bool | None)]
+TokenIds = list[Whole]
 
 
 def _without_unset(value: Any, known: Collection[str]) -> Any:
@@ -31,16 +56,6 @@ def _without_unset(value: Any, known: Collection[str]) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: each for key, each in value.items() if key in known or (each is not None and each is not False)}
-
-
-def _given(value: Any) -> Any:
-    """The value; null stands for the field's default, as clients send it for what was not set."""
-    if value is None:
-        raise PydanticUseDefault
-    return value
-
-
-Flag = Annotated[bool, BeforeValidator(_given, json_schema_input_type=bool | None)]
 
 
 class _Body(BaseModel):
@@ -60,10 +75,10 @@ class RetainRange(_Part):
     """Prompt positions from .. to - 1 with a priority (0 to 100) for `ttl` seconds; `to` unset: the prompt's end."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
-    start: int = Field(0, alias="from")
-    to: int | None = None
-    priority: int = 80
-    ttl: float | str | None = None
+    start: Whole = Field(0, alias="from")
+    to: Whole | None = None
+    priority: Whole = 80
+    ttl: Number | str | None = None
 
 
 class CacheRequest(_Part):
@@ -81,13 +96,13 @@ class PromptCacheOptions(_Part):
 
     model_config = ConfigDict(extra="forbid")
     mode: Literal["implicit", "explicit"] = "implicit"
-    ttl: str | float | None = None
+    ttl: str | Number | None = None
 
 
 class JsonSchemaFormat(_Part):
     name: str = "schema"
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
-    strict: bool | None = None
+    schema_: dict[str, Any] | Truth | None = Field(None, alias="schema")
+    strict: Truth | None = None
     description: str | None = None
 
 
@@ -98,7 +113,7 @@ class ResponseFormat(_Part):
     model_config = ConfigDict(extra="forbid")
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JsonSchemaFormat | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    schema_: dict[str, Any] | Truth | None = Field(None, alias="schema")
     regex: str | None = None
     grammar: str | None = None
 
@@ -116,7 +131,7 @@ class StructuredOutputs(_Part):
     regex: str | None = None
     choice: list[str] | None = Field(None, max_length=MAX_ITEMS)
     grammar: str | None = None
-    json_object: bool | None = None
+    json_object: Truth | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -130,28 +145,28 @@ class GenerationBody(_Body):
     model: str | None = None
     stream: Flag = False
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    seed: int | None = None
+    n: Whole | None = None
+    seed: Whole | None = None
     stop: str | list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
     # vLLM's
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    top_k: Whole | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    min_tokens: Whole | None = None
     stop_token_ids: TokenIds | None = Field(None, max_length=MAX_ITEMS)
     ignore_eos: Flag = False
     include_stop_str_in_output: Flag = False
     skip_special_tokens: Flag = True
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Whole | None = None
     return_token_ids: Flag = False
-    priority: int | None = None
+    priority: Whole | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -163,17 +178,17 @@ class GenerationBody(_Body):
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     cache: CacheRequest | None = None
-    deadline_s: float | None = None
+    deadline_s: Number | None = None
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: str | TokenIds | list[TokenIds] | list[str]
-    max_tokens: int | None = 16
-    logprobs: int | None = None
+    max_tokens: Whole | None = 16
+    logprobs: Whole | None = None
     echo: Flag = False
-    best_of: int | None = None
+    best_of: Whole | None = None
     suffix: str | None = None
     add_special_tokens: Flag = True
 
@@ -182,7 +197,7 @@ class FunctionDefinition(_Part):
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Truth | None = None
 
 
 class ToolDefinition(_Part):
@@ -229,12 +244,12 @@ class ChatBody(ConversationFields, GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
     logprobs: Flag = False
-    top_logprobs: int | None = None
-    parallel_tool_calls: bool | None = None
-    store: bool | None = None
+    top_logprobs: Whole | None = None
+    parallel_tool_calls: Truth | None = None
+    store: Truth | None = None
     metadata: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     service_tier: str | None = None
