@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from pagemill.base.blame import blamed, reason_of
+from pagemill.base.blame import blamed, failure_of, reason_of
 from pagemill.base.errors import RequestError
 
 
@@ -51,3 +51,10 @@ def test_an_error_of_ours_is_told_and_any_other_is_logged(caplog: pytest.LogCapt
     assert not caplog.records
     assert "number of a card" not in reason_of(RuntimeError("number of a card"), log)
     assert caplog.records[0].exc_info is not None
+
+
+def test_a_failure_carries_the_parameter_that_its_error_names() -> None:
+    log = logging.getLogger("test")
+    wrong = failure_of(3, RequestError("cannot go on", param="grammar"), log)
+    assert (wrong.seq_id, wrong.reason, wrong.param) == (3, "cannot go on", "grammar")
+    assert failure_of(3, RuntimeError("x"), log).param is None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pagemill.base.errors import RequestError
-from pagemill.base.params import MAX_CHOICES, SamplingParams
+from pagemill.base.params import MAX_CHOICES, CacheOptions, Grammar, Retain, SamplingParams
 
 WRONG = [
     ({"temperature": "hot"}, "temperature is 'hot'; give a number"),
@@ -60,6 +61,30 @@ def test_wrong_values_are_refused_with_what_to_give(fields: dict[str, Any], mess
         SamplingParams(**fields)
     assert caught.value.status == 400
     assert len(str(caught.value)) < 200
+    assert caught.value.param in fields
+
+
+@pytest.mark.parametrize(
+    ("make", "param"),
+    [
+        (lambda: SamplingParams(logit_bias={1: 101}), "logit_bias"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(logit_bias={"a": 1}), "logit_bias"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(min_tokens=1, grammar=Grammar("regex", "a")), "min_tokens"),
+        (lambda: SamplingParams(deadline_s=0), "deadline_s"),
+        (lambda: SamplingParams(priority=101), "priority"),
+        (lambda: SamplingParams(frequency_penalty=3), "frequency_penalty"),
+        (lambda: Grammar("regex", ""), "grammar"),
+        (lambda: Retain(3, 3), "retain"),
+        (lambda: Retain(0, 3, priority=101), "retain"),
+        (lambda: Retain(0, 3, ttl_s=0), "retain"),
+        (lambda: CacheOptions(tenant=""), "tenant"),
+        (lambda: CacheOptions(salt="x" * 1025), "salt"),
+    ],
+)
+def test_errors_carry_the_name_of_the_parameter(make: Callable[[], object], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        make()
+    assert caught.value.param == param
 
 
 def test_numbers_of_other_libraries_become_pythons_own() -> None:

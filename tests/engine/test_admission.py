@@ -6,8 +6,8 @@ from array import array
 
 import pytest
 
-from pagemill.base.errors import CapacityError, ConfigError, RequestError
-from pagemill.base.params import CacheOptions, SamplingParams
+from pagemill.base.errors import CapacityError, ConfigError, LengthError, RequestError
+from pagemill.base.params import CacheOptions, Retain, SamplingParams
 from pagemill.cache.entry import SharingConfig
 from pagemill.cache.manager import CacheManager, CacheMode
 from pagemill.engine.admission import Admission, EngineLimits, derive_seed
@@ -168,3 +168,31 @@ def test_a_time_between_tokens_that_is_none_is_refused(target_s: float) -> None:
 def test_context_of_one_token_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_model_len is 1"):
         EngineLimits(max_model_len=1, vocab_size=8)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param"),
+    [
+        ([], GREEDY, "prompt"),
+        ([1] * 64, GREEDY, "prompt"),
+        ([100], GREEDY, "prompt"),
+        ([1], SamplingParams(logit_bias=((100, 1.0),)), "logit_bias"),
+        ([1], SamplingParams(stop_token_ids=(100,)), "stop_token_ids"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(prompt: list[int], params: SamplingParams, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        admit(prompt, params)
+    assert caught.value.param == param
+    assert isinstance(caught.value, LengthError) == (len(prompt) == 64)
+
+
+def test_a_prompt_or_a_range_beyond_what_there_is_is_named() -> None:
+    with pytest.raises(CapacityError) as caught:
+        admit([1] * 21, num_blocks=5)
+    assert caught.value.param == "prompt"
+    admission = Admission(LIMITS, CacheManager(32, 4, sharing=SharingConfig()))
+    with pytest.raises(RequestError) as refused:
+        admission.admit("r", [1] * 4, GREEDY, 99, 0.0, CacheOptions(retain=(Retain(0, 5),)))
+    assert refused.value.param == "retain"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pagemill.base.errors import RequestError
+from pagemill.base.errors import CapacityError, PagemillError, RequestError
 from pagemill.base.params import CacheOptions, Grammar, Retain
-from pagemill.server.asking import cache_of, chat_sampling, completion_sampling, grammar_of
+from pagemill.server.asking import cache_of, chat_sampling, completion_sampling, fault_of, grammar_of
 from pagemill.server.schema import ChatBody, CompletionBody
 
 
@@ -102,3 +102,32 @@ def test_every_parameter_arrives() -> None:
     assert (params.logit_bias, params.ignore_eos, params.include_stop_str_in_output) == (((3, 1.5),), True, True)
     assert (params.skip_special_tokens, params.deadline_s, params.priority) == (False, 4.0, 3)
     assert params.prompt_logprobs == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "body", "param"),
+    [
+        (RequestError("too long", param="prompt"), completion(), "prompt"),
+        (RequestError("too long", param="prompt"), chat(), "messages"),
+        (CapacityError("too long", param="prompt"), chat(), "messages"),
+        (RequestError("out of range", param="retain"), chat(), "cache"),
+        (RequestError("of another kind", param="salt"), chat(), "cache_salt"),
+        (RequestError("no such id", param="stop_token_ids"), chat(), "stop_token_ids"),
+        (RequestError("no text fits", param="grammar", status=500), chat(guided_regex="a"), "guided_regex"),
+        (
+            RequestError("no text fits", param="grammar"),
+            chat(response_format={"type": "json_object"}),
+            "response_format",
+        ),
+        (RequestError("no call fits", param="grammar"), chat(tools=[], tool_choice="required"), "tools"),
+        (RequestError("the prompt is what this is about"), chat(), None),
+        (PagemillError("the prompt is what this is about"), chat(), None),
+    ],
+    ids=str,
+)
+def test_parameters_of_the_engine_are_told_as_fields_of_the_request(
+    error: PagemillError, body: CompletionBody | ChatBody, param: str | None
+) -> None:
+    told = fault_of(error, body)
+    assert getattr(told, "param", None) == param
+    assert param in (None, "tools") or str(told) == str(error)

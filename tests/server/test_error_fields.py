@@ -147,6 +147,25 @@ CASES = [(path, *row) for path in (COMPLETION, CHAT) for row in WRONG]
 CASES += [(path, *row) for path, rows in OWN.items() for row in rows]
 
 
+# What the limits refuse before the routes do.
+LARGE: list[tuple[dict[str, Any], str]] = [
+    ({"n": 200}, "n"),
+    ({"max_tokens": 2**21}, "max_tokens"),
+    ({"stop": ["x"] * 100}, "stop"),
+    ({"logit_bias": {str(token): 1 for token in range(5000)}}, "logit_bias"),
+    ({"guided_regex": "(a{1000}){1000}"}, "guided_regex"),
+    ({"guided_json": {"maxLength": 10**9}}, "guided_json"),
+    ({"guided_json": {"pattern": "(a{1000}){1000}"}}, "guided_json"),
+    ({"response_format": {"type": "regex", "regex": "(a{1000}){1000}"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"maxItems": 10**9}}}}, "response_format"),
+    ({"tools": [{**TOOL, "function": {"name": "f", "parameters": {"minItems": 10**9}}}]}, "tools"),
+    ({"metadata": {"x": "y" * 10**6}}, "metadata"),
+    ({"vllm_xargs": {"x": "y" * 10**6}}, "vllm_xargs"),
+    ({"chat_template": "x"}, "chat_template"),
+    ({"messages": [{"role": "user", "content": ["x"] * 300}]}, "messages"),
+]
+
+
 @pytest.fixture(scope="module")
 def limited(tiny_model: Path) -> Iterator[httpx.Client]:
     """A server whose bodies pass the limits first, as those of `pagemill serve` do."""
@@ -194,6 +213,23 @@ def test_a_wrong_value_of_any_field_names_it(
     for client in (http, limited):
         error = refused(client, path, fields)
         assert error["param"] == param, error
+
+
+@pytest.mark.parametrize(("fields", "param"), LARGE, ids=lambda each: str(each)[:40])
+def test_a_value_beyond_a_limit_names_its_field(limited: httpx.Client, fields: dict[str, Any], param: str) -> None:
+    error = refused(limited, CHAT, fields)
+    assert error["param"] == param, error
+
+
+def test_tools_that_make_too_large_a_form_are_named(http: httpx.Client) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"description": "x" * 2**18}}}
+    error = refused(http, CHAT, {"tools": [tool], "tool_choice": "required"})
+    assert error["param"] == "tools", error
+
+
+def test_a_form_beside_a_demanded_call_names_the_choice(http: httpx.Client) -> None:
+    fields = {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}
+    assert refused(http, CHAT, fields)["param"] == "tool_choice"
 
 
 @pytest.mark.parametrize(

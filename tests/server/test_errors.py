@@ -11,8 +11,15 @@ import pytest
 from fastapi import FastAPI
 from starlette.responses import StreamingResponse
 
-from pagemill.base.errors import CapacityError, DeadlineError, IntegrityError, PagemillError, RequestError
-from pagemill.server.errors import IN_LOG, error_response, install_errors
+from pagemill.base.errors import (
+    CapacityError,
+    DeadlineError,
+    IntegrityError,
+    LengthError,
+    PagemillError,
+    RequestError,
+)
+from pagemill.server.errors import IN_LOG, FieldError, about, body_of, error_response, install_errors
 
 
 def ask(app: FastAPI, path: str) -> httpx.Response:
@@ -83,3 +90,36 @@ def test_a_failure_behind_the_beginning_of_an_answer_is_left_to_the_server(
     with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="what a client sent"):
         ask(app, "/late")
     assert not caplog.records, "uvicorn logs it"
+
+
+@pytest.mark.parametrize(
+    ("error", "param", "code"),
+    [
+        (RequestError("temperature is too warm; open a window"), None, None),
+        (RequestError("n: 5 prompts"), None, None),
+        (RequestError("the prompt has 5 tokens of another kind"), None, None),
+        (FieldError("too warm", param="temperature"), "temperature", None),
+        (RequestError("too warm", param="temperature"), "temperature", None),
+        (CapacityError("too much", param="max_tokens"), "max_tokens", None),
+        (LengthError("too much", param="prompt"), "prompt", "context_length_exceeded"),
+        (FieldError("gone", param="model", status=404, code="model_not_found"), "model", "model_not_found"),
+    ],
+    ids=str,
+)
+def test_the_field_is_the_one_that_the_error_carries_and_never_a_word_of_its_message(
+    error: Exception, param: str | None, code: str | None
+) -> None:
+    told = body_of(error)["error"]
+    assert (told["param"], told["code"]) == (param, code)
+
+
+def test_a_field_takes_the_place_of_a_parameter_and_not_of_a_field() -> None:
+    for raised, param, code in (
+        (RequestError("wrong", param="retain"), "cache", None),
+        (LengthError("long", param="prompt"), "cache", "context_length_exceeded"),
+        (FieldError("wrong", param="messages"), "messages", None),
+    ):
+        with pytest.raises(RequestError) as caught, about("cache"):
+            raise raised
+        told = body_of(caught.value)["error"]
+        assert (told["param"], told["code"]) == (param, code)

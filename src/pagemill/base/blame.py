@@ -14,6 +14,7 @@ from traceback import walk_tb
 from typing import TypeVar
 
 from pagemill.base.errors import PagemillError
+from pagemill.base.step import SampleFailure
 
 _T = TypeVar("_T")
 
@@ -42,6 +43,11 @@ def _arguments(error: BaseException) -> Iterator[list[tuple[str, object]]]:
         if code.co_flags & CO_VARARGS and isinstance(more := values.get(code.co_varnames[count]), tuple):
             found += [(code.co_varnames[count], each) for each in more]
         yield found
+
+
+def failure_of(seq_id: int, error: Exception, log: logging.Logger) -> SampleFailure:
+    """The failure of a sequence for which the work failed, with the parameter that the error names."""
+    return SampleFailure(seq_id, reason_of(error, log), getattr(error, "param", None))
 
 
 def reason_of(error: Exception, log: logging.Logger) -> str:

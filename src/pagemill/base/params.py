@@ -17,34 +17,38 @@ MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_BYTES = 2**18
 
 
-def _check(condition: bool, message: str) -> None:
+def _check(param: str, condition: bool, message: str) -> None:
     if not condition:
-        raise RequestError(message)
+        raise RequestError(message, param=param)
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(param: str, value: Any, of: str = "") -> int:
+    """The value as Python's number. of: what it is of the parameter, where it is not all of it."""
     try:
         if not isinstance(value, bool):
             return operator.index(value)
     except TypeError:
         pass
-    raise RequestError(f"{name} is {value!r}; give a whole number")
+    raise RequestError(f"{of or param} is {value!r}; give a whole number", param=param)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(param: str, value: Any, of: str = "") -> float:
     try:
         if not isinstance(value, bool | str | bytes):
             return float(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise RequestError(f"{name} is {value!r:.40}; give a number")
+    raise RequestError(f"{of or param} is {value!r:.40}; give a number", param=param)
 
 
 def _bias(pair: Any) -> tuple[int, float]:
-    _check(isinstance(pair, tuple | list) and len(pair) == 2, f"logit_bias holds {pair!r:.40}; give token id -> number")
-    token, value = _whole("a token of logit_bias", pair[0]), _number("a value of logit_bias", pair[1])
-    _check(token >= 0, f"logit_bias names token {token}; token ids are 0 or more")
-    _check(-100.0 <= value <= 100.0, f"logit_bias of token {token} is {value}; give a number from -100 to 100")
+    name = "logit_bias"
+    is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+    _check(name, is_pair, f"logit_bias holds {pair!r:.40}; give token id -> number")
+    token = _whole(name, pair[0], of="a token of logit_bias")
+    value = _number(name, pair[1], of="a value of logit_bias")
+    _check(name, token >= 0, f"logit_bias names token {token}; token ids are 0 or more")
+    _check(name, -100.0 <= value <= 100.0, f"logit_bias of token {token} is {value}; give a number from -100 to 100")
     return token, value
 
 
@@ -52,7 +56,7 @@ def _listed(name: str, value: object, of: str) -> tuple[object, ...]:
     if value is None:
         return ()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise RequestError(f"{name} is {value!r}; give a list of {of}")
+        raise RequestError(f"{name} is {value!r}; give a list of {of}", param=name)
     return tuple(value)
 
 
@@ -74,10 +78,16 @@ class Grammar:
 
     def __post_init__(self) -> None:
         known = ("json_schema", "regex", "lark")
-        _check(self.kind in known, f"a grammar's kind is {self.kind!r:.40}; give json_schema, regex or lark")
-        _check(isinstance(self.text, str) and self.text != "", f"the {self.noun} is empty or no text; give one")
+        _check("grammar", self.kind in known, f"a grammar's kind is {self.kind!r:.40}; give json_schema, regex or lark")
+        _check(
+            "grammar", isinstance(self.text, str) and self.text != "", f"the {self.noun} is empty or no text; give one"
+        )
         size = len(self.text.encode(errors="replace"))
-        _check(size <= MAX_GRAMMAR_BYTES, f"the {self.noun} has {size:,} bytes; give up to {MAX_GRAMMAR_BYTES:,}")
+        _check(
+            "grammar",
+            size <= MAX_GRAMMAR_BYTES,
+            f"the {self.noun} has {size:,} bytes; give up to {MAX_GRAMMAR_BYTES:,}",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +145,9 @@ class SamplingParams:
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else _listed("stop", stop, "texts"))
         token_ids = _listed("stop_token_ids", self.stop_token_ids, "token ids")
         object.__setattr__(
-            self, "stop_token_ids", tuple(_whole("a token of stop_token_ids", each) for each in token_ids)
+            self,
+            "stop_token_ids",
+            tuple(_whole("stop_token_ids", each, of="a token of stop_token_ids") for each in token_ids),
         )
         self._read_types()
         self._check_sampling()
@@ -179,38 +191,44 @@ class SamplingParams:
                 object.__setattr__(self, name, _whole(name, value))
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             value = getattr(self, name)
-            _check(isinstance(value, bool), f"{name} is {value!r}; give True or False")
+            _check(name, isinstance(value, bool), f"{name} is {value!r}; give True or False")
 
     def _check_sampling(self) -> None:
         t = self.temperature
-        _check(0.0 <= t <= 100.0, f"temperature is {t}; give a number from 0 (greedy) to 100")
-        _check(self.top_k >= -1, f"top_k is {self.top_k}; give 0 or -1 (all tokens), or a positive number")
+        _check("temperature", 0.0 <= t <= 100.0, f"temperature is {t}; give a number from 0 (greedy) to 100")
+        _check("top_k", self.top_k >= -1, f"top_k is {self.top_k}; give 0 or -1 (all tokens), or a positive number")
         _check(
+            "top_p",
             0.0 < self.top_p <= 1.0,
             f"top_p is {self.top_p}; give a number above 0 and up to 1 (1 keeps all tokens)",
         )
-        _check(0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}; give a number from 0 (off) to 1")
+        _check("min_p", 0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}; give a number from 0 (off) to 1")
         if self.seed is not None:
-            _check(0 <= self.seed < 2**64, f"seed is {self.seed}; give a whole number from 0 to 2^64 - 1")
+            _check("seed", 0 <= self.seed < 2**64, f"seed is {self.seed}; give a whole number from 0 to 2^64 - 1")
 
     def _check_lengths(self) -> None:
-        _check(1 <= self.n <= MAX_CHOICES, f"n is {self.n}; give a number of choices from 1 to {MAX_CHOICES}")
+        _check("n", 1 <= self.n <= MAX_CHOICES, f"n is {self.n}; give a number of choices from 1 to {MAX_CHOICES}")
         _check(
+            "n",
             self.n == 1 or not self.greedy,
             f"n is {self.n} with temperature 0: greedy choices would all be equal; give n=1 or a temperature above 0",
         )
         if self.max_tokens is not None:
             _check(
-                self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; give at least 1, or leave it out for no limit"
+                "max_tokens",
+                self.max_tokens >= 1,
+                f"max_tokens is {self.max_tokens}; give at least 1, or leave it out for no limit",
             )
-        _check(self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; give 0 or more")
+        _check("min_tokens", self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; give 0 or more")
         _check(
+            "min_tokens",
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower one or raise the other",
         )
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             _check(
+                name,
                 count is None or 0 <= count <= MAX_LOGPROBS,
                 f"{name} is {count}; give a number from 0 to {MAX_LOGPROBS}, or leave it out",
             )
@@ -218,41 +236,54 @@ class SamplingParams:
     def _check_adjustments(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            _check(-2.0 <= value <= 2.0, f"{name} is {value}; give a number from -2 to 2 (0 is off)")
+            _check(name, -2.0 <= value <= 2.0, f"{name} is {value}; give a number from -2 to 2 (0 is off)")
         repeat = self.repetition_penalty
-        _check(0.0 < repeat <= 100.0, f"repetition_penalty is {repeat}; give a number above 0 and up to 100 (1 is off)")
         _check(
+            "repetition_penalty",
+            0.0 < repeat <= 100.0,
+            f"repetition_penalty is {repeat}; give a number above 0 and up to 100 (1 is off)",
+        )
+        _check(
+            "logit_bias",
             len(self.logit_bias) <= MAX_LOGIT_BIAS,
             f"logit_bias names {len(self.logit_bias):,} tokens; give at most {MAX_LOGIT_BIAS:,}",
         )
         if self.grammar is not None:
-            _check(isinstance(self.grammar, Grammar), f"grammar is a {type(self.grammar).__name__}; give Grammar(…)")
+            _check(
+                "grammar",
+                isinstance(self.grammar, Grammar),
+                f"grammar is a {type(self.grammar).__name__}; give Grammar(…)",
+            )
             for name in ("min_tokens", "ignore_eos"):
                 _check(
+            name,
                     not getattr(self, name), f"{name} is {getattr(self, name)} and a grammar says where the text ends; "
                     "leave out one of them",
                 )  # fmt: skip
 
     def _check_urgency(self) -> None:
         _check(
+            "priority",
             -MOST_PRIORITY <= self.priority <= MOST_PRIORITY,
             f"priority is {self.priority}; give a whole number from -{MOST_PRIORITY} (first) to {MOST_PRIORITY} (last)",
         )
         if self.deadline_s is not None:
             _check(
+                "deadline_s",
                 0 < self.deadline_s < 1e9,
                 f"deadline_s is {self.deadline_s}; give seconds above 0 and below 10^9, or leave it out",
             )
 
     def _check_stops(self) -> None:
-        _check(len(self.stop) <= MAX_STOPS, f"stop has {len(self.stop)} strings; give at most {MAX_STOPS}")
+        _check("stop", len(self.stop) <= MAX_STOPS, f"stop has {len(self.stop)} strings; give at most {MAX_STOPS}")
         for text in self.stop:
             _check(
+                "stop",
                 isinstance(text, str) and 0 < len(text) <= 1024,
                 "stop holds what is empty, no text or longer than 1,024 characters; give 1 to 1,024 characters",
             )
         for token in self.stop_token_ids:
-            _check(token >= 0, f"stop_token_ids holds {token}; token ids are 0 or more")
+            _check("stop_token_ids", token >= 0, f"stop_token_ids holds {token}; token ids are 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,15 +298,21 @@ class Retain:
 
     def __post_init__(self) -> None:
         for name in ("start", "end", "priority"):
-            object.__setattr__(self, name, _whole(f"{name} of a retained range", getattr(self, name)))
-        _check(0 <= self.start < self.end, f"a retained range is {self.start} to {self.end}; give 0 <= start < end")
+            object.__setattr__(self, name, _whole("retain", getattr(self, name), of=f"{name} of a retained range"))
         _check(
+            "retain",
+            0 <= self.start < self.end,
+            f"a retained range is {self.start} to {self.end}; give 0 <= start < end",
+        )
+        _check(
+            "retain",
             0 <= self.priority <= 100,
             f"priority of a retained range is {self.priority}; give a whole number from 0 to 100",
         )
         if self.ttl_s is not None:
-            object.__setattr__(self, "ttl_s", _number("ttl_s of a retained range", self.ttl_s))
+            object.__setattr__(self, "ttl_s", _number("retain", self.ttl_s, of="ttl_s of a retained range"))
             _check(
+                "retain",
                 0 < self.ttl_s < 1e9,
                 f"ttl_s of a retained range is {self.ttl_s}; give seconds above 0 and below 10^9, or none",
             )
@@ -298,16 +335,21 @@ class CacheOptions:
     retain: tuple[Retain, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.tenant, str) and 0 < len(self.tenant) <= 256, "tenant: give a name of 1 to 256 letters")
+        _check(
+            "tenant",
+            isinstance(self.tenant, str) and 0 < len(self.tenant) <= 256,
+            "tenant: give a name of 1 to 256 letters",
+        )
         for name in ("salt", "public"):
             value = getattr(self, name)
             _check(
+                name,
                 value is None or (isinstance(value, str) and len(value) <= 1024),
                 f"{name} is {value!r:.40}; give a text of at most 1,024 letters, or leave it out",
             )
-        _check(isinstance(self.bypass, bool), f"bypass is {self.bypass!r}; give True or False")
+        _check("bypass", isinstance(self.bypass, bool), f"bypass is {self.bypass!r}; give True or False")
         retain = _listed("retain", self.retain, "ranges (Retain)")
-        _check(all(isinstance(each, Retain) for each in retain), "retain: give a list of Retain")
+        _check("retain", all(isinstance(each, Retain) for each in retain), "retain: give a list of Retain")
         object.__setattr__(self, "retain", retain)
 
 

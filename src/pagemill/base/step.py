@@ -87,10 +87,12 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SampleFailure:
-    """No token could be chosen for this sequence (say, its logits hold NaN), and why; other rows are not affected."""
+    """No token could be chosen for this sequence (say, its logits hold NaN), and why; other rows are not affected.
+    param: the parameter of the request that is at fault, as of `RequestError`."""
 
     seq_id: int
     reason: str
+    param: str | None = None
 
 
 class StepResult(NamedTuple):

@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pagemill.base.blame import reason_of
-from pagemill.base.step import SequenceStep
+from pagemill.base.blame import failure_of
+from pagemill.base.step import SampleFailure, SequenceStep
 from pagemill.decoding.grammar import GrammarCompiler, GrammarState
 from pagemill.decoding.penalties import TokenCounts, penalize
 
@@ -26,13 +26,13 @@ class Adjusted:
     """What `adjust` did, filled by it.
 
     reported: indices of the rows whose log-probabilities are wanted; raw [reported, vocab] f32 and best [reported] i32:
-    their logits as computed, and the first largest of each. failed: index of a row -> why nothing can be chosen.
+    their logits as computed, and the first largest of each. failed: the rows for which nothing can be chosen, and why.
     """
 
     reported: list[int]
     raw: NDArray[np.float32]
     best: NDArray[np.int32]
-    failed: dict[int, str] = field(default_factory=dict)
+    failed: list[SampleFailure] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ class LogitAdjuster:
             except MemoryError:  # which is everybody's
                 raise
             except Exception as error:
-                done.failed[index] = reason_of(error, _LOG)
+                done.failed.append(failure_of(rows[index].seq_id, error, _LOG))
                 row[:] = -np.inf
             best[index] = np.argmax(row)
         return done

@@ -70,7 +70,12 @@ class GrammarState:
         return np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").view(np.bool_)
 
     def _stuck(self) -> RequestError:
-        return RequestError(f"the {self._noun} cannot go on from the text so far: {_why_stuck(self._matcher)}")
+        why = _why_stuck(self._matcher)
+        return RequestError(f"the {self._noun} cannot go on from the text so far: {why}", param="grammar")
+
+
+def _unusable(grammar: Grammar, why: str) -> RequestError:
+    return RequestError(f"the {grammar.noun} cannot be used: {why}", param="grammar")
 
 
 class GrammarCompiler:
@@ -121,15 +126,15 @@ class GrammarCompiler:
                 text = LLMatcher.grammar_from_lark(grammar.text)
             matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]
         except Exception as error:
-            raise RequestError(f"the {grammar.noun} cannot be used: {_told(str(error), grammar)}") from None
+            raise _unusable(grammar, _told(str(error), grammar)) from None
         if matcher.is_error():
-            raise RequestError(f"the {grammar.noun} cannot be used: {_told(matcher.get_error(), grammar)}")
+            raise _unusable(grammar, _told(matcher.get_error(), grammar))
         first = matcher.deep_copy()
         first.consume_tokens(first.compute_ff_tokens())  # what every text begins with
         if not first.is_error():
             first.compute_bitmask()
         if first.is_error():
-            raise RequestError(f"the {grammar.noun} cannot be used: {_why_stuck(first)}")
+            raise _unusable(grammar, _why_stuck(first))
         return matcher
 
     def _of_library(self) -> LLTokenizer:

@@ -78,7 +78,7 @@ class SpecificationSampler:
         samples = tuple(
             report(raw[s.seq_id], s.seq_id, s.token_id, counts[s.seq_id]) if s.seq_id in raw else s for s in samples
         )
-        return samples, _explained(rows, adjusted, failures)
+        return samples, _explained(adjusted, failures)
 
 
 class BatchSampler:
@@ -141,7 +141,7 @@ class BatchSampler:
             return samples, failures
         if adjusted.reported:
             samples = self._report_raw(rows, adjusted, samples)
-        return samples, _explained(rows, adjusted, failures)
+        return samples, _explained(adjusted, failures)
 
     def _report_raw(self, rows: Sequence[SequenceStep], adjusted: Adjusted, samples: Samples) -> Samples:
         """The samples, those of adjusted rows with the log-probabilities of their logits as computed."""
@@ -200,12 +200,12 @@ def _with_report(sample: Sample, row: NDArray[np.float32], told: Report | None) 
     return Sample(sample.seq_id, sample.token_id, chosen, top)
 
 
-def _explained(rows: Sequence[SequenceStep], adjusted: Adjusted, failures: Failures) -> Failures:
+def _explained(adjusted: Adjusted, failures: Failures) -> Failures:
     """The failures, with why nothing was left where the adjuster knows."""
     if not adjusted.failed:
         return failures
-    reasons = {rows[index].seq_id: reason for index, reason in adjusted.failed.items()}
-    return tuple(SampleFailure(f.seq_id, reasons.get(f.seq_id, f.reason)) for f in failures)
+    known = {each.seq_id: each for each in adjusted.failed}
+    return tuple(known.get(each.seq_id, each) for each in failures)
 
 
 def _pack(step: SequenceStep) -> bytes:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagemill.base.errors import CapacityError, ConfigError, RequestError
+from pagemill.base.errors import CapacityError, ConfigError, LengthError, RequestError
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
 from pagemill.cache.manager import CacheManager
 from pagemill.engine.request import Request
@@ -97,11 +97,12 @@ class Admission:
     def _check_prompt(self, prompt: Sequence[int]) -> array[int]:
         longest = self.limits.max_model_len
         if not len(prompt):
-            raise RequestError("the prompt is empty; give at least one token")
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
         if len(prompt) >= longest:
-            raise RequestError(
+            raise LengthError(
                 f"the prompt has {len(prompt):,} tokens and max_model_len is {longest:,}, of which one is needed for "
-                f"the answer; shorten the prompt to {longest - 1:,} tokens or raise max_model_len if the model allows"
+                f"the answer; shorten the prompt to {longest - 1:,} tokens or raise max_model_len if the model allows",
+                param="prompt",
             )
         vocab_size = self.limits.vocab_size
         try:
@@ -113,20 +114,26 @@ class Admission:
         if wrong:
             strays = ((i, t) for i, t in enumerate(prompt) if not hasattr(t, "__index__") or not 0 <= t < vocab_size)
             index, token = next(strays)
-            raise RequestError(f"the prompt's token {index} is {token!r}; give ids from 0 to {vocab_size - 1:,}")
+            raise RequestError(
+                f"the prompt's token {index} is {token!r}; give ids from 0 to {vocab_size - 1:,}", param="prompt"
+            )
         return array("i", unsigned.tobytes())
 
     def _check_ids(self, params: SamplingParams) -> None:
         size = self.limits.vocab_size
         wrong = next((token for token, _ in params.logit_bias if token >= size), None)
         if wrong is not None:
-            raise RequestError(f"logit_bias names token {wrong}; give ids from 0 to {size - 1:,}")
+            raise RequestError(f"logit_bias names token {wrong}; give ids from 0 to {size - 1:,}", param="logit_bias")
         for token in params.stop_token_ids:
             if token >= size:
-                raise RequestError(f"stop_token_ids holds {token}; give ids from 0 to {size - 1:,}")
+                raise RequestError(
+                    f"stop_token_ids holds {token}; give ids from 0 to {size - 1:,}", param="stop_token_ids"
+                )
         forbidden = set(self._stop_ids(params)) if params.min_tokens else set()
         if len(forbidden) >= self.limits.vocab_size:
-            raise RequestError("min_tokens forbids every token of the vocabulary; name fewer stop_token_ids")
+            raise RequestError(
+                "min_tokens forbids every token of the vocabulary; name fewer stop_token_ids", param="min_tokens"
+            )
 
     def _check_cache(self, num_prompt_tokens: int) -> None:
         cache, longest = self._cache, self.limits.max_model_len
@@ -141,7 +148,8 @@ class Admission:
         if need > cache.num_blocks:
             raise CapacityError(
                 f"the prompt's {num_prompt_tokens:,} tokens need {need:,} blocks and the whole KV cache has {size} "
-                f"({cache.num_blocks * cache.block_size:,} tokens); shorten the prompt or raise kv_cache_memory_bytes"
+                f"({cache.num_blocks * cache.block_size:,} tokens); shorten the prompt or raise kv_cache_memory_bytes",
+                param="prompt",
             )
 
     def _check_options(self, num_prompt_tokens: int, options: CacheOptions) -> None:
@@ -149,7 +157,8 @@ class Admission:
             if each.end > num_prompt_tokens:
                 raise RequestError(
                     f"a retained range is {each.start} to {each.end} and the prompt has {num_prompt_tokens:,} tokens; "
-                    f"end it at {num_prompt_tokens:,} at the most"
+                    f"end it at {num_prompt_tokens:,} at the most",
+                    param="retain",
                 )
         self._cache.check_options(options)
         error = self._cache.cap_error(num_prompt_tokens, options)

@@ -381,12 +381,13 @@ class Engine:
         """What each sampled row tells. A row without a token, or whose text cannot be made, fails its own request."""
         deltas: list[Delta] = []
         rows, samples, num_told = schedule.rows, result.samples, 0
-        failures = {each.seq_id: each.reason for each in result.failures} if result.failures else {}
+        failures = {each.seq_id: each for each in result.failures} if result.failures else {}
         make_delta = self._output.delta
         for index, step in enumerate(schedule.step.sequences):
             sequence = rows[index]
             if failures and sequence.seq_id in failures:
-                deltas += self._fail([sequence], RequestError(failures[sequence.seq_id], status=500))
+                failure = failures[sequence.seq_id]
+                deltas += self._fail([sequence], RequestError(failure.reason, status=500, param=failure.param))
                 continue
             if not step.sample:
                 continue

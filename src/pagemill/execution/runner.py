@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from pagemill.base.blame import blamed, reason_of
+from pagemill.base.blame import blamed, failure_of
 from pagemill.base.kv_spec import KVSpec
 from pagemill.base.params import SamplingParams
 from pagemill.base.step import Sample, SampleFailure, SequenceStep, StepPlan, StepResult
@@ -76,7 +76,7 @@ class Runner:
                 failed = _row_of(error, sequences)
                 if failed is None:
                     raise
-                failures += (SampleFailure(failed.seq_id, reason_of(error, _LOG)),)
+                failures += (failure_of(failed.seq_id, error, _LOG),)
                 sequences = tuple(each for each in sequences if each.seq_id != failed.seq_id)
                 continue
             return result if not failures else StepResult(result.samples, (*result.failures, *failures))
@@ -103,7 +103,7 @@ class Runner:
             except MemoryError:
                 raise
             except Exception as error:  # what others had is gone from there, so that nothing can be done again
-                failures.append(SampleFailure(sample.seq_id, reason_of(error, _LOG)))
+                failures.append(failure_of(sample.seq_id, error, _LOG))
                 continue
             samples.append(sample._replace(prompt=found) if found else sample)
         return StepResult(tuple(samples), tuple(failures))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pagemill.base.errors import CapacityError, ModelError, PagemillError, RequestError
+from pagemill.base.errors import CapacityError, LengthError, ModelError, PagemillError, RequestError
 from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
 from pagemill.base.step import PositionLogprobs
 from pagemill.build import Built
@@ -131,9 +131,10 @@ def at_index(index: int, error: PagemillError) -> PagemillError:
     """The same error, saying which prompt of several it is about."""
     message = f"prompt {index}: {error}"
     if isinstance(error, RequestError):
-        return RequestError(message, status=error.status)
+        again = LengthError if isinstance(error, LengthError) else RequestError
+        return again(message, status=error.status, param=error.param)
     if isinstance(error, CapacityError):
-        return CapacityError(message, retry_after_s=error.retry_after_s)
+        return CapacityError(message, retry_after_s=error.retry_after_s, param=error.param)
     return type(error)(message)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 import orjson
 from pydantic import BaseModel
 
-from pagemill.base.errors import ConfigError, PagemillError, RequestError
+from pagemill.base.errors import CapacityError, ConfigError, RequestError
 from pagemill.base.params import MAX_LOGPROBS, CacheOptions, Grammar, GrammarKind, Retain, SamplingParams
 from pagemill.base.units import parse_seconds
 from pagemill.server.errors import FieldError, about, named
@@ -48,6 +48,8 @@ _OF_TYPE: Final = {
 }
 _BREAKPOINT: Final = {"mode": "explicit"}
 RETENTION_S: Final = {"in_memory": None, "in-memory": None, "24h": 86_400.0}
+# Parameters that requests call otherwise than Python does; prompts and forms have several names.
+_FIELDS: Final = {"retain": "cache", "salt": "cache_salt"}
 KEPT, LEAVES_FIRST = 80, 0  # priorities
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}", re.ASCII)
@@ -197,19 +199,16 @@ def grammar_of(body: GenerationBody) -> Grammar | None:
 def fault_of(error: Exception, body: GenerationBody) -> Exception:
     """An error of the engine as that of the field that it is about, where the engine calls it otherwise. A form that
     nothing can fit, and that is found out while the answer is made, is a wrong value as well."""
-    message = str(error)
-    if not isinstance(error, PagemillError):
+    if not isinstance(error, RequestError | CapacityError):
         return error
-    if message.startswith("the prompt"):
+    if error.param == "prompt":
         return named(error, "messages" if isinstance(body, ChatBody) else "prompt")
-    if message.startswith("a retained range"):
-        return named(error, "cache")
-    if not message.startswith(("the json_schema", "the regex", "the grammar")):
-        return error
+    if error.param != "grammar":
+        return named(error, _FIELDS.get(error.param or "", error.param))
     forms = _forms_of(body)
     if forms:
-        return FieldError(message, param=forms[0][0])
-    return FieldError(_fault_of_tools(message, body), param="tools")  # a call is demanded, in a form that they give
+        return FieldError(str(error), param=forms[0][0])
+    return FieldError(_fault_of_tools(str(error), body), param="tools")  # a call is demanded, in a form that they give
 
 
 def _fault_of_tools(message: str, body: GenerationBody) -> str:

@@ -144,9 +144,13 @@ def _with_tools(body: ChatBody, params: SamplingParams) -> SamplingParams:
     if not functions:
         return params
     if params.grammar is not None:
-        raise FieldError("tool_choice demands a call and response_format another form; give one of them")
+        raise FieldError(
+            "tool_choice demands a call and response_format another form; give one of them", param="tool_choice"
+        )
     several = body.tool_choice == "required" and body.parallel_tool_calls is True
-    return replace(params, grammar=Grammar("lark", calls_grammar(functions, several=several)))
+    with about("tools"):
+        grammar = Grammar("lark", calls_grammar(functions, several=several))
+    return replace(params, grammar=grammar)
 
 
 @dataclass(slots=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
-
-from pagemill.server.schema import ChatBody, CompletionBody
 
 _TYPES: Final = {
     401: "authentication_error",
@@ -17,18 +14,12 @@ _TYPES: Final = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_FIELDS: Final = ChatBody.model_fields.keys() | CompletionBody.model_fields.keys()
-_TOO_LONG: Final = re.compile(r"the prompt has [\d,]+ (?:tokens|characters)\b", re.ASCII)
-_FIRST_WORD: Final = re.compile(r"([a-z_]+)[.: ]")
 
 
 def error_body(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error's body. param: the field that is wrong; where none is given, the one that the message begins with. code:
-    a word for programs; a prompt that is too long has OpenAI's."""
-    if code is None and status in (400, 413) and _TOO_LONG.match(message):
-        code = "context_length_exceeded"
+    """An error's body. param: the field that is wrong. code: a word for programs."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param or _field_of(message, status), "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def described_errors() -> dict[int | str, dict[str, Any]]:
@@ -42,9 +33,3 @@ def described_errors() -> dict[int | str, dict[str, Any]]:
     schema = {"type": "object", "properties": {"error": error}, "required": ["error"]}
     described = {"description": "An error in OpenAI's shape", "content": {"application/json": {"schema": schema}}}
     return {"4XX": described, "5XX": described}
-
-
-def _field_of(message: str, status: int) -> str | None:
-    """Messages about a field begin with its name: "temperature is -3; give …", "n: 3 prompts …"."""
-    match = _FIRST_WORD.match(message) if status in (400, 413) else None
-    return match[1] if match is not None and match[1] in _FIELDS else None

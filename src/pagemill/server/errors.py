@@ -22,13 +22,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pagemill.base.errors import CapacityError, ModelError, PagemillError, RequestError
+from pagemill.base.errors import CapacityError, LengthError, ModelError, PagemillError, RequestError
 from pagemill.server.error_shape import error_body
 from pagemill.server.schema import CacheRequest, PromptCacheOptions, ResponseFormat, RetainRange, StructuredOutputs
 
 _LOG: Final = logging.getLogger(__name__)
 MEMORY_RETRY_S: Final = 1.0
 IN_LOG: Final = "internal error; the server's log has it"  # said where the failure was logged, as by the engine
+TOO_LONG: Final = "context_length_exceeded"  # OpenAI's code of a prompt that is too long
 _UNIONS: Final = {
     "prompt": "a text, token ids, or a list of either",
     "stop": "a text or a list of texts",
@@ -85,20 +86,20 @@ class UnavailableError(PagemillError):
 
 
 class FieldError(RequestError):
-    """A field has a wrong value; `param` names it."""
+    """A field has a wrong value; `param` names it as the request does. `code`: a word for programs."""
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message, status=status)
-        self.param = param
+        super().__init__(message, status=status, param=param)
         self.code = code
 
 
 def named(error: PagemillError, param: str | None) -> PagemillError:
-    """The error as one of this field, where it is a refusal (400) of a request and names no field itself."""
+    """The error as one of this field, where it is a refusal (400) of a request and names no field of one itself: what
+    it calls a parameter in Python is not what the request does."""
     is_refusal = isinstance(error, RequestError | CapacityError) and status_of(error) == 400
-    if param is None or not is_refusal or getattr(error, "param", None) is not None:
+    if param is None or not is_refusal or (isinstance(error, FieldError) and error.param is not None):
         return error
-    return FieldError(str(error), param=param)
+    return FieldError(str(error), param=param, code=code_of(error))
 
 
 @contextmanager
@@ -122,13 +123,21 @@ def status_of(error: BaseException) -> int:
     return 400 if isinstance(error, ModelError) else 500
 
 
+def code_of(error: BaseException) -> str | None:
+    """What programs know an error by; a prompt that is too long has OpenAI's word."""
+    if isinstance(error, LengthError):
+        return TOO_LONG
+    code: str | None = getattr(error, "code", None)
+    return code
+
+
 def body_of(error: BaseException) -> dict[str, Any]:
     """The error in OpenAI's shape. What is not ours to tell is not told."""
     told = isinstance(error, PagemillError)
     message = str(error) if told else IN_LOG
     if isinstance(error, MemoryError):
         message = "the server is out of memory; try again soon"
-    return error_body(message, status_of(error), getattr(error, "code", None), getattr(error, "param", None))
+    return error_body(message, status_of(error), code_of(error), getattr(error, "param", None))
 
 
 def error_response(error: BaseException) -> Response:

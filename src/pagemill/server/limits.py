@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from pagemill.base.errors import ConfigError, RequestError
-from pagemill.server.errors import FieldError
+from pagemill.server.errors import TOO_LONG, FieldError
 
 _CHARS_PER_TOKEN: Final = 16
 _MAX_DIGITS: Final = 4300  # of a number, as Python has it
@@ -122,7 +122,7 @@ def check_request(body: Mapping[str, Any], limits: Limits) -> None:
     _check_format(body, limits)
     _check_tools(body, limits)
     if body.get("chat_template") is not None:
-        raise RequestError("chat_template: a request may not bring a template; the operator gives one at the start")
+        raise _refused("chat_template", "a request may not bring a template; the operator gives one at the start")
     for name in ("chat_template_kwargs", "metadata", "cache", "prompt_cache_options", "vllm_xargs", "extra_body"):
         size = _size(body.get(name), limits.max_extra_bytes)
         _most(name, size, limits.max_extra_bytes, "bytes")
@@ -153,21 +153,23 @@ def _check_texts(body: Mapping[str, Any], limits: Limits) -> None:
     num_chars += len(suffix) if isinstance(suffix, str) else 0
     n = _number(body.get("n"))
     if n is not None and len(prompts) * n > limits.max_choices:
-        raise RequestError(
-            f"n: {len(prompts):,} prompts with {n:.15g} choices each; give at most {limits.max_choices:,} in all "
-            "(max_choices)"
-        )
+        told = f"{len(prompts):,} prompts with {n:.15g} choices each"
+        raise _refused("n", f"{told}; give at most {limits.max_choices:,} in all (max_choices)")
     _most("n", len(prompts), limits.max_choices, "choices of all prompts together")
     many = max(1, len(prompts))
     if num_chars > limits.max_prompt_chars * many:
         raise FieldError(
             f"the prompt has {num_chars:,} characters, more than any {limits.max_prompt_chars * many:,} that fit the "
-            "model; shorten it", param="messages" if isinstance(messages, list) else "prompt", status=413,
-        )  # fmt: skip
+            "model; shorten it",
+            param="messages" if isinstance(messages, list) else "prompt",
+            status=413,
+            code=TOO_LONG,
+        )
     if longest > limits.max_prompt_tokens:
         raise FieldError(
             f"the prompt has {longest:,} tokens and at the most {limits.max_prompt_tokens:,} fit the model; shorten it",
             param="prompt",
+            code=TOO_LONG,
         )
 
 
@@ -185,7 +187,7 @@ def _check_numbers(body: Mapping[str, Any], limits: Limits) -> None:
         value, most = _number(body.get(name)), getattr(limits, limit)
         if value is not None and value > most:
             told = f"{value:.15g}" if value < 10**15 else "huge"
-            raise RequestError(f"{name} is {told}; give at most {most:,} ({limit})")
+            raise FieldError(f"{name} is {told}; give at most {most:,} ({limit})", param=name)
     stop = body.get("stop")
     stops = stop if isinstance(stop, list) else [stop]
     _most("stop", len(stops), limits.max_stops, "strings")
@@ -242,14 +244,15 @@ def check_schema(schema: object, limits: Limits, name: str = "schema") -> None:
         level = [each for each in below if isinstance(each, Mapping | list)]
         if not level:
             return
-    raise RequestError(f"{name} is nested more than {limits.max_schema_depth} deep; make it flatter")
+    said = f"{name} is nested more than {limits.max_schema_depth} deep; make it flatter"
+    raise FieldError(said, param=_first_of(name))
 
 
 def _check_counts(schema: Mapping[str, Any], limits: Limits, name: str) -> None:
     for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"):
         value = schema.get(key)
         if isinstance(value, int | float) and value > limits.max_repeat:
-            raise RequestError(f"{name}: {key} is above {limits.max_repeat:,}; give less, or leave it out")
+            raise _refused(name, f"{key} is above {limits.max_repeat:,}; give less, or leave it out")
     pattern, named = schema.get("pattern"), schema.get("patternProperties")
     if isinstance(pattern, str):
         check_regex(pattern, limits, f"{name}: pattern")
@@ -278,9 +281,10 @@ def check_regex(pattern: str, limits: Limits, name: str = "regex") -> None:
             atom = 1
             groups[-1] += 1
         if sum(groups) > limits.max_regex_size:
-            raise RequestError(
-                f"{name}: with its repetitions {{m,n}} written out it has more than {limits.max_regex_size:,} "
-                "characters; count less, or use * and +"
+            raise _refused(
+                name,
+                f"with its repetitions {{m,n}} written out it has more than {limits.max_regex_size:,} characters; "
+                "count less, or use * and +",
             )
 
 
@@ -314,9 +318,18 @@ def _number(value: object) -> float | None:
         return math.inf
 
 
+def _refused(place: str, said: str) -> FieldError:
+    """What is wrong in a place of the body: a field, or within one, as tools.0 or guided_json: pattern."""
+    return FieldError(f"{place}: {said}", param=_first_of(place))
+
+
+def _first_of(place: str) -> str:
+    return place.partition(":")[0].partition(".")[0]
+
+
 def _most(name: str, count: int, most: int, what: str) -> None:
     if count > most:
-        raise RequestError(f"{name}: {count:,} {what}; give at most {most:,}")
+        raise _refused(name, f"{count:,} {what}; give at most {most:,}")
 
 
 def _size(value: object, most: int) -> int:

@@ -18,7 +18,7 @@ import orjson
 from pagemill.base.errors import RequestError
 from pagemill.server.access_door import App, Message, Receive, Scope, Send, send_json
 from pagemill.server.error_shape import error_body
-from pagemill.server.errors import error_response
+from pagemill.server.errors import body_of, error_response
 from pagemill.server.limits import Limits, check_commas, check_request, check_shape
 from pagemill.telemetry.metrics import Metrics
 
@@ -39,11 +39,11 @@ class _GoneError(Exception):
 
 
 class _RefusedError(Exception):
-    """Head or body are not taken. reason: as the metrics have it. param: the field that is wrong, where one is."""
+    """Head or body are not taken. reason: as the metrics have it. fault: the error that says so, where one does."""
 
-    def __init__(self, status: int, message: str, reason: str, param: str | None = None) -> None:
+    def __init__(self, status: int, message: str, reason: str, fault: RequestError | None = None) -> None:
         super().__init__(message)
-        self.status, self.reason, self.param = status, reason, param
+        self.status, self.reason, self.fault = status, reason, fault
 
 
 class BodyLimits:
@@ -93,14 +93,14 @@ class BodyLimits:
         try:
             parsed = _parsed(body, limits)
         except RequestError as error:
-            raise _RefusedError(error.status, str(error), "limit", getattr(error, "param", None)) from None
+            raise _RefusedError(error.status, str(error), "limit", error) from None
         if parsed is not None:
             scope.setdefault("state", {})["json"] = parsed
         return _replay(body, receive)
 
     async def _refuse(self, send: Send, refused: _RefusedError) -> None:
         self._metrics["pagemill:http_refused"].add(1, refused.reason)
-        body = error_body(str(refused), refused.status, param=refused.param)
+        body = error_body(str(refused), refused.status) if refused.fault is None else body_of(refused.fault)
         await send_json(send, refused.status, body, [(b"connection", b"close")])
 
 
