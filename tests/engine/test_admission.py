@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -80,6 +81,39 @@ def test_no_max_tokens_means_up_to_the_end_of_a_small_cache() -> None:
     request = admit([1] * 10, SamplingParams(max_tokens=None), num_blocks=5)
     assert request.max_tokens == 11
     assert request.longest == 20
+
+
+def test_max_tokens_beyond_the_whole_cache_are_refused_with_the_most_that_fit() -> None:
+    told = (
+        r"max_tokens is 12 and the prompt has 10 tokens.* \(5 blocks of 4 tokens, 20 tokens\) has room for 11; give "
+        r"max_tokens of 11 at the most or raise kv_cache_memory_bytes"
+    )
+    with pytest.raises(CapacityError, match=told) as caught:
+        admit([1] * 10, SamplingParams(max_tokens=12), num_blocks=5)
+    assert (caught.value.param, caught.value.retry_after_s) == ("max_tokens", None)
+    with pytest.raises(CapacityError, match="max_tokens is 1,000"):
+        admit([1] * 10, SamplingParams(max_tokens=1000), num_blocks=5)
+    assert admit([1] * 10, SamplingParams(max_tokens=11), num_blocks=5).longest == 20
+    assert admit([1] * 20, SamplingParams(max_tokens=1), num_blocks=5).longest == 20
+
+
+def test_the_default_max_tokens_is_cut_where_the_same_number_asked_for_is_refused() -> None:
+    assert admit([1] * 10, SamplingParams(), num_blocks=5).max_tokens == 11
+    assert admit([1] * 10, replace(SamplingParams(), temperature=0.0), num_blocks=5).max_tokens == 11
+    assert admit([1] * 4, SamplingParams(), num_blocks=5).max_tokens == 16
+    with pytest.raises(CapacityError, match="max_tokens is 16"):
+        admit([1] * 10, SamplingParams(max_tokens=16), num_blocks=5)
+    assert SamplingParams() == SamplingParams(max_tokens=16)
+
+
+def test_a_tenants_cap_still_cuts_what_the_cache_could_not_hold() -> None:
+    cache = CacheManager(8, 4, sharing=SharingConfig())
+    cache.grant("small", cap_tokens=20)
+    admission = Admission(LIMITS, cache)
+    params = SamplingParams(max_tokens=1000)
+    assert admission.admit("r", [1] * 10, params, 99, 0.0, CacheOptions("small")).max_tokens == 11
+    with pytest.raises(CapacityError, match="max_tokens of 23 at the most"):
+        admission.admit("r", [1] * 10, params, 99, 0.0, CacheOptions("other"))
 
 
 def test_no_max_tokens_means_up_to_the_end_of_a_tenants_part() -> None:

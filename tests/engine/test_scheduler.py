@@ -157,9 +157,10 @@ def test_earliest_is_never_preempted() -> None:
     assert rig.engine.stats().num_preemptions > 0
 
 
-def test_sequence_that_outgrows_the_whole_cache_fails_alone_and_cleanly() -> None:
-    rig = Rig(num_blocks=4, max_num_batched_tokens=64)
+def test_sequence_that_outgrows_a_cache_made_smaller_fails_alone_and_cleanly() -> None:
+    rig = Rig(num_blocks=11, max_num_batched_tokens=64)
     rig.add("grows", prompt(4), max_tokens=40)
+    rig.engine.resize_cache(4)
     rig.add("small", prompt(4, 77), max_tokens=6)
     answers = rig.run()
     assert answers["grows", 0].finish_reason == "error"
@@ -172,8 +173,9 @@ def test_sequence_that_outgrows_the_whole_cache_fails_alone_and_cleanly() -> Non
 
 
 def test_sequence_that_outgrows_the_cache_alone_fails_at_once_and_is_not_sent_back() -> None:
-    rig = Rig(num_blocks=4)
+    rig = Rig(num_blocks=11)
     rig.add("a", prompt(4), max_tokens=40)
+    rig.engine.resize_cache(4)
     for _ in range(13):
         rig.step()
     assert [delta.finish_reason for delta in rig.step()] == ["error"]
@@ -233,12 +235,14 @@ def test_mode_none_with_few_scratch_blocks_takes_turns() -> None:
         assert rig.tokens(f"r{index}") == answer(prompt(8, index), 5, 256)
 
 
-def test_mode_none_fails_what_outgrows_the_scratch_blocks() -> None:
+def test_mode_none_refuses_what_would_outgrow_the_scratch_blocks() -> None:
     rig = Rig(mode="none", num_blocks=4, max_num_batched_tokens=64)
-    rig.add("grows", prompt(12), max_tokens=40)
+    with pytest.raises(CapacityError, match="max_tokens of 5 at the most"):
+        rig.add("grows", prompt(12), max_tokens=6)
+    rig.add("fits", prompt(12), max_tokens=5)
     rig.add("small", prompt(3), max_tokens=4)
     answers = rig.run()
-    assert isinstance(answers["grows", 0].deltas[-1].error, CapacityError)
+    assert answers["fits", 0].finish_reason == "length"
     assert answers["small", 0].finish_reason == "length"
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pagemill.base.errors import CapacityError, ConfigError, RequestError
 from pagemill.base.params import CacheOptions, Retain, SamplingParams
@@ -254,7 +254,13 @@ class Simulation:
         ask = Ask(prompt, params, options, cap and cap * rig.cache.block_size)
         try:
             rig.engine.add_request(name, prompt, params, cache=ask.options)
-        except (RequestError, CapacityError):
+        except CapacityError as error:
+            if error.param != "max_tokens":
+                return
+            most = rig.cache.num_blocks * rig.cache.block_size + 1 - len(prompt)  # as the message says
+            ask = replace(ask, params=replace(params, max_tokens=most))
+            rig.engine.add_request(name, prompt, ask.params, cache=ask.options)
+        except RequestError:
             return
         self.asked[name] = ask
         self._texts.append((*prompt, *ask.expected(0, rig.engine.limits.max_model_len)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pagemill.base.errors import RequestError
 
@@ -15,6 +15,15 @@ MAX_CHOICES = 128
 MOST_PRIORITY = 100
 MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_BYTES = 2**18
+
+
+class Unsaid(int):
+    """A number that stands where the caller gave none: it gives way where one of the caller's own is refused."""
+
+    __slots__ = ()
+
+
+DEFAULT_MAX_TOKENS: Final = Unsaid(16)
 
 
 def _check(param: str, condition: bool, message: str) -> None:
@@ -98,8 +107,8 @@ class SamplingParams:
     top_k: keep the k most likely tokens (0 or -1: all).  top_p: keep the smallest set of tokens whose probability
     reaches p (0 < p ≤ 1).  min_p: drop tokens less likely than min_p × the most likely one (0 ≤ min_p ≤ 1).
     seed: random numbers are keyed by (seed, choice index, position); None takes one from the engine's seed.
-    n: number of choices.  max_tokens: tokens generated at the most, cut at the context's end and at the tenant's cap
-    (None: up to there).
+    n: number of choices.  max_tokens: tokens generated at the most, cut at the context's end and at the tenant's cap;
+    one that the KV cache cannot hold behind the prompt is refused (None: as many as fit; unset: 16, or as many as fit).
     min_tokens: no stop of any kind before so many tokens.  stop: strings that end the text and are cut from it.
     stop_token_ids: ids that end it, beside the model's own end-of-text ids unless ignore_eos.
     logprobs: k ≤ 20 most likely tokens reported per position beside the sampled one (None: nothing reported).
@@ -123,7 +132,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     n: int = 1
-    max_tokens: int | None = 16
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
     min_tokens: int = 0
     stop: tuple[str, ...] = field(default=())
     stop_token_ids: tuple[int, ...] = field(default=())
@@ -187,6 +196,8 @@ class SamplingParams:
             object.__setattr__(self, "deadline_s", _number("deadline_s", self.deadline_s))
         for name in ("top_k", "n", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs", "priority"):
             value = getattr(self, name)
+            if isinstance(value, Unsaid):
+                continue
             if value is not None or name in ("top_k", "n", "min_tokens", "priority"):
                 object.__setattr__(self, name, _whole(name, value))
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):

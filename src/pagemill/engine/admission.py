@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagemill.base.errors import CapacityError, ConfigError, LengthError, RequestError
-from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams
+from pagemill.base.params import DEFAULT_CACHE_OPTIONS, CacheOptions, SamplingParams, Unsaid
 from pagemill.cache.manager import CacheManager
 from pagemill.engine.request import Request
 
@@ -77,7 +77,7 @@ class Admission:
 
         Raises RequestError (status 400) for an empty or too long prompt, any ids outside the vocabulary and retained
         ranges outside the prompt, (403) for a namespace that is not to be had, and CapacityError where the whole cache,
-        or the tenant's part, is too small for it.
+        or the tenant's part, is too small for the prompt, or the cache for prompt and answer.
         """
         tokens = self._check_prompt(prompt)
         self._check_ids(params)
@@ -137,7 +137,7 @@ class Admission:
 
     def _check_cache(self, num_prompt_tokens: int) -> None:
         cache, longest = self._cache, self.limits.max_model_len
-        size = f"{cache.num_blocks:,} blocks of {cache.block_size} tokens"
+        size = self._size()
         if cache.mode == "contiguous" and cache.blocks_for(longest) > cache.num_blocks:
             raise CapacityError(
                 f"kv_cache contiguous reserves {cache.blocks_for(longest):,} blocks for max_model_len ({longest:,} "
@@ -166,15 +166,27 @@ class Admission:
             raise error
 
     def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams, options: CacheOptions) -> int:
-        """As asked, cut at the context's end and at the tenant's cap. Without a wish also at the end of the cache. The
-        last position of a cap or a cache may be followed by one more token that is never computed."""
+        """As asked, cut at the context's end and at the tenant's cap; without a wish also at the end of the cache, of
+        which a wish may ask no more. The last position of a cap or a cache may be followed by one more token that is
+        never computed. Raises CapacityError where that is not enough for what is asked."""
+        cache, asked = self._cache, params.max_tokens
         room = self.limits.max_model_len - num_prompt_tokens
-        most = None if self._cache.shared is None else self._cache.shared.account_of(options).cap
-        if params.max_tokens is not None:
-            room = min(params.max_tokens, room)
-        else:
-            most = self._cache.num_blocks if most is None else min(self._cache.num_blocks, most)
-        return room if most is None else min(room, most * self._cache.block_size + 1 - num_prompt_tokens)
+        cap = None if cache.shared is None else cache.shared.account_of(options).cap
+        if cap is not None:
+            room = min(room, cap * cache.block_size + 1 - num_prompt_tokens)
+        room = room if asked is None else min(asked, room)
+        most = cache.num_blocks * cache.block_size + 1 - num_prompt_tokens
+        if room > most and asked is not None and not isinstance(asked, Unsaid):
+            raise CapacityError(
+                f"max_tokens is {asked:,} and the prompt has {num_prompt_tokens:,} tokens, behind which the whole KV "
+                f"cache ({self._size()}, {cache.num_blocks * cache.block_size:,} tokens) has room for {most:,}; give "
+                f"max_tokens of {most:,} at the most or raise kv_cache_memory_bytes",
+                param="max_tokens",
+            )
+        return min(room, most)
+
+    def _size(self) -> str:
+        return f"{self._cache.num_blocks:,} blocks of {self._cache.block_size} tokens"
 
     def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
         own = () if params.ignore_eos else self.limits.eos_token_ids

@@ -21,7 +21,15 @@ import orjson
 from pydantic import BaseModel
 
 from pagemill.base.errors import CapacityError, ConfigError, RequestError
-from pagemill.base.params import MAX_LOGPROBS, CacheOptions, Grammar, GrammarKind, Retain, SamplingParams
+from pagemill.base.params import (
+    DEFAULT_MAX_TOKENS,
+    MAX_LOGPROBS,
+    CacheOptions,
+    Grammar,
+    GrammarKind,
+    Retain,
+    SamplingParams,
+)
 from pagemill.base.units import parse_seconds
 from pagemill.server.errors import FieldError, about, named
 from pagemill.server.schema import (
@@ -136,7 +144,7 @@ def completion_sampling(body: CompletionBody, priority: int) -> SamplingParams:
         raise FieldError("best_of is not supported beyond n; leave it out", param="best_of")
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         body = body.model_copy(update={"prompt_logprobs": body.logprobs})
-    max_tokens = body.max_tokens
+    max_tokens = body.max_tokens if "max_tokens" in body.model_fields_set else DEFAULT_MAX_TOKENS
     if body.echo and max_tokens == 0:  # a token is generated all the same, and left out of the answer
         max_tokens = 1
     return sampling_of(body, max_tokens=max_tokens, logprobs=body.logprobs, priority=priority)
@@ -203,6 +211,8 @@ def fault_of(error: Exception, body: GenerationBody) -> Exception:
         return error
     if error.param == "prompt":
         return named(error, "messages" if isinstance(body, ChatBody) else "prompt")
+    if error.param == "max_tokens" and isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        return FieldError(str(error).replace(error.param, "max_completion_tokens"), param="max_completion_tokens")
     if error.param != "grammar":
         return named(error, _FIELDS.get(error.param or "", error.param))
     forms = _forms_of(body)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError, PydanticUseDefault
 
+from pagemill.base.params import DEFAULT_MAX_TOKENS
+
 MAX_ITEMS = 4096
 
 
@@ -185,7 +187,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: str | TokenIds | list[TokenIds] | list[str]
-    max_tokens: Whole | None = 16
+    max_tokens: Whole | None = int(DEFAULT_MAX_TOKENS)
     logprobs: Whole | None = None
     echo: Flag = False
     best_of: Whole | None = None
