@@ -120,9 +120,11 @@ void Runner::reserve(int rows, int logits, int partials) {
 }
 
 void Runner::reserve_norms() {
-    const Phase& head = model_.phases.back();
-    if (!norms_.empty() || head.kind != PhaseKind::head || head.matrices.size() != 1) return;
-    norms_.assign(size_t(model_.matrices[size_t(head.matrices[0])].panels()) * (kPanel + 1), -1.0f);
+    if (model_.phases.empty() || model_.phases.back().kind != PhaseKind::head || model_.phases.back().matrices.size() != 1) return;
+    const Matrix& head = model_.matrices[size_t(model_.phases.back().matrices[0])];
+    if (norms_of_ == head.data) return;
+    norms_.assign(size_t(head.panels()) * (kPanel + 1), -1.0f);
+    norms_of_ = head.data;
     scratch_.norms = norms_.data();
 }
 
@@ -159,6 +161,8 @@ void Runner::run(const Step& step) {
     }
     reserve(step.rows, step.num_logits, partials);
     if (step.best_only) reserve_norms();
+    ranked_panels_ = -1;
+    ctx.ranked_panels = &ranked_panels_;
     used_rows_ = std::max(used_rows_, std::max(step.rows, step.num_logits));
     std::unique_ptr<std::atomic<int>[]> claims(new std::atomic<int>[model_.phases.size()]());
     ctx.model = &model_;
@@ -188,6 +192,7 @@ void Runner::run(const Step& step) {
         rest.claims = ctx.claims;
         rest.shares = ctx.shares;
         rest.barrier = ctx.barrier;
+        rest.ranked_panels = ctx.ranked_panels;
         rest.threads = ctx.threads;
         rest.by_rows = kept.rows >= 32 * rest.threads;
         ctx.rest = &rest;

@@ -174,6 +174,7 @@ struct StepContext {
     std::atomic<int>* claims = nullptr;  // one counter per phase
     PanelShare* shares = nullptr;  // [phases][kMostMatrices][threads]; null with one thread
     Barrier* barrier = nullptr;
+    int64_t* ranked_panels = nullptr;  // see Runner
     int threads = 1;
     bool by_rows = false;  // each thread keeps its rows through all products
     // What comes after the last attention, for the rows whose logits are wanted; null where that is every row.

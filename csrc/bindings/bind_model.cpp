@@ -224,6 +224,7 @@ void bind_model(nb::module_& m) {
         .def_prop_ro("prefaulted_bytes", &NativeModel::prefaulted_bytes)
         .def("wipe_activations", &NativeModel::wipe_activations)
         .def_prop_ro("shared_splits", &NativeModel::shared_splits)
+        .def_prop_ro("ranked_panels", &NativeModel::ranked_panels)
         .def(
             "add_phase",
             [](NativeModel& model, int kind, std::vector<int> matrices, int norm, nb::object norm_weight, nb::object norm_bias, float norm_eps, int layer,

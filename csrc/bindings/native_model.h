@@ -26,6 +26,7 @@ public:
     const char* target() const { return kernels_.name; }
     int threads() const { return runner_->threads(); }
     int64_t shared_splits() const { return runner_->shared_splits(); }
+    int64_t ranked_panels() const { return runner_->ranked_panels(); }
     int vocab() const { return model_.vocab; }
     bool wait_prefaulted(double seconds) { return prefault_.wait(seconds); }
     size_t prefaulted_bytes() { return prefault_.done(); }

@@ -2,15 +2,16 @@
 //
 // A row of activations is x = 256 * high + low in each group of 32, with one scale (prepare-inl.h). Its high bytes alone make
 // a coarse logit, which differs from the exact one by the product of the low part with the column: at most |low| * |column|
-// (Cauchy and Schwarz), and rounding, which `kslack` * |x| * |column| covers. So coarse + reach * |column| is above the exact
+// (Cauchy and Schwarz), and rounding, which slack * |x| * |column| covers. So coarse + reach * |column| is above the exact
 // logit, where reach = |low| + slack * |x|. A panel is ruled out when that is, for all of its columns, below what some column
 // reaches at least. The others are multiplied exactly, by the same tile as without all this, so that the largest logit is
-// the same one with the same bits, the first of equals.
+// the same one with the same bits, the first of equals. Where many are left, all logits are computed as ever.
 #pragma once
 
 namespace pagemill {
 namespace PAGEMILL_TARGET {
 
+constexpr int kMostLeft = 16;  // one panel of so many may be left: alone with a row each takes several times as long
 constexpr float kInfinite = std::numeric_limits<float>::infinity();
 
 // |column| of a panel's columns, at least, to norms [32]; the largest of them.
@@ -43,9 +44,9 @@ static float measure_columns(const Matrix& w, int panel, float* norms) {
 
 // Whether a head is one that ranks: weights without minima, whose logits are sums and a factor.
 static bool can_rank(const Model& model, const Phase& p, const Scratch& s) {
-    if (p.matrices.size() != 1 || p.softcap > 0.0f || !(p.scale > 0.0f && p.scale < kInfinite)) return false;
+    if (&p != &model.phases.back() || p.matrices.size() != 1 || p.softcap > 0.0f || !(p.scale > 0.0f && p.scale < kInfinite)) return false;
     const Matrix& w = model.matrices[size_t(p.matrices[0])];
-    return (w.format == Format::q4_0 || w.format == Format::q8_0) && !w.bias && s.norms && w.panels() <= s.wide_ld && 2 * s.act.groups() < s.attn_ld;
+    return (w.format == Format::q4_0 || w.format == Format::q8_0) && !w.bias && s.norms && w.panels() >= 4 * kMostLeft && w.panels() <= s.wide_ld && 2 * s.act.groups() + 1 < s.attn_ld;
 }
 
 // What ranking adds to a step's scratch memory, in memory that the head leaves idle: rows of `attn` and `wide`.
@@ -53,7 +54,8 @@ struct Ranking {
     const Phase* phase;
     const Matrix* w;
     Activations fine, coarse;
-    float* reach;  // [rows]
+    float* reach;  // [rows]; infinite where nothing may be ruled out
+    float* least;  // [rows] the largest logit is not below
     float* tops;   // [rows][panels] what no logit of the panel exceeds
     float* norms;  // [panels][32] of columns; below zero where they are not known yet
     float* most;   // [panels] the largest of them
@@ -65,6 +67,7 @@ struct Ranking {
         coarse.scale = s.attn;
         coarse.sum = reinterpret_cast<int32_t*>(s.attn + groups);
         reach = s.attn + 2 * groups;
+        least = reach + rows;
     }
 
     // A prepared row's coarse form.
@@ -89,7 +92,8 @@ struct Ranking {
         // |x| ≤ |256 high| + |low|. Roundings of both products: two a group each, and one each for the factor and for the bound.
         const float slack = float(4 * groups + 16) * 0x1p-24f;
         const float x = std::sqrt(all) + std::sqrt(low);
-        reach[row] = (std::sqrt(low) + slack * x) * 1.001f * phase->scale;
+        // Lengths of 1e-9 and below could have squares, or logits, that floats do not hold with all their bits.
+        reach[row] = all > 0x1p-60f ? (std::sqrt(low) + slack * x) * 1.001f * phase->scale : kInfinite;
     }
 };
 
@@ -108,6 +112,16 @@ struct TopOfPanel {
     }
 };
 
+// Logits of one row and panel, as `StoreColumns` would make them.
+struct PanelLogits {
+    float* y;  // [32]
+    float scale;
+    inline __attribute__((always_inline)) void operator()(int, int, F first, F second) const {
+        fstore(y, scale != 1.0f ? fmul(first, fset(scale)) : first);
+        fstore(y + 16, scale != 1.0f ? fmul(second, fset(scale)) : second);
+    }
+};
+
 // Panels whose columns are measured.
 template <Format FMT, class Panels> struct MeasuredPanels {
     Panels panels;
@@ -120,31 +134,48 @@ template <Format FMT, class Panels> struct MeasuredPanels {
     }
 };
 
-// The largest of a row's logits, or its first NaN, from `tops`; logits of the panels that may hold it are written. Where the row's
-// reach is not finite, `least` stays at -inf and no panel is below it.
-template <Format FMT>
-static int rank_row(const Ranking& ranking, int row, float* logits, int ld) {
-    const Matrix& w = *ranking.w;
-    const int panels = w.panels();
+// Whether a panel of a row is left.
+PM_INLINE bool is_left(const Ranking& ranking, const float* tops, float least, int panel) {
+    return !(tops[panel] < least && ranking.most[panel] < kInfinite);
+}
+
+// How many panels of a row are left; nothing is ruled out where `least` stays at -inf, as where the row's reach is not finite.
+static int count_left(const Ranking& ranking, int row) {
+    const int panels = ranking.w->panels();
     const float reach = ranking.reach[row];
     const float* tops = ranking.tops + size_t(row) * size_t(panels);
-    float least = -kInfinite;  // the largest logit is not below
+    float least = -kInfinite;
     for (int p = 0; p < panels; p++) {
         const float at_least = tops[p] - 2.0f * reach * ranking.most[p];
         least = at_least > least ? at_least : least;
     }
-    const Output out{logits, ld, false, ranking.phase->scale};
-    const float* y = logits + size_t(row) * size_t(ld);
-    int best = -1;
+    if (!(least < kInfinite)) least = -kInfinite;
+    ranking.least[row] = least;
+    int count = 0;
+    for (int p = 0; p < panels; p++) count += is_left(ranking, tops, least, p);
+    return count;
+}
+
+// The largest of a row's logits, or its first NaN, to best and value, from the panels that are left.
+template <Format FMT>
+static void rank_row(const Ranking& ranking, int row, int32_t& best, float& value) {
+    const Matrix& w = *ranking.w;
+    const int panels = w.panels();
+    const float* tops = ranking.tops + size_t(row) * size_t(panels);
+    best = -1;
     for (int p = 0; p < panels; p++) {
-        if (tops[p] < least && ranking.most[p] < kInfinite) continue;
+        if (!is_left(ranking, tops, ranking.least[row], p)) continue;
+        alignas(64) float y[kPanel];
+        const PanelLogits finish{y, ranking.phase->scale};
         Fetch<kIntoSecond> none(w, -1, 1);
-        quant_tile<FMT, 1, 2>(ranking.fine, row, w, p, none, StoreColumns{&out, &w});
-        const int found = first_peak(y, p * kPanel, std::min(w.n, (p + 1) * kPanel));
-        if (best < 0 || y[found] > y[best] || y[found] != y[found]) best = found;
-        if (y[best] != y[best]) break;
+        quant_tile<FMT, 1, 2>(ranking.fine, row, w, p, none, finish);
+        const int found = first_peak(y, 0, std::min(kPanel, w.n - p * kPanel));
+        if (best < 0 || y[found] > value || y[found] != y[found]) {
+            best = p * kPanel + found;
+            value = y[found];
+        }
+        if (value != value) break;
     }
-    return best;
 }
 
 }  // namespace PAGEMILL_TARGET

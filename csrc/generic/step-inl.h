@@ -63,8 +63,10 @@ static Stretch first_panel_behind(const Worker& w, size_t index, size_t nth) {
     return {};
 }
 
-// All matrices of phase `index` side by side into y [rows][ld]: a thread's own rows, or panels as they are claimed.
-static void run_products(Worker& w, const Activations& act, size_t index, int rows, float* y, int ld, bool accumulate, float scale, bool by_rows) {
+// All matrices of phase `index` side by side into y [rows][ld]: a thread's own rows, or panels as they are claimed. claimed:
+// they were all claimed before, for something else.
+static void run_products(Worker& w, const Activations& act, size_t index, int rows, float* y, int ld, bool accumulate, float scale, bool by_rows,
+                         bool claimed = false) {
     const Model& model = *w.ctx->model;
     const int threads = w.ctx->threads;
     int column = 0, nth = 0;
@@ -72,7 +74,7 @@ static void run_products(Worker& w, const Activations& act, size_t index, int ro
         const Matrix& matrix = model.matrices[size_t(m)];
         const Output out{y + column, ld, accumulate, scale, by_rows ? Stretch{} : first_panel_behind(w, index, size_t(nth))};
         if (by_rows) run_product(act, w.first_row(), w.last_row(), matrix, PanelRange{0, matrix.panels()}, w.panel(), out);
-        else if (w.ctx->shares && nth < kMostMatrices) {
+        else if (w.ctx->shares && nth < kMostMatrices && !claimed) {
             PanelShare* shares = w.ctx->shares + (index * kMostMatrices + size_t(nth)) * size_t(threads);
             run_product(act, 0, rows, matrix, PanelClaims{shares, matrix.panels(), threads, w.id}, w.panel(), out);
         } else run_product(act, 0, rows, matrix, PanelRange{w.begin_of(matrix.panels()), w.end_of(matrix.panels())}, w.panel(), out);
@@ -179,9 +181,10 @@ static void run_mlp_in(Worker& w, size_t index) {
     w.between_stages();
 }
 
-// Coarse logits of all panels, then the exact ones of those that may hold a row's largest.
+// Coarse logits of all panels, then the exact ones of those that may hold a row's largest. False where too many may: then
+// nothing is found.
 template <Format FMT>
-static void rank_logits(Worker& w, const Ranking& ranking, size_t index) {
+static bool rank_logits(Worker& w, const Ranking& ranking, size_t index) {
     const Step& step = *w.ctx->step;
     const int panels = ranking.w->panels(), threads = w.ctx->threads, rows = step.num_logits;
     const auto product = [&](auto claims) {
@@ -190,7 +193,24 @@ static void rank_logits(Worker& w, const Ranking& ranking, size_t index) {
     if (w.ctx->shares) product(PanelClaims{w.ctx->shares + index * kMostMatrices * size_t(threads), panels, threads, w.id});
     else product(PanelRange{w.begin_of(panels), w.end_of(panels)});
     w.barrier();
-    for (int i = w.begin_of(rows); i < w.end_of(rows); i++) step.best[i] = rank_row<FMT>(ranking, i, step.logits, w.ctx->model->vocab);
+    int32_t* left = w.ctx->scratch->peaks;
+    for (int i = w.begin_of(rows); i < w.end_of(rows); i++) left[i] = count_left(ranking, i);
+    w.barrier();
+    int64_t total = 0;
+    for (int i = 0; i < rows; i++) total += left[i];
+    if (total * kMostLeft > int64_t(rows) * panels) return false;
+    if (w.id == 0) *w.ctx->ranked_panels = total;
+    const auto claim = [&] { return w.ctx->claims[index].fetch_add(1, std::memory_order_relaxed); };
+    for (int i = claim(); i < rows; i = claim()) {
+        float value = 0.0f;
+        rank_row<FMT>(ranking, i, step.best[i], value);
+        step.logits[size_t(i) * size_t(w.ctx->model->vocab) + size_t(step.best[i])] = value;
+    }
+    return true;
+}
+
+static bool rank_any(Worker& w, const Ranking& ranking, size_t index) {
+    return ranking.w->format == Format::q4_0 ? rank_logits<Format::q4_0>(w, ranking, index) : rank_logits<Format::q8_0>(w, ranking, index);
 }
 
 static void cap_logits(Worker& w, const Phase& p) {
@@ -246,9 +266,8 @@ static void run_head(Worker& w, const Phase& p, size_t index) {
     }
     if (forms & kFormTiles && rows > 1) fill_tiles(act, w.begin_of(rows), w.end_of(rows), 0, model.hidden);
     w.barrier();
-    if (ranks && ranking.w->format == Format::q4_0) return rank_logits<Format::q4_0>(w, ranking, index);
-    if (ranks) return rank_logits<Format::q8_0>(w, ranking, index);
-    run_products(w, act, index, rows, step.logits, model.vocab, false, p.scale, false);
+    if (ranks && rank_any(w, ranking, index)) return;
+    run_products(w, act, index, rows, step.logits, model.vocab, false, p.scale, false, ranks);
     if (p.softcap > 0.0f) cap_logits(w, p);
     run_best(w);
 }

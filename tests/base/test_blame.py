@@ -58,3 +58,6 @@ def test_a_failure_carries_the_parameter_that_its_error_names() -> None:
     wrong = failure_of(3, RequestError("cannot go on", param="grammar"), log)
     assert (wrong.seq_id, wrong.reason, wrong.param) == (3, "cannot go on", "grammar")
     assert failure_of(3, RuntimeError("x"), log).param is None
+    stranger = RuntimeError("of a library")
+    stranger.param = "p"  # type: ignore[attr-defined]
+    assert failure_of(3, stranger, log).param is None

@@ -47,7 +47,8 @@ def _arguments(error: BaseException) -> Iterator[list[tuple[str, object]]]:
 
 def failure_of(seq_id: int, error: Exception, log: logging.Logger) -> SampleFailure:
     """The failure of a sequence for which the work failed, with the parameter that the error names."""
-    return SampleFailure(seq_id, reason_of(error, log), getattr(error, "param", None))
+    param = getattr(error, "param", None) if isinstance(error, PagemillError) else None
+    return SampleFailure(seq_id, reason_of(error, log), param)
 
 
 def reason_of(error: Exception, log: logging.Logger) -> str:

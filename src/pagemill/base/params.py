@@ -18,7 +18,10 @@ MAX_GRAMMAR_BYTES = 2**18
 
 
 class Unsaid(int):
-    """A number that stands where the caller gave none: it gives way where one of the caller's own is refused."""
+    """A number that stands where the caller gave none: it gives way where one of the caller's own is refused.
+
+    It equals the same number of the caller's, so that nothing may be remembered by it.
+    """
 
     __slots__ = ()
 

@@ -128,6 +128,7 @@ class NativeExecutor:
         self._weights = weights
         self._logits = np.empty((0, plan.vocab_size), np.float32)
         self._results = self._logits, np.empty(0, np.int32)  # of the step before
+        self._num_written = 0  # first rows of _logits that hold all logits of some step
         self._model = _native.NativeModel(target, num_threads, plan.hidden_dim, plan.vocab_size, plan.max_positions)
         self._groups = kv_spec.groups
         self._windows = [
@@ -223,18 +224,38 @@ class NativeExecutor:
     def forward_best(self, batch: Batch, best_only: bool = False) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """The same, and the index of each row's largest logit [num_logits] i32. Good until the next call.
 
-        best_only: that one is the only logit of each row that is sure to be written; the others may be anything."""
+        best_only: that one is the only logit of each row that is sure to be written; the others may be anything but
+        those of an earlier step."""
         rows = len(batch.logit_rows)
         logits, best = self._results
         if rows != len(best):
             if rows > len(self._logits):
                 self._logits = np.empty((rows, self._plan.vocab_size), np.float32)
+                self._num_written = 0
             logits, best = self._results = self._logits[:rows], np.empty(rows, np.int32)
         tables = batch.tables
         if batch.window_tables is not None:
             tables = np.concatenate([tables, *batch.window_tables])
         self._model.step(batch.tokens, batch.positions, batch.starts, tables, batch.logit_rows, logits, best, best_only)
+        if self._model.ranked_panels < 0:
+            self._num_written = max(self._num_written, rows)
+        elif self._num_written:
+            self._forget_logits(logits, best)
         return logits, best
+
+    def _forget_logits(self, logits: NDArray[np.float32], best: NDArray[np.int32]) -> None:
+        """Wipe the logits of earlier steps, which this one has not written over, but for the best ones of this one."""
+        places = np.arange(len(best)), best
+        values = logits[places]
+        self._logits[: self._num_written] = 0
+        logits[places] = values
+        self._num_written = 0
+
+    @property
+    def ranked_panels(self) -> int:
+        """Panels of 32 logits that the last step multiplied whole for a row, over all rows, to find no more than each
+        row's largest; -1 where all logits were computed."""
+        return self._model.ranked_panels
 
     def sampler(self) -> NativeSampler:
         """A sampler of this model's logits, on its threads."""

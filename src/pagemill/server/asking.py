@@ -58,6 +58,7 @@ _BREAKPOINT: Final = {"mode": "explicit"}
 RETENTION_S: Final = {"in_memory": None, "in-memory": None, "24h": 86_400.0}
 # Parameters that requests call otherwise than Python does; prompts and forms have several names.
 _FIELDS: Final = {"retain": "cache", "salt": "cache_salt"}
+_NAMING_MAX: Final = ("max_tokens", "min_tokens")  # whose errors may name max_tokens
 KEPT, LEAVES_FIRST = 80, 0  # priorities
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}", re.ASCII)
@@ -211,8 +212,10 @@ def fault_of(error: Exception, body: GenerationBody) -> Exception:
         return error
     if error.param == "prompt":
         return named(error, "messages" if isinstance(body, ChatBody) else "prompt")
-    if error.param == "max_tokens" and isinstance(body, ChatBody) and body.max_completion_tokens is not None:
-        return FieldError(str(error).replace(error.param, "max_completion_tokens"), param="max_completion_tokens")
+    if error.param in _NAMING_MAX and isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        wanted = "max_completion_tokens"
+        param = wanted if error.param == "max_tokens" else error.param
+        return FieldError(str(error).replace("max_tokens", wanted), param=param)
     if error.param != "grammar":
         return named(error, _FIELDS.get(error.param or "", error.param))
     forms = _forms_of(body)
