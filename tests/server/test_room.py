@@ -66,6 +66,14 @@ def test_more_than_fits_is_refused_before_anything_is_computed(
     assert answer.json()["usage"]["completion_tokens"] == most
 
 
+def test_more_min_tokens_than_fit_into_an_answer_are_told_by_the_field_that_was_given(http: httpx.Client) -> None:
+    answer = http.post(CHAT, json=asked(CHAT, max_completion_tokens=3, min_tokens=5))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "min_tokens"
+    assert "max_completion_tokens (3)" in error["message"]
+
+
 @pytest.mark.parametrize("path", PROMPTS)
 def test_without_a_wish_the_answer_ends_where_the_cache_does(http: httpx.Client, path: str) -> None:
     answer = http.post(path, json=asked(path, max_tokens=None)).json()
