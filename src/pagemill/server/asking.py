@@ -166,7 +166,19 @@ def chat_sampling(body: ChatBody, priority: int) -> SamplingParams:
                 param="max_completion_tokens",
             )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return sampling_of(body, max_tokens=max_tokens, logprobs=logprobs, priority=priority)
+    try:
+        return sampling_of(body, max_tokens=max_tokens, logprobs=logprobs, priority=priority)
+    except RequestError as error:
+        raise _renamed_max(error, body) from None
+
+
+def _renamed_max(error: RequestError | CapacityError, body: ChatBody) -> RequestError | CapacityError:
+    """The error in the words of max_completion_tokens, where that was given instead of max_tokens and may be named."""
+    if error.param not in _NAMING_MAX or body.max_completion_tokens is None:
+        return error
+    wanted = "max_completion_tokens"
+    param = wanted if error.param == "max_tokens" else error.param
+    return FieldError(str(error).replace("max_tokens", wanted), param=param)
 
 
 def check_biases(params: SamplingParams, facts: Mapping[str, Any]) -> None:
@@ -212,10 +224,8 @@ def fault_of(error: Exception, body: GenerationBody) -> Exception:
         return error
     if error.param == "prompt":
         return named(error, "messages" if isinstance(body, ChatBody) else "prompt")
-    if error.param in _NAMING_MAX and isinstance(body, ChatBody) and body.max_completion_tokens is not None:
-        wanted = "max_completion_tokens"
-        param = wanted if error.param == "max_tokens" else error.param
-        return FieldError(str(error).replace("max_tokens", wanted), param=param)
+    if isinstance(body, ChatBody) and isinstance(renamed := _renamed_max(error, body), FieldError):
+        return renamed
     if error.param != "grammar":
         return named(error, _FIELDS.get(error.param or "", error.param))
     forms = _forms_of(body)
