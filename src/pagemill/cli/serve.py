@@ -24,6 +24,7 @@ from pagemill import __version__
 from pagemill.base.config import EngineConfig, for_serving, resolve_config
 from pagemill.base.errors import ConfigError, PagemillError
 from pagemill.base.units import parse_seconds
+from pagemill.cli.garbage import collect_in_pauses, settle
 from pagemill.cli.progress import byte_progress
 from pagemill.cli.serve_access import Drain, ServeAccess
 from pagemill.cli.terminal import YELLOW, paint, print_error
@@ -112,11 +113,13 @@ async def _serve(
         url = _url_of(listener, access.tls.enabled)
         loading = asyncio.create_task(_load(llm, server, url, access, progress))
         admin = asyncio.create_task(access.run_admin(llm, Drain(server, service, llm)))
+        collecting = asyncio.create_task(collect_in_pauses(lambda: not llm.num_open))
         try:
             await server.serve(sockets=[listener])
         finally:
             loading.cancel()
             admin.cancel()
+            collecting.cancel()
             await asyncio.to_thread(access.close)
             await asyncio.to_thread(llm.shutdown, STOP_TIMEOUT_S if llm.status == "ready" else 0.1)
     return server.exit_code, llm.is_stopped
@@ -134,8 +137,7 @@ async def _load(llm: AsyncLLM, server: _Server, url: str, access: ServeAccess, p
         server.exit_code = error.exit_code if isinstance(error, PagemillError) else 1
         server.should_exit = True
         return
-    gc.collect()
-    gc.freeze()  # what the model brought stays: collections need not look at it
+    settle()
     facts = llm.facts
     print(
         f"ready: {url}  {server.service.settings.served_names[0]}  "
