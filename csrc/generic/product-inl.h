@@ -93,13 +93,15 @@ template <class Panels> struct Following {
     }
 };
 
+PM_INLINE F scaled(F value, float scale) { return scale != 1.0f ? fmul(value, fset(scale)) : value; }
+
 PM_INLINE void store_columns(const Output& out, const Matrix& w, int row, int column, F value) {
     const int n = w.n - column;
     if (n <= 0) return;
     if (w.bias) value = fadd(value, fload_first(w.bias + column, n));
     float* y = out.y + size_t(row) * out.ld + column;
     if (out.accumulate) value = fmla(fset(out.scale), value, fload_first(y, n));
-    else if (out.scale != 1.0f) value = fmul(value, fset(out.scale));
+    else value = scaled(value, out.scale);
     if (n >= kLanes) fstore(y, value);
     else fstore_first(y, value, n);
 }

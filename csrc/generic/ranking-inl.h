@@ -101,8 +101,8 @@ struct TopOfPanel {
     const Ranking* ranking;
     inline __attribute__((always_inline)) void operator()(int row, int panel, F first, F second) const {
         const float* norms = ranking->norms + size_t(panel) * kPanel;
-        const F reach = fset(ranking->reach[row]), scale = fset(ranking->phase->scale);
-        F a = fmla(reach, fload(norms), fmul(first, scale)), b = fmla(reach, fload(norms + 16), fmul(second, scale));
+        const F reach = fset(ranking->reach[row]);
+        F a = fmla(reach, fload(norms), scaled(first, ranking->phase->scale)), b = fmla(reach, fload(norms + 16), scaled(second, ranking->phase->scale));
         const int columns = ranking->w->n - panel * kPanel;
         if (columns < kPanel) {
             a = fselect(0, columns, a, fset(-kInfinite));
@@ -117,8 +117,8 @@ struct PanelLogits {
     float* y;  // [32]
     float scale;
     inline __attribute__((always_inline)) void operator()(int, int, F first, F second) const {
-        fstore(y, scale != 1.0f ? fmul(first, fset(scale)) : first);
-        fstore(y + 16, scale != 1.0f ? fmul(second, fset(scale)) : second);
+        fstore(y, scaled(first, scale));
+        fstore(y + 16, scaled(second, scale));
     }
 };
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import re
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from weakref import ref
 
+import httpx
 import pytest
 
 from pagemill.cli.garbage import PAUSE_S, THRESHOLDS, collect_in_pauses, settle
+from tests.fixtures.serve_process import ROOT, ServeProcess
 
 
 class Knot:
@@ -76,3 +82,34 @@ def test_where_nothing_went_on_nothing_is_collected(monkeypatch: pytest.MonkeyPa
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(collect_in_pauses(lambda: True, sleep=sleep))
     assert collected == [3, 4]
+
+
+WATCHED = """
+import atexit, gc, sys
+from pagemill.cli import garbage
+garbage.PAUSE_S, garbage.THRESHOLDS = 0.1, (100, 2, 5000)  # so that little work is enough, and no full one comes of it
+full = [0]
+def saw(phase, info):
+    full[0] += phase == "stop" and info["generation"] == 2 and gc.get_freeze_count() > 0
+gc.callbacks.append(saw)
+atexit.register(lambda: print("told", gc.get_threshold(), full[0], file=sys.stderr))
+"""
+
+
+def test_a_server_does_both(tiny_model: Path, tmp_path: Path) -> None:
+    """It settles when it is ready, and collects all garbage in a pause."""
+    (tmp_path / "sitecustomize.py").write_text(WATCHED)
+    variables = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'src'}"}
+    options = ("--kv-cache-memory-bytes", "8MiB", "--packed-weights-cache", "off", "--served-model-name", "tiny")
+    with ServeProcess(tmp_path, str(tiny_model), *options, variables=variables) as process:
+        with httpx.Client(base_url=process.url, trust_env=False, timeout=60) as client:
+            for _ in range(40):
+                body = {"model": "tiny", "prompt": "x " * 40, "max_tokens": 60, "ignore_eos": True, "logprobs": 5}
+                assert client.post("/v1/completions", json=body).status_code == 200
+                time.sleep(0.02)
+        time.sleep(0.5)
+        assert process.end() == 0
+        told = re.search(r"told \((\d+), (\d+), (\d+)\) (\d+)", process.told)
+    assert told is not None, process.told
+    assert told.groups()[:3] == ("100", "2", "5000")
+    assert int(told[4]) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,30 @@ def test_each_output_holds_the_answer_so_far(model: str) -> None:
 
 
 def test_leaving_the_iterator_aborts_the_request(model: str) -> None:
+    """Before the next step: while it is left, the engine's thread is held between two."""
+
     async def leave(llm: AsyncLLM) -> None:
+        held, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def hold(engine: Engine) -> int:
+            loop.call_soon_threadsafe(held.set)
+            assert go_on.wait(30)
+            return engine.stats().num_steps
+
         iterator = llm.generate("Hello", LONG)
         async for _ in iterator:
             break
-        await iterator.aclose()
-        stats = await llm.stats()
+        holding = asyncio.create_task(llm.call(hold))
+        await held.wait()
+        leaving = asyncio.create_task(iterator.aclose())  # type: ignore[attr-defined]
+        await asyncio.sleep(0)
+        go_on.set()
+        await leaving
+        stats, before = await llm.stats(), await holding
         assert stats.num_running == 0
-        assert stats.num_steps < 400, "it went on to its end"
+        assert before < 400, "it had come to its end before it was left"
+        assert stats.num_steps <= before + 1
 
     use(model, leave)
 

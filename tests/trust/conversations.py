@@ -2,8 +2,7 @@
 
 A script of conversations is played once without sharing, one request at a time. Then again in arms: shared, with forks,
 in a cache so small that texts are evicted, in one where running sequences are preempted, while texts are purged and
-pinned, and while the cache changes its size between steps. Of each token the bits of all its logits are compared; where
-no more than the largest one is asked for, it is compared with the largest of all.
+pinned, and while the cache changes its size between steps. Of each token the bits of all its logits are compared.
 Models are of every family: with full attention, with layers that all read a window, with some that do.
 """
 
@@ -16,9 +15,6 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pagemill import LLM, SamplingParams
 from pagemill.base.errors import CapacityError, RequestError
@@ -80,11 +76,6 @@ def script_of(seed: int, num_conversations: int, num_turns: int, most_words: int
     return Script(begins, turns, 64 + num_turns * (most_words + most_tokens) + num_long * 3 * most_tokens)
 
 
-def _largest(logits: NDArray[np.float32], best: NDArray[np.int32]) -> tuple[list[int], bytes]:
-    """Which token each row likes best, and the bits of its logit."""
-    return best.tolist(), logits[np.arange(len(best)), best].tobytes()
-
-
 @dataclass(slots=True)
 class Player:
     """One engine that plays a script. Mutated by `play`. digests: of all logits of each token that was chosen."""
@@ -107,10 +98,8 @@ class Player:
             result: StepResult = run(plan)
             return result
 
-        def computing(batch: Batch, best_only: bool = False) -> Any:
-            largest = _largest(*forward(batch, True)) if best_only else None
-            logits, best = forward(batch)
-            assert largest is None or largest == _largest(logits, best)
+        def computing(batch: Batch, _best_only: bool = False) -> Any:
+            logits, best = forward(batch)  # all logits, whatever is asked for
             assert self._plan is not None
             sampling = [each for each in self._plan.sequences if each.sample]
             for each, row in zip(sampling, logits, strict=True):

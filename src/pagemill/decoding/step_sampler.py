@@ -102,32 +102,24 @@ class BatchSampler:
 
     def takes_largest(self, rows: Sequence[SequenceStep]) -> bool:
         seq_ids = self._seq_ids
-        if len(rows) != len(seq_ids):
-            return self._plain_ones(rows)
-        for row, step in enumerate(rows):
-            if step.seq_id != seq_ids[row]:
-                return self._plain_ones(rows)
-            if step.forbid:
-                return False
-        return self._plain
-
-    def _plain_ones(self, rows: Sequence[SequenceStep]) -> bool:
-        """The same of rows that are not those remembered, which they are from here on."""
-        self._remember([s.seq_id for s in rows], rows)
-        return self._plain and not any(s.forbid for s in rows)
+        same = len(rows) == len(seq_ids)
+        if same:
+            for row, step in enumerate(rows):
+                if step.seq_id != seq_ids[row]:
+                    same = False
+                    break
+        if not same:
+            self._remember(rows)
+        return self._plain and not any(step.forbid for step in rows)
 
     def choose(
         self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
     ) -> tuple[Samples, Failures]:
-        samples = self._largest(rows, logits, best)
-        if samples is not None:
-            return samples, ()
-        seq_ids = [s.seq_id for s in rows]
-        if seq_ids != self._seq_ids:
-            self._remember(seq_ids, rows)
-            samples = self._largest(rows, logits, best)
+        if self.takes_largest(rows):
+            samples = self._largest(logits, best)
             if samples is not None:
                 return samples, ()
+        seq_ids = self._seq_ids
         requests = self._requests
         requests["position"] = [s.start + len(s.token_ids) for s in rows]
         adjusted = self._adjuster.adjust(rows, self._which, logits, best) if self._which else None
@@ -157,31 +149,26 @@ class BatchSampler:
         }
         return tuple(_with_report(each, *told[each.seq_id]) if each.seq_id in told else each for each in samples)
 
-    def _largest(
-        self, rows: Sequence[SequenceStep], logits: NDArray[np.float32], best: NDArray[np.int32]
-    ) -> Samples | None:
-        """The largest logit of each row, which is known already; None where one may not be taken, or where the rows are
-        not those remembered.
+    def _largest(self, logits: NDArray[np.float32], best: NDArray[np.int32]) -> Samples | None:
+        """The largest logit of each row remembered, which is known already; None where one is NaN or -inf.
 
         One plain loop over memory views: in caches that the step has emptied, each other way of calling (numpy, `zip`
         with its keyword) takes longer for a row than the row itself.
         """
-        if not self._plain or len(rows) != len(self._seq_ids):
-            return None
         if logits is not self._logits or best is not self._best:
             self._logits, self._values = logits, logits.data
             self._best, self._ids = best, best.data
-        values, ids, seq_ids = self._values, self._ids, self._seq_ids
+        values, ids = self._values, self._ids
         samples: list[Sample] = []
-        for row, step in enumerate(rows):
-            seq_id, token = seq_ids[row], ids[row]
-            if step.seq_id != seq_id or step.forbid or not values[row, token] > _NEVER:  # NaN is not, either
+        for row, seq_id in enumerate(self._seq_ids):
+            token = ids[row]
+            if not values[row, token] > _NEVER:  # NaN is not, either
                 return None
             samples.append(_NEW(Sample, (seq_id, token, None, (), ())))
         return tuple(samples)
 
-    def _remember(self, seq_ids: list[int], rows: Sequence[SequenceStep]) -> None:
-        known = self._packed
+    def _remember(self, rows: Sequence[SequenceStep]) -> None:
+        known, seq_ids = self._packed, [s.seq_id for s in rows]
         self._packed = packed = {s.seq_id: known.get(s.seq_id) or _pack(s) for s in rows}
         self._requests = np.frombuffer(bytearray().join(map(packed.__getitem__, seq_ids)), ROW_DTYPE)
         self._most_logprobs = int(self._requests["logprobs"].max(initial=-1))
